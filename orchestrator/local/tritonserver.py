@@ -1,0 +1,193 @@
+"""The tritonserver binary of the nvidia-pytriton wheel: found, given our backend, and told what to serve."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from orchestrator.settings import Settings
+
+STUB = "triton_python_backend_stub"
+SHM = Path("/dev/shm")  # noqa: S108  (where the kernel keeps POSIX shared memory; not a temporary file of ours)
+MIN_GLIBC = (2, 35)
+
+
+class ServerMissing(Exception):
+    """No usable tritonserver on this machine; `hint` says what to do."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where the wheel's parts are."""
+
+    root: Path
+    libraries: Path
+    site: Path
+
+    @property
+    def binary(self) -> Path:
+        return self.root / "bin" / "tritonserver"
+
+    @property
+    def stub(self) -> Path:
+        return self.root / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / STUB
+
+    def library_path(self) -> str:
+        """LD_LIBRARY_PATH: the wheel's libraries, and this Python's own for the stub, which embeds it."""
+        return os.pathsep.join([str(self.libraries), str(sysconfig.get_config_var("LIBDIR") or "")])
+
+    def missing_libraries(self) -> list[str]:
+        """Shared libraries that the server or its stub would not find."""
+        env = {"LD_LIBRARY_PATH": self.library_path(), "PATH": "/usr/bin:/bin"}
+        missing: list[str] = []
+        for program in (self.binary, self.stub):
+            done = subprocess.run(["ldd", str(program)], env=env, capture_output=True, text=True, timeout=20)  # noqa: S603, S607 (ldd from a fixed PATH)
+            missing += [line.split()[0] for line in done.stdout.splitlines() if "not found" in line]
+        return sorted(set(missing))
+
+
+def find() -> Installation:
+    """Locate the server without importing its package. Raises ServerMissing."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise ServerMissing(
+            f"Triton runs here on x86-64 Linux only, this is {platform.machine()} {platform.system()}",
+            "use an x86-64 machine with Debian 12 or newer, or Ubuntu 24.04 or newer",
+        )
+    name, version = platform.libc_ver()
+    if name != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < MIN_GLIBC:
+        raise ServerMissing(
+            f"Triton needs glibc 2.35 or newer, this system has {name or 'another C library'} {version}".rstrip(),
+            "use Debian 12 or newer, or Ubuntu 24.04 or newer",
+        )
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise ServerMissing("tritonserver is not installed", "pip install 'truthgpt[serve]'")
+    package = Path(spec.submodule_search_locations[0])
+    found = Installation(package / "tritonserver", package.parent / "nvidia_pytriton.libs", package.parent)
+    if not found.binary.exists():
+        raise ServerMissing(
+            f"{found.binary} is missing", "reinstall it: pip install --force-reinstall nvidia-pytriton==0.7.0"
+        )
+    if not found.stub.exists():
+        raise ServerMissing(
+            f"tritonserver has no stub for Python {platform.python_version()}", "use Python 3.11 or 3.12"
+        )
+    return found
+
+
+def shm_prefix(home: Path) -> str:
+    """Name prefix of the shared memory regions of one home's server, so that a sweep touches no other's."""
+    return f"truthgpt_{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:12]}_"
+
+
+def prepare_backends(installation: Installation, home: Path) -> Path:
+    """A backend directory with Triton's Python backend, this Python's stub, and ours. Copies: Triton refuses links
+    that lead out of it.
+    """
+    ours = Path(__file__).resolve().parents[2] / "backends" / "inflight"
+    wheel = installation.root / "backends" / "python"
+    folder = home / "triton" / "backends"
+    copies = {
+        "python": [wheel / "libtriton_python.so", wheel / "triton_python_backend_utils.py", installation.stub],
+        "inflight": sorted(ours.glob("*.py")),
+    }
+    for name, sources in copies.items():
+        fresh = folder / f".{name}-{os.getpid()}"
+        fresh.mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            shutil.copy2(source, fresh)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        fresh.rename(folder / name)
+    return folder
+
+
+def command(installation: Installation, settings: Settings, models: Iterable[str]) -> list[str]:
+    """The server's command line: everything on loopback, models loaded by name only."""
+    repository = settings.model_repository.resolve()
+    return [
+        str(installation.binary),
+        f"--model-repository={repository}",
+        f"--backend-directory={prepare_backends(installation, settings.home.resolve())}",
+        "--model-control-mode=explicit",
+        *(f"--load-model={model}" for model in models),
+        "--exit-on-error=false",  # a model that does not load leaves a server that can say so
+        "--disable-auto-complete-config",
+        "--http-address=127.0.0.1",
+        f"--http-port={settings.triton_http_port}",
+        "--grpc-address=127.0.0.1",
+        f"--grpc-port={settings.triton_grpc_port}",
+        "--metrics-address=127.0.0.1",
+        f"--metrics-port={settings.triton_metrics_port}",
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix(settings.home)}",
+        "--exit-timeout-secs=5",
+    ]
+
+
+def environment(installation: Installation) -> dict[str, str]:
+    """The server's environment: ours without our settings (a child that needs no secret gets none)."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRUTHGPT_")}
+    return {
+        **inherited,
+        "LD_LIBRARY_PATH": installation.library_path(),
+        "PYTHONPATH": str(installation.site),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def stubs(server_pid: int | None, model: str | None = None) -> list[psutil.Process]:
+    """The backend processes of a server (of one of its models, if named)."""
+    try:
+        children = psutil.Process(server_pid).children(recursive=True) if server_pid is not None else []
+    except psutil.NoSuchProcess:
+        return []
+    return [child for child in children if _is_stub(child, model)]
+
+
+def _is_stub(process: psutil.Process, model: str | None) -> bool:
+    try:
+        arguments = process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+    if len(arguments) < 3 or Path(arguments[0]).name != STUB:
+        return False
+    return model is None or model in Path(arguments[1]).parts
+
+
+def orphans(prefix: str) -> list[psutil.Process]:
+    """Stubs, of any parent, that work on regions with this prefix: what a killed server left behind."""
+    return [p for p in psutil.process_iter() if _is_stub(p, None) and any(a.startswith(prefix) for a in p.cmdline())]
+
+
+def sweep(prefix: str, kill: bool) -> list[str]:
+    """Remove the shared memory regions with this prefix that no live stub works on; with `kill`, end those stubs first.
+
+    Returns the names removed.
+    """
+    users = orphans(prefix)
+    if kill:
+        for stub in users:
+            stub.kill()
+        users = []
+    used = {argument for stub in users for argument in stub.cmdline()}
+    removed = []
+    for region in SHM.glob(f"{prefix}*"):
+        if region.name not in used:
+            region.unlink(missing_ok=True)
+            removed.append(region.name)
+    return removed

@@ -1,0 +1,221 @@
+"""A model repository as it lies on disk: entries, versions, manifests, and which model to serve.
+
+    <repository>/<name>/config.pbtxt
+    <repository>/<name>/<version>/{manifest.json, model.onnx, tokenizer.json, …}
+
+Files are the only thing that the exporter, the backend and this package share; nothing here needs a running server.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator import pbtxt
+from orchestrator.settings import MODEL_NAME, Settings
+
+STAGING = ".staging"
+DEMO = "demo"
+
+
+class ModelsError(Exception):
+    """The repository does not have or allow what was asked; `hint` says what to do."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version folder. `manifest` is None when manifest.json cannot be read; `fault` then says why."""
+
+    name: str
+    number: int
+    folder: Path
+    manifest: dict[str, Any] | None
+    fault: str = ""
+
+    def fact(self, key: str) -> str | None:
+        """A text of the manifest, such as its task or precision; None when it is not there."""
+        value = (self.manifest or {}).get(key)
+        return value if isinstance(value, str) else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model folder with its versions, newest first."""
+
+    name: str
+    folder: Path
+    versions: tuple[Version, ...]
+
+    @property
+    def newest(self) -> Version:
+        return self.versions[0]
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.pbtxt"
+
+    def config(self) -> pbtxt.Message:
+        """config.pbtxt, parsed. Raises ModelsError."""
+        try:
+            return pbtxt.parse(self.config_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelsError(f"{self.config_path} cannot be read: {error}", "export the model again") from error
+
+    def version(self, number: int) -> Version:
+        """One version. Raises ModelsError."""
+        for version in self.versions:
+            if version.number == number:
+                return version
+        have = ", ".join(str(version.number) for version in self.versions)
+        raise ModelsError(f"{self.name} has no version {number}", f"it has {have}")
+
+
+def parameters(config: pbtxt.Message) -> dict[str, str]:
+    """The `parameters` of a parsed config.pbtxt as text."""
+    found = {}
+    for row in config.get("parameters", []):
+        for key, value in zip(row.get("key", []), row.get("value", []), strict=False):
+            text = value.get("string_value", [""])[-1] if isinstance(value, dict) else ""
+            found[str(key)] = str(text)
+    return found
+
+
+def read(repository: Path) -> list[Entry]:
+    """Every model of a repository by name; a folder without a numbered version is none. Raises ModelsError."""
+    try:
+        folders = sorted(path for path in repository.iterdir() if re.fullmatch(MODEL_NAME, path.name))
+        found = [_entry(path) for path in folders if path.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ModelsError(
+            f"the model repository {repository} cannot be read: {error.strerror}",
+            "check its owner and permissions, or choose another with TRUTHGPT_MODEL_REPOSITORY",
+        ) from error
+    return [entry for entry in found if entry.versions]
+
+
+def get(repository: Path, name: str) -> Entry:
+    """One model. Raises ModelsError when it is not there."""
+    entries = read(repository)
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    raise ModelsError(
+        f"there is no model {name} in {repository}",
+        f"it has {', '.join(e.name for e in entries)}" if entries else "it is empty; export a model with `truthgpt export`",
+    )
+
+
+def _entry(folder: Path) -> Entry:
+    # A number as Triton takes it: no sign, no leading zero, at least 1.
+    numbers = sorted((int(p.name) for p in folder.iterdir() if re.fullmatch(r"[1-9][0-9]{0,17}", p.name)), reverse=True)
+    return Entry(folder.name, folder, tuple(_version(folder, number) for number in numbers))
+
+
+def _version(model: Path, number: int) -> Version:
+    folder = model / str(number)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if isinstance(manifest, dict):
+            return Version(model.name, number, folder, manifest)
+        fault = "it is not a JSON object"
+    except (OSError, ValueError, RecursionError) as error:
+        fault = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return Version(model.name, number, folder, None, fault)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The model to serve. `export_demo`: it has to be exported first. `note`: why it is not the one in the settings."""
+
+    model: str
+    export_demo: bool = False
+    note: str = ""
+
+
+def choose(settings: Settings, names: Sequence[str]) -> Choice:
+    """Which of the exported models to serve. Nothing is downloaded unasked. Raises ModelsError.
+
+    What a person chose is served or refused. What the profile names is served if it has been exported; else the demo
+    model, which is exported first into an empty repository; else the only model there is.
+    """
+    wanted, source = settings.model, settings.sources()["model"]
+    if wanted in names:
+        return Choice(wanted)
+    if not source.startswith(("profile", "default")):
+        if wanted == DEMO and not names:
+            return Choice(DEMO, export_demo=True)
+        raise ModelsError(
+            f"the model {wanted} ({source}) is not in {settings.model_repository}", f"export it first: {_how_to(wanted)}"
+        )
+    missing = f"{wanted} ({source}) is not exported"
+    if not names:
+        return Choice(DEMO, export_demo=True, note=f"{missing}: serving the demo model")
+    if DEMO in names:
+        return Choice(DEMO, note=f"{missing}: serving the demo model")
+    if len(names) == 1:
+        return Choice(names[0], note=f"{missing}: serving {names[0]}, the only model in {settings.model_repository}")
+    raise ModelsError(
+        f"{missing}, and {settings.model_repository} has several others: {', '.join(names)}",
+        f"choose one with TRUTHGPT_MODEL, such as TRUTHGPT_MODEL={names[0]}",
+    )
+
+
+def _how_to(name: str) -> str:
+    if name == DEMO:
+        return "truthgpt export demo/model --name demo"
+    if name.startswith("DialoGPT-"):
+        return f"truthgpt export microsoft/{name}"
+    return f"truthgpt export PATH_OR_HUB_ID --name {name}"
+
+
+def remove(repository: Path, entry: Entry, version: int | None = None) -> list[Path]:
+    """Remove a model, or one of its versions; nobody ever sees half of it. Returns the folders that went.
+
+    Removing the only version removes the model. The folder is renamed into the repository's staging first, under a name
+    that the next export clears away should this process die before it has. Raises ModelsError.
+    """
+    whole = version is None or [v.number for v in entry.versions] == [entry.version(version).number]
+    target = entry.folder if whole or version is None else entry.version(version).folder
+    staging = repository / STAGING
+    hidden = staging / f"{entry.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        for attempt in range(3):
+            staging.mkdir(exist_ok=True)
+            try:
+                target.rename(hidden)
+                break
+            except FileNotFoundError:  # an export that ended just now has taken .staging away
+                if attempt == 2 or not target.exists():
+                    raise
+        if hidden.is_symlink():
+            hidden.unlink()
+        else:
+            shutil.rmtree(hidden)
+        _remove_if_empty(staging)
+    except OSError as error:
+        raise ModelsError(
+            f"{target} could not be removed: {error.strerror}", "check the repository's owner and permissions"
+        ) from error
+    return [target]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):  # exports at work there are fine
+            raise

@@ -1,0 +1,163 @@
+"""Reads protobuf's text format, as config.pbtxt is written in, without a schema.
+
+https://protobuf.dev/reference/protobuf/textformat-spec/. A message becomes a dict from field name to the list of its
+values, in order: str for strings (adjacent ones joined) and names such as TYPE_BOOL (as `Name`), bool, int, float, or a
+dict for a message. Extensions, `Any` and byte escapes outside UTF-8 are refused: Triton's ModelConfig needs none of them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+MAX_DEPTH = 32
+
+_TOKEN = re.compile(
+    r"""(?P<space>\s+|\#[^\n]*)
+    |(?P<text>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
+    |(?P<number>-?(?:0[xX][0-9a-fA-F]+|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[fF]?))(?![\w.])
+    |(?P<name>[A-Za-z_]\w*)
+    |(?P<mark>[-{}<>\[\]:,;])""",
+    re.VERBOSE | re.ASCII,
+)
+_ESCAPES = {"n": 10, "t": 9, "r": 13, "a": 7, "b": 8, "f": 12, "v": 11, "\\": 92, "'": 39, '"': 34, "?": 63}
+_ESCAPE = re.compile(r"\\(?:([0-7]{1,3})|[xX]([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))")
+_CLOSERS = {"{": "}", "<": ">"}
+
+Message = dict[str, list[Any]]
+
+
+class Name(str):
+    """An enum's value or another bare word, as apart from a quoted string."""
+
+    __slots__ = ()
+
+
+def parse(source: str) -> Message:
+    """The message of a file. Raises ValueError with the line of what is wrong."""
+    return _Parser(source).message(None, 0)
+
+
+class _Parser:
+    def __init__(self, source: str) -> None:
+        self._tokens: list[tuple[str, str, int]] = []
+        position, line = 0, 1
+        while position < len(source):
+            match = _TOKEN.match(source, position)
+            if match is None:
+                raise ValueError(f"line {line}: {source[position : position + 10].splitlines()[0]!r} is not understood")
+            if match.lastgroup != "space":
+                self._tokens.append((str(match.lastgroup), match[0], line))
+            line += match[0].count("\n")
+            position = match.end()
+        self._tokens.append(("end", "the end of the file", line))
+        self._next = 0
+
+    def message(self, closer: str | None, depth: int) -> Message:
+        if depth > MAX_DEPTH:
+            raise self._error(f"messages are nested more than {MAX_DEPTH} deep")
+        fields: Message = {}
+        while not (self._take(closer) if closer else self._kind == "end"):
+            if self._kind != "name":
+                raise self._error("expected a field's name")
+            name = self._advance()
+            colon = self._take(":")
+            values = fields.setdefault(name, [])
+            if self._take("["):
+                values += self._list(depth)
+            elif self._text in _CLOSERS:
+                values.append(self.message(_CLOSERS[self._advance()], depth + 1))
+            elif colon:
+                values.append(self._scalar())
+            else:
+                raise self._error("expected ':' or a message")
+            if not self._take(","):
+                self._take(";")
+        return fields
+
+    def _list(self, depth: int) -> list[Any]:
+        values: list[Any] = []
+        while not self._take("]"):
+            if values:
+                self._expect(",")
+                # Triton's parser is strict here as well: no comma after the last element.
+            is_message = self._text in _CLOSERS
+            values.append(self.message(_CLOSERS[self._advance()], depth + 1) if is_message else self._scalar())
+        return values
+
+    def _scalar(self) -> Any:
+        if self._kind == "text":
+            parts = []
+            while self._kind == "text":
+                line = self._tokens[self._next][2]
+                parts.append(_unescape(self._advance()[1:-1], line))
+            return b"".join(parts).decode("utf-8")
+        negative = self._take("-")
+        if self._kind == "number":
+            return _number(self._advance(), negative)
+        if self._kind != "name":
+            raise self._error("expected a value")
+        word = self._advance()
+        if word.lower() in ("inf", "infinity", "nan"):
+            return -float(word) if negative else float(word)
+        if negative:
+            raise self._error("expected a number after '-'")
+        return {"true": True, "True": True, "t": True, "false": False, "False": False, "f": False}.get(word, Name(word))
+
+    @property
+    def _kind(self) -> str:
+        return self._tokens[self._next][0]
+
+    @property
+    def _text(self) -> str:
+        """What stands here if it is a mark, else an empty text: a quoted "{" opens nothing."""
+        kind, text, _ = self._tokens[self._next]
+        return text if kind == "mark" else ""
+
+    def _advance(self) -> str:
+        self._next += 1
+        return self._tokens[self._next - 1][1]
+
+    def _take(self, mark: str) -> bool:
+        found = self._text == mark
+        self._next += found
+        return found
+
+    def _expect(self, mark: str) -> None:
+        if not self._take(mark):
+            raise self._error(f"expected {mark!r}")
+
+    def _error(self, what: str) -> ValueError:
+        _, text, line = self._tokens[self._next]
+        return ValueError(f"line {line}: {what}, found {text[:20]!r}")
+
+
+def _number(text: str, negative: bool) -> int | float:
+    sign = -1 if negative else 1
+    if text.lower().lstrip("-").startswith("0x"):
+        return sign * int(text, 16)
+    if re.fullmatch(r"-?[0-9]+", text):
+        # a leading zero means octal in this format
+        return sign * int(text, 8 if re.fullmatch(r"-?0[0-7]+", text) else 10)
+    return sign * float(text.rstrip("fF"))
+
+
+def _unescape(text: str, line: int) -> bytes:
+    def byte(match: re.Match[str]) -> str:
+        octal, hexadecimal, short, long, letter = match.groups()
+        if octal or hexadecimal:
+            value = int(octal, 8) if octal else int(hexadecimal, 16)
+            # a byte, carried through str as a surrogate until everything is bytes
+            return bytes([value & 0xFF]).decode("utf-8", "surrogateescape")
+        if short or long:
+            return chr(int(short or long, 16))
+        if letter not in _ESCAPES:
+            raise ValueError(f"line {line}: unknown escape \\{letter}")
+        return chr(_ESCAPES[letter])
+
+    try:
+        raw = _ESCAPE.sub(byte, text).encode("utf-8", "surrogateescape")
+        raw.decode("utf-8")
+    except (UnicodeError, OverflowError) as error:
+        raise ValueError(f"line {line}: the string is not UTF-8 text") from error
+    return raw

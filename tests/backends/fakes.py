@@ -1,0 +1,101 @@
+"""A model and a sink made by hand, so that the engine's policy can be tested without tensors that mean anything."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence as Ids
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backends.inflight.errors import EngineError
+from backends.inflight.request import SamplingParams
+from backends.inflight.sequence import Delta, Sequence
+
+VOCAB = 50
+
+
+def next_token(history: Ids[int]) -> int:
+    """The fake model's greedy choice: a function of everything the sequence has seen so far."""
+    return (sum((i + 1) * t for i, t in enumerate(history)) + len(history)) % VOCAB
+
+
+def expected(prompt: Ids[int], count: int) -> list[int]:
+    """What the fake model answers to a prompt when it runs alone."""
+    history = list(prompt)
+    for _ in range(count):
+        history.append(next_token(history))
+    return history[len(prompt) :]
+
+
+class FakeRunner:
+    """Keeps token ids where a real runner keeps keys and values, with the same slots, moves and garbage rows."""
+
+    def __init__(self, slots: int, max_len: int) -> None:
+        self.cache = np.full((slots, max_len), -1, np.int64)
+        self.steps: list[int] = []
+        self.fail_on: set[int] = set()  # tokens that make a step raise
+        self.nan_on: set[int] = set()  # tokens whose row comes out as NaN
+
+    def decode(self, tokens: Ids[int], positions: Ids[int]) -> NDArray[np.float32]:
+        self.steps.append(len(tokens))
+        for slot, (token, position) in enumerate(zip(tokens, positions, strict=True)):
+            self.cache[slot, position] = token
+        return np.stack([self._logits(s, p + 1, [t]) for s, (t, p) in enumerate(zip(tokens, positions, strict=True))])
+
+    def prefill(self, slot: int, tokens: Ids[int], start: int) -> NDArray[np.float32]:
+        self.cache[slot, start : start + len(tokens)] = tokens
+        return self._logits(slot, start + len(tokens), tokens)[None]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self.cache[target, :length] = self.cache[source, :length]
+        self.cache[source] = -1
+
+    def _logits(self, slot: int, length: int, fed: Ids[int]) -> NDArray[np.float32]:
+        if self.fail_on & set(fed):
+            raise RuntimeError("the session failed")
+        if self.nan_on & set(fed):
+            return np.full(VOCAB, np.nan, np.float32)
+        logits = np.zeros(VOCAB, np.float32)
+        logits[next_token([int(t) for t in self.cache[slot, :length]])] = 1.0
+        return logits
+
+
+class Collector:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+        self.failure: EngineError | None = None
+        self.ended = threading.Event()
+
+    def delta(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+        if delta.finish is not None:
+            self.ended.set()
+
+    def error(self, error: EngineError) -> None:
+        self.failure = error
+        self.ended.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        """With `letters` as decoder, the ids of the answer."""
+        return [ord(c) - 0x4E00 for d in self.deltas for c in d.text]
+
+
+def letters(ids: Ids[int]) -> str:
+    """A decoder that gives each token one character."""
+    return "".join(chr(0x4E00 + i) for i in ids)
+
+
+def sequence(
+    prompt: Ids[int],
+    max_tokens: int = 5,
+    sink: Collector | None = None,
+    deadline: float = float("inf"),
+    **params: object,
+) -> Sequence:
+    """A greedy sequence unless `params` says otherwise."""
+    how = SamplingParams(**{"temperature": 0.0, **params})  # type: ignore[arg-type]
+    return Sequence(prompt, how, max_tokens, frozenset(), letters, sink or Collector(), deadline)
