@@ -1,0 +1,158 @@
+"""The front door: ids, languages, routes, body caps and hostile bodies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import aclosing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.api.middleware import _language
+
+from ..conftest import Stack, serving
+from ..fake_triton import FakeTriton
+
+BODY = {"model": "m", "prompt": "Hola"}
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/nothing", "/v1/completions"])
+@pytest.mark.parametrize("given_id", ["abc-1", "a.b:c/d+e=f@g", "x" * 128])
+async def test_request_ids_are_echoed(stack: Stack, path: str, given_id: str) -> None:
+    """A valid X-Request-Id comes back on answers, 404 and 405 alike."""
+    assert (await stack.get(path, **{"x-request-id": given_id}))[2]["x-request-id"] == given_id
+
+
+@pytest.mark.parametrize("bad", ["", "x" * 129, "a b", "a\tb", "ñ", '"><script>'])
+async def test_bad_request_ids_are_replaced(stack: Stack, bad: str) -> None:
+    """An id that could break a log or a header is replaced by one of ours."""
+    assert len((await stack.get("/v1/models", **{"x-request-id": bad}))[2]["x-request-id"]) == 32
+
+
+async def test_each_request_gets_its_own_id(stack: Stack) -> None:
+    """Without the header every response has a fresh id."""
+    ids = {(await stack.get("/health/live"))[2]["x-request-id"] for _ in range(5)}
+    assert len(ids) == 5
+
+
+async def test_traceparent_reaches_triton(stack: Stack) -> None:
+    """A valid traceparent is forwarded and recorded, an invalid one is dropped."""
+    good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    await stack.post("/v1/completions", BODY, traceparent=good)
+    await stack.post("/v1/completions", BODY, traceparent="00-" + "0" * 32 + "-00f067aa0ba902b7-01")
+    assert [headers.get("traceparent") for headers in stack.fake.headers] == [good, None]
+    assert [record.traceparent for record in stack.records] == [good, None]
+
+
+@pytest.mark.parametrize(
+    ("header", "language"),
+    [
+        ("", "en"),
+        ("es", "es"),
+        ("es-MX,es;q=0.9,en;q=0.8", "es"),
+        ("en;q=0.5, ES;q=0.9", "es"),
+        ("fr, de", "en"),
+        ("fr, es;q=0.1", "es"),
+        ("es;q=0, en;q=0.1", "en"),
+        ("es;q=nonsense", "en"),
+        ("en, es", "en"),
+        (";;;,,,", "en"),
+    ],
+)
+def test_language_is_negotiated(header: str, language: str) -> None:
+    """The highest weight of English and Spanish wins."""
+    assert _language(header.encode()) == language
+
+
+@given(st.binary(max_size=200))
+def test_any_language_header_is_survived(header: bytes) -> None:
+    """No header breaks the negotiation."""
+    assert _language(header) in ("en", "es")
+
+
+async def test_unknown_paths_and_methods(stack: Stack) -> None:
+    """404 and 405 have OpenAI's error object, 405 says what is allowed, and KServe paths get KServe's."""
+    for path in ("/", "/v1", "/v1/completion", "/v1/completions/", "/v1/models/", "/v1/models/a/b"):
+        status, body, _ = await stack.get(path)
+        assert (status, body["error"]["code"]) == (404, "not_found"), path
+    status, body, headers = await stack.get("/v1/completions", **{"accept-language": "es"})
+    assert (status, headers["allow"], body["error"]["message"]) == (405, "POST", "Esta ruta no admite este método.")
+    status, body, _ = await stack.get("/v2/models/m")
+    assert (status, body) == (404, {"error": "There is nothing at this path."})
+    async with stack.http.head(stack.url + "/health/live") as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b'"x"', b"null", b'{"model": "\xff"}', b'{"model": "\\ud800"}', b'{"temperature": NaN}',
+        b'{"temperature": -Infinity}', b"[" * 500_000, b'{"a":' * 100_000, b'{"model": ' + b"9" * 10_000 + b"}",
+        b'{"metadata": ' + b"[" * 70 + b"]" * 70 + b"}", b"\xef\xbb\xbf{}", "{}".encode("utf-16"),
+    ],
+)  # fmt: skip
+async def test_hostile_bodies_are_400(stack: Stack, body: bytes) -> None:
+    """Bad JSON, bad UTF-8, lone surrogates, NaN, deep nesting and endless numbers are a 400 with a typed body."""
+    status, answer, _ = await stack.post("/v1/completions", body)
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+async def test_valid_escapes_pass(stack: Stack) -> None:
+    """An escaped emoji pair is text like any other."""
+    status, _, _ = await stack.post("/v1/completions", b'{"model": "m", "prompt": "\\ud83d\\ude00"}')
+    assert status == 200
+    assert stack.fake.requests[0]["text_input"] == "😀"
+
+
+async def test_body_cap(fake: FakeTriton) -> None:
+    """A body over the cap is 413, declared or streamed, and one at the cap is read."""
+    async with serving(fake, body_limit_bytes=2000) as stack:
+        padding = 2000 - len(json.dumps({**BODY, "user": ""}))
+        assert (await stack.post("/v1/completions", {**BODY, "user": "x" * padding}))[0] == 200
+        status, body, headers = await stack.post("/v1/completions", {**BODY, "user": "x" * (padding + 1)})
+        assert (status, body["error"]["code"], headers["connection"]) == (413, "payload_too_large", "close")
+
+        async def endless():  # type: ignore[no-untyped-def]
+            while True:
+                yield b" " * 500
+
+        async with aclosing(endless()) as data, stack.http.post(stack.url + "/v1/completions", data=data) as response:
+            assert response.status == 413
+
+
+async def test_a_declared_giant_is_refused_before_it_is_sent(stack: Stack) -> None:
+    """The answer to a giant Content-Length comes before one byte of the body."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(stack.url.rpartition(":")[2]))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999999999999999\r\n\r\n")
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 2)
+    assert b" 413 " in head or b" 400 " in head
+    writer.close()
+
+
+async def test_a_client_that_leaves_while_sending_harms_nobody(stack: Stack) -> None:
+    """Half a body and then nothing leaves no record and no request in flight."""
+    _, writer = await asyncio.open_connection("127.0.0.1", int(stack.url.rpartition(":")[2]))
+    writer.write(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"model')
+    await writer.drain()
+    writer.close()
+    await asyncio.sleep(0.1)
+    assert stack.gateway.in_flight == 0
+    assert stack.records == []
+    assert (await stack.post("/v1/completions", BODY))[0] == 200
+
+
+async def test_a_bug_shows_a_generic_text(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unforeseen exception in a handler is a 500 without its text, which is only logged."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the secret detail")
+
+    monkeypatch.setattr("orchestrator.api.openai._model", broken)
+    status, body, _ = await stack.get("/v1/models")
+    assert (status, body["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in json.dumps(body)
+    assert "failed" in caplog.text

@@ -1,0 +1,113 @@
+"""Fixtures: a fake Triton on a real socket, and the real gateway in front of it on another."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import aiohttp
+import pytest
+
+from orchestrator.app import Application, Server, build
+from orchestrator.domain import Record
+from orchestrator.gateway import Gateway
+from orchestrator.settings import Settings
+
+from .fake_triton import FakeTriton
+
+
+@dataclass
+class Stack:
+    """A gateway that serves; `records` fills with what its sinks were handed."""
+
+    url: str
+    fake: FakeTriton
+    http: aiohttp.ClientSession
+    gateway: Gateway
+    server: Server
+    records: list[Record]
+
+    async def post(self, path: str, body: object, **headers: str) -> tuple[int, Any, dict[str, str]]:
+        """Status, decoded body and lower-case headers of one POST; bytes are sent as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with self.http.post(self.url + path, data=data, headers=headers) as response:
+            lower = {name.lower(): value for name, value in response.headers.items()}
+            return response.status, await response.json(content_type=None), lower
+
+    async def get(self, path: str, **headers: str) -> tuple[int, Any, dict[str, str]]:
+        async with self.http.get(self.url + path, headers=headers) as response:
+            lower = {name.lower(): value for name, value in response.headers.items()}
+            return response.status, await response.json(content_type=None), lower
+
+    async def events(self, path: str, body: object) -> list[str]:
+        """The data of every event of a stream, read to its end."""
+        async with self.http.post(self.url + path, json=body) as response:
+            assert response.status == 200, await response.text()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            text = (await response.read()).decode()
+        assert text.endswith("\n\n")
+        return [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> float:
+    """Wait for a condition; the seconds it took. Fails after the time-out."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < timeout_s, "the condition did not come true"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - began
+
+
+async def eventually(check: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:
+    """Wait for an asynchronous condition. Fails after the time-out."""
+    began = time.monotonic()
+    while not await check():
+        assert time.monotonic() - began < timeout_s, "the condition did not come true"
+        await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def serving(fake: FakeTriton, wait: bool = True, **changes: Any) -> AsyncIterator[Stack]:
+    """The real application under uvicorn in front of this fake, with short intervals."""
+    quick = {"heartbeat_interval_s": 0.03, "heartbeat_timeout_s": 0.4, "stall_s": 0.6, "drain_s": 2.0}
+    settings = replace(Settings(), triton_http_port=fake.port, **{**quick, **changes})
+    # asyncio switches Nagle's algorithm off only where the protocol is named
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    server = build(settings)
+    task = asyncio.create_task(server._serve([listener]))
+    application = server.config.app
+    assert isinstance(application, Application)
+    await until(lambda: server.started or task.done())
+    gateway = application.gateway
+    assert gateway is not None
+    records: list[Record] = []
+    gateway._sinks = (*gateway._sinks, records.append)
+    async with aiohttp.ClientSession() as http:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            if wait:
+                await until(lambda: gateway.ready)
+            yield Stack(url, fake, http, gateway, server, records)
+        finally:
+            await http.close()
+            server.should_exit = True
+            await task
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[FakeTriton]:
+    async with FakeTriton() as triton:
+        yield triton
+
+
+@pytest.fixture
+async def stack(fake: FakeTriton) -> AsyncIterator[Stack]:
+    async with serving(fake) as running:
+        yield running

@@ -1,0 +1,182 @@
+"""A Triton on a real socket that misbehaves on demand: for faults that the real one cannot be asked to have.
+
+It speaks the part of Triton's HTTP that the gateway uses. What a stream does is a script: a list of steps.
+    bytes    written as they are (one HTTP chunk)      float   seconds of silence (math.inf: for ever)
+    "close"  the connection is cut                     "end"   the response ends cleanly
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+Step = bytes | float | str
+
+
+def event(text: str = "", finish: str = "", tokens: int | None = None, prompt_tokens: int = 3) -> bytes:
+    """One chunk as Triton's generate_stream writes it."""
+    fields = {
+        "model_name": "m", "model_version": "1", "text_output": text, "finish_reason": finish,
+        "num_input_tokens": prompt_tokens, "num_output_tokens": (1 if text else 0) if tokens is None else tokens,
+    }  # fmt: skip
+    return b"data: " + json.dumps(fields).encode() + b"\n\n"
+
+
+def failure(message: str) -> bytes:
+    """An error event inside a stream."""
+    return b"data: " + json.dumps({"error": message}).encode() + b"\n\n"
+
+
+def answer(*texts: str, finish: str = "stop") -> list[Step]:
+    """A well-behaved stream of these texts."""
+    return [*(event(text) for text in texts[:-1]), event(texts[-1], finish), "end"]
+
+
+class FakeTriton:
+    """Serves one model `m`. Change the attributes while it runs; `requests` and `hang_ups` tell what it saw."""
+
+    def __init__(self) -> None:
+        self.script: Sequence[Step] = answer("Hola", ", ", "¿qué tal?")
+        self.scripts: list[Sequence[Step]] = []  # used up first, one a request
+        self.status = 200
+        self.content_type = "text/event-stream; charset=utf-8"
+        self.plain: bytes | None = None  # the whole body of a stream's answer, instead of the script
+        self.refusals: list[bytes] = []  # bodies of 400 answers, used up first, one a request
+        self.models: dict[str, str] = {"m": "READY"}
+        self.version = "1"
+        self.parameters: dict[str, str] = {"task": "text_generation", "chat": "true", "max_len": "64"}
+        self.beat: dict[str, Any] = {"running": 0, "waiting": 0, "slots": 4, "step_age_s": 0.0, "busy": False}
+        self.beat_error: str | None = None
+        self.stopped = False  # as after SIGSTOP: connections are accepted and nothing is answered
+        self.port = 0
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.running = 0
+        self.hang_ups = 0
+        self.calls: list[str] = []
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def start(self, port: int = 0) -> None:
+        self._server = await asyncio.start_server(self._connection, "127.0.0.1", port)
+        self.port = int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        """As kill -9: the port closes and every connection is cut."""
+        assert self._server is not None
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await self._server.wait_closed()
+
+    async def __aenter__(self) -> FakeTriton:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._writers.add(writer)
+        try:
+            while await self._request(reader, writer):
+                continue
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return  # the gateway went away, which tests do on purpose
+        finally:
+            self._tasks.discard(task)
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        method, path, _ = head[0].split(" ")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        self.calls.append(f"{method} {path}")
+        if self.stopped:
+            await asyncio.sleep(3600)
+        if path.endswith("/generate_stream"):
+            self.requests.append(json.loads(body))
+            self.headers.append(headers)
+            return await self._stream(reader, writer)
+        status, value = self._unary(path)
+        data = b"" if value is None else json.dumps(value).encode()
+        kind = "Content-Type: application/json\r\n"
+        writer.write(f"HTTP/1.1 {status} X\r\n{kind}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        await writer.drain()
+        return True
+
+    def _unary(self, path: str) -> tuple[int, Any]:
+        if path == "/v2/repository/index":
+            return 200, [{"name": name, "version": self.version, "state": state} for name, state in self.models.items()]
+        if path.endswith("/config"):
+            return 200, {"name": "m", "parameters": {k: {"string_value": v} for k, v in self.parameters.items()}}
+        if path.endswith("/generate"):
+            if self.beat_error is not None:
+                return 400, {"error": self.beat_error}
+            return 200, {"model_name": "m", "model_version": "1", "text_output": json.dumps(self.beat)}
+        if path.endswith(("/load", "/unload")):
+            name = path.split("/")[-2]
+            if name not in self.models:
+                return 400, {"error": f"failed to load '{name}', failed to poll from model repository"}
+            return 200, None
+        return 404, {"error": "no such path"}
+
+    async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        plain = self.refusals.pop(0) if self.refusals else self.plain
+        if plain is not None:
+            status, kind = (self.status, self.content_type) if plain is self.plain else (400, "application/json")
+            head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(plain)}\r\n\r\n"
+            writer.write(head.encode() + plain)
+            await writer.drain()
+            return True
+        gone = asyncio.create_task(reader.read(1))
+        self.running += 1
+        started = False
+        try:
+            for step in self.scripts.pop(0) if self.scripts else self.script:
+                if isinstance(step, (int, float)):
+                    # inf would overflow the clock's integer arithmetic in some event loops
+                    await asyncio.wait([gone], timeout=min(float(step), 3600.0))
+                elif step == "close":
+                    writer.transport.abort()
+                    return False
+                elif isinstance(step, bytes):
+                    if not started:  # Triton, too, sends the head with the first response only
+                        writer.write(
+                            f"HTTP/1.1 {self.status} X\r\nContent-Type: {self.content_type}\r\n"
+                            "Transfer-Encoding: chunked\r\n\r\n".encode()
+                        )
+                        started = True
+                    writer.write(b"%x\r\n%s\r\n" % (len(step), step))
+                    await writer.drain()
+                    await asyncio.sleep(0)
+                if gone.done():
+                    self.hang_ups += 1
+                    return False
+            writer.write(b"0\r\n\r\n")
+            await writer.drain()
+            return not gone.done()
+        except ConnectionError:
+            self.hang_ups += 1
+            return False
+        finally:
+            self.running -= 1
+            gone.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+                await gone

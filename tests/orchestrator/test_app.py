@@ -1,0 +1,137 @@
+"""The real process: starts without Triton, drains on SIGTERM, exits 0."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import aiohttp
+import pytest
+
+from orchestrator.settings import Settings
+
+from .fake_triton import FakeTriton, event
+
+PLAIN = {"model": "m", "prompt": "Hola"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@asynccontextmanager
+async def gateway(triton_port: int, **changes: object) -> AsyncIterator[tuple[Process, str, aiohttp.ClientSession]]:
+    """`python -m orchestrator.app` with these settings, once it is live."""
+    port = free_port()
+    settings = replace(Settings(), http_port=port, triton_http_port=triton_port, heartbeat_interval_s=0.05)
+    environ = {**os.environ, **settings.child_environ(**changes)}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "orchestrator.app", stderr=PIPE, env=environ)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with aiohttp.ClientSession() as http:
+            await answers(http, f"{url}/health/live", 200)
+            yield process, url, http
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def answers(http: aiohttp.ClientSession, url: str, status: int) -> None:
+    async with asyncio.timeout(15):
+        while True:
+            try:
+                async with http.get(url) as response:
+                    if response.status == status:
+                        return
+            except aiohttp.ClientConnectionError:
+                pass
+            await asyncio.sleep(0.02)
+
+
+async def test_live_without_triton_and_ready_with_it() -> None:
+    """The gateway starts before Triton, becomes ready when Triton comes, serves, and SIGTERM ends it with 0."""
+    async with FakeTriton() as fake:
+        port = fake.port
+        await fake.stop()
+        async with gateway(port) as (process, url, http):
+            await answers(http, f"{url}/health/ready", 503)
+            await fake.start(port)
+            await answers(http, f"{url}/health/ready", 200)
+            async with http.post(f"{url}/v1/completions", json=PLAIN) as response:
+                assert (await response.json())["choices"][0]["text"] == "Hola, ¿qué tal?"
+            process.terminate()
+            _, logged = await asyncio.wait_for(process.communicate(), 5)
+            assert process.returncode == 0
+            lines = [json.loads(line) for line in logged.decode().splitlines()]
+            assert [line["message"] for line in lines if line["message"] in ("request", "SIGTERM: draining")] == [
+                "request",
+                "SIGTERM: draining",
+            ]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_drains(fake: FakeTriton, sign: signal.Signals) -> None:
+    """While draining: not ready and 503 at once, the short stream ends whole, the endless one with an error event."""
+    fake.scripts = [[event("a"), 0.6, event("b", "stop"), "end"], [event("a"), *[0.2, event()] * 100, math.inf]]
+    async with gateway(fake.port, drain_s=1.2) as (process, url, http):
+        await answers(http, f"{url}/health/ready", 200)
+
+        async def stream() -> str:
+            async with http.post(f"{url}/v1/completions", json={**PLAIN, "stream": True}) as response:
+                return (await response.read()).decode()
+
+        short = asyncio.create_task(stream())
+        await asyncio.sleep(0.2)
+        endless = asyncio.create_task(stream())
+        await asyncio.sleep(0.2)
+        began = time.monotonic()
+        process.send_signal(sign)
+        await answers(http, f"{url}/health/ready", 503)
+        async with http.post(f"{url}/v1/completions", json=PLAIN) as response:
+            assert response.status == 503
+            assert response.headers["retry-after"] == "1"
+            assert (await response.json())["error"]["code"] == "draining"
+        assert (await short).endswith("data: [DONE]\n\n")
+        text = await endless
+        assert '"code": "draining"' in text
+        assert "[DONE]" not in text
+        assert await asyncio.wait_for(process.wait(), 5) == 0
+        assert 1.0 < time.monotonic() - began < 3.5
+        assert fake.running == 0
+
+
+async def test_wrong_settings_stop_it_with_a_sentence() -> None:
+    """A bad variable is one error line each and exit code 2; a misspelt one is a warning."""
+    environ = {**os.environ, "TRUTHGPT_HTTP_PORT": "many", "ENVIRONMENT": "prod", "TRUTHGPT_CONFIG": ""}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "orchestrator.app", stderr=PIPE, env=environ)
+    _, logged = await process.communicate()
+    assert process.returncode == 2
+    assert logged.decode().count("error: ") == 2
+    assert "Traceback" not in logged.decode()
+
+
+async def test_a_taken_port_fails_the_start() -> None:
+    """A second gateway on one port exits with 1 and names the address."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = replace(Settings(), http_port=taken.getsockname()[1])
+        environ = {**os.environ, **settings.child_environ()}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "orchestrator.app", stderr=PIPE, env=environ
+        )
+        _, logged = await asyncio.wait_for(process.communicate(), 15)
+        assert process.returncode not in (0, None)
+        assert b"address already in use" in logged
+        assert b"Traceback" not in logged
