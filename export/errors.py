@@ -1,0 +1,34 @@
+"""Why an export did not happen.
+
+ExportError              anything a person can mend; carries a hint and never needs a traceback
+├── SourceError          the checkpoint: unknown id, no network, pickle weights, not a causal LM
+├── UnsupportedModel     the architecture needs something that the slot-cache graph cannot express
+├── VerificationError    the graph does not compute what transformers computes; blocks publishing
+└── RepositoryError      the model repository: unwritable, no space, locked, bad name
+"""
+
+from __future__ import annotations
+
+
+class ExportError(Exception):
+    """One sentence for people (``str(error)``) and, where there is one, what to do about it (``hint``)."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class SourceError(ExportError):
+    """The checkpoint cannot be found, read or trusted."""
+
+
+class UnsupportedModel(ExportError):
+    """The architecture needs something that the slot-cache graph cannot express."""
+
+
+class VerificationError(ExportError):
+    """The exported graph does not compute what transformers computes."""
+
+
+class RepositoryError(ExportError):
+    """The model repository cannot take the entry."""

@@ -1,0 +1,66 @@
+"""Reading a checkpoint's weights into torch, in fp32, and nothing invented where some are missing."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from export.errors import SourceError, UnsupportedModel
+from export.source import Source
+
+_HINT = "Download or copy the checkpoint again, completely."
+
+
+def load_model(source: Source) -> PreTrainedModel:
+    """The model in evaluation mode, float32, with transformers' plainest attention.
+
+    Raises:
+        SourceError: weights are missing, damaged or of other shapes than the configuration says.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise SourceError(f"{source.id} cannot be loaded: {_summary(error)}", _HINT) from error
+    for key, what in (("missing_keys", "lacks the weight"), ("mismatched_keys", "has another shape for the weight")):
+        names = sorted(str(name) for name in report.get(key) or ())
+        if names:
+            raise SourceError(f"{source.id} {what} {names[0]} ({len(names)} in all).", _HINT)
+    model.eval()
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def limit(source: Source, max_len: int | None) -> int:
+    """How many tokens a sequence may hold: ``max_len``, or the model's positions up to 2048.
+
+    Raises:
+        UnsupportedModel: ``max_len`` is beyond the model's positions, or the configuration states none.
+        SourceError: the configuration contradicts itself.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise SourceError(f"The configuration of {source.id} cannot be used: {_summary(error)}", _HINT) from error
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        if max_len is None:
+            raise UnsupportedModel(f"{source.id} does not say how long its sequences may be.", "Give --max-len.")
+        return max_len
+    if max_len is not None and max_len > positions:
+        raise UnsupportedModel(
+            f"--max-len {max_len} is beyond the {positions} positions of {source.id}.", f"Give at most {positions}."
+        )
+    return min(positions, 2048) if max_len is None else max_len
+
+
+def _summary(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

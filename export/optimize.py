@@ -1,0 +1,77 @@
+"""Housekeeping on the traced graph: names that people can read, nothing saved twice, no machine-specific layout.
+
+Operator fusion is left to ONNX Runtime when it opens the file: it knows the processor that it runs on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnxscript import ir
+from onnxscript.ir.passes import common as passes
+
+# Protobuf stops at 2 GiB; above this the weights go to a file of their own beside the graph.
+EXTERNAL_DATA_BYTES = 1_500_000_000
+
+
+def optimize(model: ir.Model) -> None:
+    """Tidy the traced graph in place: symbolic dimensions ``rows`` and ``seq``, no trace metadata, no dead nodes."""
+    _name_dimensions(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.ClearMetadataAndDocStringPass()(model)
+    model.producer_name = "truthgpt"
+
+
+def fold_transposed_weights(model: ir.Model) -> None:
+    """Turn ``Transpose(weight)`` into a weight of its own, in place.
+
+    The tracer leaves one where a weight has a second use: output embeddings tied to the input embeddings. In fp32 that
+    is the better file (stored once, ONNX Runtime folds it when loading), but the quantiser needs to see the matrix.
+    """
+    for node in list(model.graph):
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is None or not source.is_initializer() or source.const_value is None:
+            continue
+        order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
+        transposed = np.ascontiguousarray(np.transpose(source.const_value.numpy(), order))
+        folded = add_weight(model, f"{source.name}.transposed", transposed)
+        node.outputs[0].replace_all_uses_with(folded)
+        model.graph.remove(node, safe=True)
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def add_weight(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """Register an array as an initializer and return the value to use it by."""
+    tensor = ir.tensor(array)
+    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    model.graph.register_initializer(value)
+    return value
+
+
+def save(model: ir.Model, folder: Path) -> None:
+    """Write ``model.onnx`` into the folder, with ``model.onnx.data`` beside it when the weights are large."""
+    large = weight_bytes(model) > EXTERNAL_DATA_BYTES
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data" if large else None)
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+def _name_dimensions(model: ir.Model) -> None:
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    names = {str(ids.shape[0]): "rows", str(ids.shape[1]): "seq"}
+    values = {*model.graph.inputs, *(output for node in model.graph for output in node.outputs)}
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dimension, names) for dimension in value.shape])
+
+
+def _renamed(dimension: int | ir.SymbolicDim, names: dict[str, str]) -> int | ir.SymbolicDim:
+    if isinstance(dimension, int):
+        return dimension
+    return ir.SymbolicDim(names.get(str(dimension), str(dimension)))

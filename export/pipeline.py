@@ -1,0 +1,184 @@
+"""The export, straight down: load -> trace -> optimise -> quantise -> verify -> publish."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from export.chat import chat_template
+from export.decoder import trace
+from export.loading import limit, load_model
+from export.manifest import TASK, Serving, config_pbtxt, write_manifest
+from export.optimize import optimize, save
+from export.probe import architecture, probe
+from export.quantize import quantize_int8
+from export.reference import Reference, make_prompts, prompt_lengths, run_reference
+from export.repository import CONFIG, Repository, Staging, check_name, translated
+from export.runtime import SlotRuntime
+from export.source import Source, resolve
+from export.tokenizer import SAMPLE, load_tokenizer, special_tokens, write_tokenizer
+from export.verify import BATCH, verify
+
+STAGES = ("load", "trace", "optimise", "quantise", "verify", "publish")
+PRECISIONS = ("fp32", "int8")
+TEMPLATE = "chat_template.jinja"
+STEPS = 12
+
+# Called with a stage of STAGES and a fraction of it (0.0 … 1.0) or a text about it.
+Progress = Callable[[str, float | str], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export, how, and to where. ``max_len`` None: the model's positions, at most 2048."""
+
+    model: str
+    repository: Path
+    name: str | None = None
+    precision: str = "fp32"
+    chat_template: Path | None = None
+    max_len: int | None = None
+    revision: str | None = None
+    serving: Serving = field(default_factory=Serving)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A published version. ``path`` is its folder, ``parity`` the manifest's block of that name."""
+
+    name: str
+    version: str
+    path: Path
+    precision: str
+    parity: dict[str, Any]
+    task: str = TASK
+
+    def document(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "path": str(self.path),
+            "task": self.task,
+            "precision": self.precision,
+            "parity": self.parity,
+        }
+
+
+def export_model(options: ExportOptions, progress: Progress = lambda stage, state: None) -> Exported:
+    """Export a checkpoint and publish it as the next version of its name.
+
+    Raises:
+        ExportError: anything that a person can mend; nothing has been published then.
+    """
+    name = check_name(options.name if options.name is not None else default_name(options.model))
+    progress("load", 0.0)
+    repository = Repository(options.repository.expanduser().absolute())
+    repository.require_writable()
+    source = resolve(options.model, options.revision, lambda text: progress("load", text))
+    max_len = limit(source, options.max_len)
+    with repository.staging(name) as staging:
+        repository.require_space(space_needed(source, options.precision))
+        draft = build(source, options, max_len, staging, progress)
+        progress("verify", 0.0)
+        runtime = SlotRuntime(staging.folder / "model.onnx", BATCH)
+        parity = verify(
+            runtime, draft.references, options.precision, draft.chunk, lambda done: progress("verify", done)
+        )
+        progress("publish", 0.0)
+        with translated(options.repository):
+            describe(source, options, max_len, staging, draft, parity)
+        path = repository.publish(staging, lambda text: progress("publish", text))
+    progress("publish", 1.0)
+    return Exported(name, str(staging.version), path, options.precision, parity)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is known once the artefact is on disk: the manifest's facts, and what to verify the artefact against."""
+
+    family: str
+    graph: dict[str, Any]
+    tokens: dict[str, Any]
+    chat: bool
+    references: list[Reference]
+    chunk: int
+
+
+def build(source: Source, options: ExportOptions, max_len: int, staging: Staging, progress: Progress) -> Draft:
+    """Load, trace, optimise and quantise; leaves model, tokenizer and chat template in the staging folder."""
+    tokenizer = load_tokenizer(source)
+    model = load_model(source)
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    layout = probe(model)
+    tokens = special_tokens(source, tokenizer, vocab_size)
+    template = chat_template(source, tokenizer, options.chat_template, tokens)
+    progress("load", 0.3)
+    # transformers speaks first, before its model is touched. The chunk is small enough that prompts take several.
+    chunk = max(1, min(options.serving.prefill_chunk, max_len // 4))
+    steps = min(STEPS, max_len // 4)
+    text = [token for token in tokenizer.encode(SAMPLE) if token < vocab_size]
+    prompts = make_prompts(prompt_lengths(max_len, chunk, steps), vocab_size, text)
+    references = run_reference(model, prompts, steps, lambda done: progress("load", 0.3 + 0.7 * done))
+    progress("trace", 0.0)
+    graph = trace(model, layout, max_len)
+    progress("optimise", 0.0)
+    optimize(graph)
+    if options.precision == "int8":
+        progress("quantise", 0.0)
+        quantize_int8(graph)
+    with translated(options.repository):
+        save(graph, staging.folder)
+        write_tokenizer(tokenizer, staging.folder / "tokenizer.json")
+        if template is not None:
+            (staging.folder / TEMPLATE).write_text(template, encoding="utf-8")
+    facts = {
+        "layers": len(layout.layers),
+        "kv_heads": layout.kv_heads,
+        "head_dim": layout.head_dim,
+        "kv_dtype": "float32",
+        "vocab_size": references[0].logits.shape[1],
+        "max_len": max_len,
+    }
+    return Draft(architecture(model), facts, tokens.manifest(), template is not None, references, chunk)
+
+
+def describe(
+    source: Source, options: ExportOptions, max_len: int, staging: Staging, draft: Draft, parity: dict[str, Any]
+) -> None:
+    """Write manifest.json and config.pbtxt into the staging folder."""
+    body = {
+        "name": staging.name,
+        "version": str(staging.version),
+        "task": TASK,
+        "architecture": draft.family,
+        "precision": options.precision,
+        "source": {"id": source.id, "revision": source.revision, "sha256": source.sha256()},
+        "graph": draft.graph,
+        "tokens": draft.tokens,
+        "chat_template": TEMPLATE if draft.chat else None,
+        "limits": {"max_len": max_len},
+        "parity": parity,
+    }
+    write_manifest(staging.folder, body)
+    config = config_pbtxt(staging.name, options.precision, max_len, draft.chat, options.serving)
+    (staging.model / CONFIG).write_text(config, encoding="utf-8")
+
+
+def default_name(model: str) -> str:
+    """A model name from a Hub id or a folder: its last part, with dashes for what a name cannot hold."""
+    folder = Path(model).expanduser()
+    last = folder.resolve().name if folder.is_dir() else model.rsplit("/", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
+
+
+def space_needed(source: Source, precision: str) -> int:
+    """Bytes that the entry may take, with a margin. In int8 the embeddings stay fp32 and tied ones are stored twice."""
+    elements = source.parameters()
+    width = int(source.config.get("hidden_size") or source.config.get("n_embd") or 0)
+    embedding = int(source.config.get("vocab_size") or 0) * width
+    weights = 4 * elements if precision == "fp32" else elements + 5 * embedding
+    return int(1.1 * weights) + 32_000_000

@@ -1,0 +1,104 @@
+"""The one operator between torch and ONNX Runtime: attention over a slot's past, which it extends in place.
+
+While tracing it is a torch custom operator that knows only its shapes; in the graph it is ``GroupQueryAttention`` of
+ONNX Runtime's domain ``com.microsoft``.
+Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GroupQueryAttention
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import values
+
+
+def _slot_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past_key: torch.Tensor,
+    past_value: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    total_sequence_length: torch.Tensor,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+    softcap: float,
+    local_window_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stand-in for GroupQueryAttention while tracing; query, key and value are [rows, seq, heads × head_dim]."""
+    raise NotImplementedError("slot_attention exists for tracing; ONNX Runtime runs it as GroupQueryAttention")
+
+
+def _slot_attention_shapes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past_key: torch.Tensor,
+    past_value: torch.Tensor,
+    *_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value)
+
+
+slot_attention = torch.library.custom_op("truthgpt::slot_attention", _slot_attention, mutates_args=())
+slot_attention.register_fake(_slot_attention_shapes)
+
+
+def _schema() -> onnx.defs.OpSchema:
+    # onnxscript knows no schemas of com.microsoft; without one it cannot tell inputs from attributes.
+    schema = onnx.defs.OpSchema
+    tensors = ("query", "key", "value", "past_key", "past_value")
+    lengths = ("seqlens_k", "total_sequence_length")
+    outputs = ("output", "present_key", "present_value")
+    integer, real = schema.AttrType.INT, schema.AttrType.FLOAT
+    return schema(
+        "GroupQueryAttention",
+        "com.microsoft",
+        1,
+        "",
+        inputs=[
+            *(schema.FormalParameter(name, "T") for name in tensors),
+            *(schema.FormalParameter(name, "M") for name in lengths),
+        ],
+        outputs=[schema.FormalParameter(name, "T") for name in outputs],
+        type_constraints=[("T", ["tensor(float)"], ""), ("M", ["tensor(int32)"], "")],
+        attributes=[
+            schema.Attribute("num_heads", integer, "", required=True),
+            schema.Attribute("kv_num_heads", integer, "", required=True),
+            schema.Attribute("scale", real, "", required=False),
+            schema.Attribute("softcap", real, "", required=False),
+            schema.Attribute("local_window_size", integer, "", required=False),
+        ],
+    )
+
+
+_GROUP_QUERY_ATTENTION = values.Op(values.Opset("com.microsoft", 1), "GroupQueryAttention", _schema())
+
+
+def _translate(
+    query: Any,
+    key: Any,
+    value: Any,
+    past_key: Any,
+    past_value: Any,
+    seqlens_k: Any,
+    total_sequence_length: Any,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+    softcap: float,
+    local_window_size: int,
+) -> Any:
+    tensors = (query, key, value, past_key, past_value, seqlens_k, total_sequence_length)
+    attributes: dict[str, int | float] = {"num_heads": num_heads, "kv_num_heads": kv_num_heads, "scale": scale}
+    if softcap:
+        attributes["softcap"] = softcap
+    if local_window_size > 0:
+        attributes["local_window_size"] = local_window_size
+    return _GROUP_QUERY_ATTENTION(*tensors, **attributes)
+
+
+TRANSLATION = {torch.ops.truthgpt.slot_attention.default: _translate}

@@ -1,0 +1,47 @@
+"""Checkpoints and entries that several tests look at; they are made once and must not be changed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from export.manifest import Serving
+from export.pipeline import Exported, ExportOptions, export_model
+from tests.export.checkpoints import write_gpt2, write_llama
+
+# torch's structured trace sends thousands of empty debug records to whoever listens, and pytest does.
+logging.getLogger("torch.__trace").propagate = False
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 checkpoint without a chat template."""
+    return write_gpt2(tmp_path_factory.mktemp("checkpoints") / "tiny-gpt2")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint with a chat template and grouped key/value heads."""
+    return write_llama(tmp_path_factory.mktemp("checkpoints") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def published(gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The tiny GPT-2, exported in fp32."""
+    return export_model(ExportOptions(str(gpt2), tmp_path_factory.mktemp("repository")))
+
+
+@pytest.fixture(scope="session")
+def published_llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The tiny Llama, exported in int8 with serving options of its own."""
+    options = ExportOptions(
+        str(llama),
+        tmp_path_factory.mktemp("repository"),
+        name="llama-int8",
+        precision="int8",
+        max_len=96,
+        serving=Serving(slots=4, prefill_chunk=16, max_queue=7),
+    )
+    return export_model(options)
