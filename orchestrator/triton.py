@@ -163,7 +163,7 @@ class Triton:
         try:
             if response.status == 200 and response.content_type == "text/event-stream":
                 return response
-            # Triton answers an early failure with a plain body, sometimes with status 200: the body decides.
+            # An early failure is a plain body, even with status 200, or one event with status 400: the body decides.
             text = await self._within(lambda: _read_body(response), attendance, deadline)
         except BaseException:
             response.close()
@@ -351,7 +351,8 @@ async def _read_body(response: aiohttp.ClientResponse) -> bytes:
 
 def _error_of(body: bytes, status: int) -> TruthGPTError:
     """Our error for an error body of Triton's: our backend's kinds first, then Triton's own sentences."""
-    fields = _json(body)
+    events = EventParser(_BODY_LIMIT_BYTES).feed(body) if body.startswith(b"data:") else []
+    fields = _json(events[0] if events else body)
     if not isinstance(fields, dict) or "error" not in fields:
         return UpstreamError(f"Triton answered with status {status} and no error of its own")
     message = str(fields["error"])
@@ -368,7 +369,7 @@ def _of_kind(kind: str, text: str) -> TruthGPTError:
     match kind:
         case "invalid_argument":
             # Our backend starts with the parameter's name, which is what OpenAI clients look for.
-            name = re.match(r"(max_tokens|messages|stop|seed|top_k|top_p|temperature)\b", text)
+            name = re.match(r"(max_tokens|messages|prompt|stop|seed|top_k|top_p|temperature)(?:_token_ids)?\b", text)
             return InvalidRequest(Text(text, f"El modelo rechazó la petición: {text}"), name[1] if name else None)
         case "resource_exhausted":
             return Overloaded(text)

@@ -157,9 +157,10 @@ class FakeTriton:
                     writer.transport.abort()
                     return False
                 elif isinstance(step, bytes):
-                    if not started:  # Triton, too, sends the head with the first response only
+                    if not started:  # Triton, too, sends the head with the first response, whose kind sets the status
+                        status = 400 if step.startswith(b'data: {"error"') else self.status
                         writer.write(
-                            f"HTTP/1.1 {self.status} X\r\nContent-Type: {self.content_type}\r\n"
+                            f"HTTP/1.1 {status} X\r\nContent-Type: {self.content_type}\r\n"
                             "Transfer-Encoding: chunked\r\n\r\n".encode()
                         )
                         started = True
