@@ -1,4 +1,4 @@
-"""A small client of a gateway's HTTP API, for the command line: blocking, standard library only, one request a connection."""
+"""A small client of a gateway's HTTP API: blocking, standard library only, one request a connection."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from orchestrator.sse import EventParser
 
 _BODY_LIMIT_BYTES = 8 << 20
+_TRY_AGAIN = "`truthgpt status` shows whether the stack is well; try again"
 
 
 class GatewayError(Exception):
@@ -35,7 +36,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer. `ttft_s` and `latency_s` are seconds from sending the request to the first text and to the end."""
+    """A whole answer. `ttft_s` and `latency_s`: seconds from sending the request to its first text and to its end."""
 
     text: str
     finish_reason: str
@@ -55,7 +56,8 @@ class GatewayClient:
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError(url)
         except ValueError as error:
-            raise GatewayError(f"{url} is not the URL of a gateway", "give one such as http://127.0.0.1:8080") from error
+            hint = "give one such as http://127.0.0.1:8080"
+            raise GatewayError(f"{url} is not the URL of a gateway", hint) from error
         self.url = url
         self._scheme, self._host, self._prefix = parts.scheme, parts.hostname, parts.path.rstrip("/")
         self._timeout_s = timeout_s
@@ -74,7 +76,8 @@ class GatewayClient:
     def models(self) -> list[str]:
         """Names of the models that it serves. Raises GatewayError."""
         rows = self._get("/v1/models").get("data")
-        return [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row] if isinstance(rows, list) else []
+        rows = rows if isinstance(rows, list) else []
+        return [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Piece]:
         """The pieces of a streamed (chat) completion. Raises GatewayError, also for an error inside the stream."""
@@ -172,13 +175,14 @@ class _Exchange:
     def _failed(self, error: Exception) -> GatewayError:
         url = self._client.url
         if isinstance(error, TimeoutError):
-            return GatewayError(f"{url} did not answer in time", "`truthgpt doctor` looks for the cause; --timeout waits longer")
+            hint = "`truthgpt doctor` looks for the cause; --timeout waits longer"
+            return GatewayError(f"{url} did not answer in time", hint)
         if isinstance(error, http.client.IncompleteRead):
             return _cut_off()
         if not isinstance(error, OSError):
             return _nonsense(url)
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return GatewayError(f"the connection to {url} failed: {why}", "`truthgpt status` shows whether a stack is running")
+        return GatewayError(f"the connection to {url} failed: {why}", "`truthgpt status` shows whether a stack runs")
 
 
 def _piece(event: bytes, url: str) -> Piece:
@@ -186,7 +190,7 @@ def _piece(event: bytes, url: str) -> Piece:
     if not isinstance(fields, dict):
         raise _nonsense(url)
     if "error" in fields:
-        raise GatewayError(_message(fields) or "the model failed", "`truthgpt status` shows whether the stack is well; try again")
+        raise GatewayError(_message(fields) or "the model failed", _TRY_AGAIN)
     try:
         usage = fields.get("usage")
         counts = (int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if usage else None
@@ -218,7 +222,7 @@ def _message(fields: object) -> str:
 
 
 def _cut_off() -> GatewayError:
-    return GatewayError("the answer ended before it was complete", "`truthgpt status` shows whether the stack is well; try again")
+    return GatewayError("the answer ended before it was complete", _TRY_AGAIN)
 
 
 def _nonsense(url: str) -> GatewayError:

@@ -113,10 +113,9 @@ def get(repository: Path, name: str) -> Entry:
     for entry in entries:
         if entry.name == name:
             return entry
-    raise ModelsError(
-        f"there is no model {name} in {repository}",
-        f"it has {', '.join(e.name for e in entries)}" if entries else "it is empty; export a model with `truthgpt export`",
-    )
+    have = ", ".join(entry.name for entry in entries)
+    hint = f"it has {have}" if entries else "it is empty; export a model with `truthgpt export`"
+    raise ModelsError(f"there is no model {name} in {repository}", hint)
 
 
 def _entry(folder: Path) -> Entry:
@@ -158,9 +157,8 @@ def choose(settings: Settings, names: Sequence[str]) -> Choice:
     if not source.startswith(("profile", "default")):
         if wanted == DEMO and not names:
             return Choice(DEMO, export_demo=True)
-        raise ModelsError(
-            f"the model {wanted} ({source}) is not in {settings.model_repository}", f"export it first: {_how_to(wanted)}"
-        )
+        message = f"the model {wanted} ({source}) is not in {settings.model_repository}"
+        raise ModelsError(message, f"export it first: {_how_to(wanted)}")
     missing = f"{wanted} ({source}) is not exported"
     if not names:
         return Choice(DEMO, export_demo=True, note=f"{missing}: serving the demo model")

@@ -2,7 +2,7 @@
 
 https://protobuf.dev/reference/protobuf/textformat-spec/. A message becomes a dict from field name to the list of its
 values, in order: str for strings (adjacent ones joined) and names such as TYPE_BOOL (as `Name`), bool, int, float, or a
-dict for a message. Extensions, `Any` and byte escapes outside UTF-8 are refused: Triton's ModelConfig needs none of them.
+dict for a message. Extensions, `Any` and byte escapes outside UTF-8 are refused: Triton's ModelConfig needs none.
 """
 
 from __future__ import annotations

@@ -1,0 +1,169 @@
+"""`truthgpt models`: what lies in the model repository, and what of it is served."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.cli.base import Command, CommandError, Group, json_option, print_json, settings_options
+from orchestrator.settings import Settings
+
+if TYPE_CHECKING:
+    from orchestrator.models import Entry, Version
+
+
+@click.group("models", cls=Group)
+def models() -> None:
+    """List, show and remove exported models."""
+
+
+_LIST_EPILOG = """\b
+Examples:
+  truthgpt models list
+  truthgpt models list --json
+"""
+
+
+@models.command("list", cls=Command, epilog=_LIST_EPILOG)
+@json_option
+@settings_options("model_repository", "home")
+def list_models(settings: Settings, as_json: bool) -> None:
+    """List every version of every model, newest version first.
+
+    \b
+    STATE  READY        served by the running stack and answering
+           UNAVAILABLE  served by the running stack and not answering now
+           NOT_LOADED   on disk only
+           INVALID      its manifest.json cannot be read
+    """
+    from orchestrator import models as repository
+
+    served = _served(settings)
+    rows = []
+    for entry in repository.read(settings.model_repository):
+        for version in entry.versions:
+            row = {"name": entry.name, "version": str(version.number), "task": version.fact("task")}
+            rows.append(row | {"precision": version.fact("precision"), "state": _state(version, served)})
+    if as_json:
+        print_json(rows)
+    elif not rows:
+        click.echo(f"{settings.model_repository} has no models; `truthgpt export` adds one", err=True)
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for title in ("NAME", "VERSION", "TASK", "PRECISION", "STATE"):
+            table.add_column(title, overflow="fold")
+        for row in rows:
+            table.add_row(*(value or "?" for value in row.values()))
+        Console(markup=False, highlight=False).print(table)
+
+
+_SHOW_EPILOG = """\b
+Examples:
+  truthgpt models show demo
+  truthgpt models show demo --version 1 --json
+"""
+
+
+@models.command("show", cls=Command, epilog=_SHOW_EPILOG)
+@click.argument("name")
+@click.option("--version", "number", type=click.IntRange(min=1), metavar="N", help="A version.  [default: the newest]")
+@json_option
+@settings_options("model_repository", "home")
+def show(settings: Settings, name: str, number: int | None, as_json: bool) -> None:
+    """Explain a model: where it came from, how exact it is, how it batches."""
+    from orchestrator import models as repository
+    from orchestrator.cli import describe
+
+    entry = repository.get(settings.model_repository, name)
+    version = entry.newest if number is None else entry.version(number)
+    parameters = repository.parameters(entry.config())
+    state = _state(version, _served(settings))
+    if as_json:
+        print_json({
+            "name": name, "version": str(version.number), "path": str(version.folder), "state": state,
+            "manifest": version.manifest, "parameters": parameters,
+        })  # fmt: skip
+        return
+    if version.manifest is None:
+        path = version.folder / "manifest.json"
+        raise CommandError(f"{path} cannot be read: {version.fault}", f"export {name} again")
+    click.echo("\n".join(describe.lines(version, version.manifest, parameters, state)))
+
+
+_REMOVE_EPILOG = """\b
+Examples:
+  truthgpt models remove old-model
+  truthgpt models remove demo --version 1 --yes
+"""
+
+
+@models.command("remove", cls=Command, epilog=_REMOVE_EPILOG)
+@click.argument("name")
+@click.option("--version", "number", type=click.IntRange(min=1), metavar="N", help="Remove this version only.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@json_option
+@settings_options("model_repository", "home")
+def remove(settings: Settings, name: str, number: int | None, yes: bool, as_json: bool) -> None:
+    """Remove a model or one of its versions from the repository. What is served is never removed."""
+    from orchestrator import models as repository
+
+    entry = repository.get(settings.model_repository, name)
+    removed = list(entry.versions) if number is None else [entry.version(number)]
+    _refuse_served(settings, entry, removed)
+    what = f"{name} ({', '.join(f'version {version.number}' for version in removed)})"
+    if not yes:
+        _ask(what)
+    paths = repository.remove(settings.model_repository, entry, number)
+    if as_json:
+        print_json({
+            "name": name, "versions": [str(version.number) for version in removed], "paths": [str(p) for p in paths],
+        })  # fmt: skip
+    else:
+        click.echo(f"removed {what}")
+
+
+def _ask(what: str) -> None:
+    """Let a person agree. Raises CommandError when they do not, or when there is nobody to ask."""
+    try:
+        agreed = click.confirm(f"Remove {what} for good?", err=True)
+    except click.Abort as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        raise CommandError("nobody is there to agree", "give --yes to remove without being asked") from error
+    if not agreed:
+        raise CommandError("nothing was removed", "answer y, or give --yes")
+
+
+def _refuse_served(settings: Settings, entry: Entry, removed: list[Version]) -> None:
+    from orchestrator.cli import stack
+
+    found = stack.running(settings)
+    versions = {version.number for version in removed}
+    served = _served(settings)
+    in_use = any((entry.name, str(number)) in served for number in versions)
+    # The stack's own model counts even while it does not answer, and so does another home's.
+    newest = entry.newest.number in versions
+    if in_use or (newest and found is not None and found.model == entry.name):
+        raise CommandError(f"{entry.name} is served by the running stack", "stop it first with `truthgpt down`")
+    pid = stack.server_of(settings.model_repository, entry.name)
+    if newest and pid is not None:
+        raise CommandError(f"{entry.name} is served by a Triton server (process {pid})", "stop that stack first")
+
+
+def _served(settings: Settings) -> dict[tuple[str, str], dict[str, Any]]:
+    """What the running stack says of each (model, version); nothing when none runs or it does not answer."""
+    from orchestrator.cli import stack
+
+    rows = stack.report(settings)["models"]
+    return {(str(row.get("name")), str(row.get("version"))): row for row in rows}
+
+
+def _state(version: Version, served: dict[tuple[str, str], dict[str, Any]]) -> str:
+    row = served.get((version.name, str(version.number)))
+    if row is not None:
+        return str(row["state"])
+    return "NOT_LOADED" if version.manifest is not None else "INVALID"

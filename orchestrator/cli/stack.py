@@ -1,0 +1,95 @@
+"""The stack of a home as commands see it: found by its state file, asked through its gateway."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from orchestrator.cli.base import CommandError
+from orchestrator.client import GatewayClient, GatewayError
+from orchestrator.local import state
+from orchestrator.settings import Settings, mask_url
+
+ASK_S = 3.0
+
+
+def running(settings: Settings) -> state.State | None:
+    """The state of the running stack, None when there is none."""
+    found = state.read(settings.home)
+    return found if found is not None and found.running else None
+
+
+def require(settings: Settings) -> state.State:
+    """The state of the running stack. Raises CommandError when there is none."""
+    found = running(settings)
+    if found is None:
+        raise CommandError(f"no stack is running from {settings.home}", "start one with `truthgpt up --detach`")
+    return found
+
+
+def addresses(found: state.State) -> dict[str, object]:
+    """What `up --json` prints of a stack."""
+    return {
+        "http": found.http, "grpc": found.grpc, "ops": found.ops, "triton_http": found.triton_http,
+        "triton_grpc": found.triton_grpc, "redis": mask_url(found.redis), "pid": found.pid,
+    }  # fmt: skip
+
+
+def report(settings: Settings) -> dict[str, Any]:
+    """What `status --json` prints: `ready`, `models`, `triton`, `redis`, `uptime_s`, and what else is known.
+
+    Values that nobody can tell are null. `detail` says in one sentence why the stack is not ready.
+    """
+    found = running(settings)
+    empty: dict[str, Any] = {"ready": False, "models": [], "triton": {"url": None, "up": None}}
+    empty |= {"redis": {"url": None, "up": None}, "uptime_s": None, "running": found is not None}
+    if found is None:
+        return empty | {"detail": f"no stack is running from {settings.home}"}
+    empty["uptime_s"] = round(max(0.0, time.time() - found.started), 1)
+    empty["triton"]["url"], empty["redis"]["url"] = found.triton_http, mask_url(found.redis)
+    known = {"pid": found.pid, "http": found.http, "home": str(Path(settings.home).absolute())}
+    try:
+        health = GatewayClient(found.http, ASK_S).health()
+    except GatewayError as error:
+        return empty | known | {"detail": f"the gateway does not answer: {error}"}
+    models = [row | {"state": "READY" if row.get("ready") else "UNAVAILABLE"} for row in rows(health)]
+    reasons = [f"{row.get('name')}: {row.get('reason') or 'not ready'}" for row in models if not row.get("ready")]
+    ready = health.get("ready") is True
+    detail = "" if ready else "; ".join(reasons) or ("draining" if health.get("draining") else "no model is served")
+    return empty | known | {
+        "ready": ready,
+        "models": models,
+        "triton": empty["triton"] | _object(health.get("triton")),
+        "redis": empty["redis"] | _object(health.get("redis")),
+        "in_flight": health.get("in_flight"),
+        "detail": detail,
+    }  # fmt: skip
+
+
+def rows(health: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models in a gateway's deep health."""
+    models = health.get("models")
+    return [row for row in models if isinstance(row, dict)] if isinstance(models, list) else []
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def server_of(repository: Path, model: str) -> int | None:
+    """Process of a tritonserver, of any home, that was told to load this model of this repository."""
+    import psutil
+
+    wanted = {f"--model-repository={repository.resolve()}", f"--load-model={model}"}
+    for process in psutil.process_iter(["cmdline"]):
+        if wanted <= set(process.info["cmdline"] or ()):
+            return int(process.pid)
+    return None
+
+
+def flags(settings: Settings) -> str:
+    """What a later command needs to find this stack: ` --home PATH` if it was given as a flag, else nothing."""
+    chosen = settings.sources()["home"].startswith("flag")
+    return f" --home {os.path.relpath(settings.home)}" if chosen else ""

@@ -1,0 +1,56 @@
+"""`truthgpt status`: whether a stack runs, what it serves and how it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from orchestrator.cli.base import Command, json_option, print_json, settings_options
+from orchestrator.settings import Settings
+
+_EPILOG = """\b
+Examples:
+  truthgpt status
+  truthgpt status --json
+  until truthgpt status --json >/dev/null; do sleep 1; done
+"""
+
+
+@click.command("status", cls=Command, epilog=_EPILOG)
+@json_option
+@settings_options("home")
+def status(settings: Settings, as_json: bool) -> None:
+    """Show the running stack. Exit code 0 if it is ready to serve, 1 if not or if nothing runs."""
+    from orchestrator.cli import stack
+
+    found = stack.report(settings)
+    if as_json:
+        print_json(found)
+    else:
+        _show(found)
+    if not found["ready"]:
+        if not as_json:
+            click.echo(f"error: {found['detail']}", err=True)
+            what = "`truthgpt doctor` looks for the cause" if found["running"] else "`truthgpt up --detach` starts one"
+            click.echo(f"hint: {what}", err=True)
+        raise click.exceptions.Exit(1)
+
+
+def _show(found: dict[str, Any]) -> None:
+    if not found["running"]:
+        return
+    word = "ready" if found["ready"] else "not ready"
+    click.echo(f"{word}, up for {_duration(found['uptime_s'])}, {found['http']} (process {found['pid']})")
+    for row in found["models"]:
+        load = f", {row['running']} running, {row['waiting']} waiting, {row['slots']} slots" if "slots" in row else ""
+        click.echo(f"  model   {row['name']} version {row['version']}: {row['state']}{load}")
+    for name in ("triton", "redis"):
+        up = {True: "up", False: "away", None: "unknown"}[found[name]["up"]]
+        click.echo(f"  {name:<7} {up}, {found[name]['url']}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

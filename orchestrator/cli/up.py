@@ -1,0 +1,57 @@
+"""`truthgpt up`: choose a model, export the demo model if there is none, start the stack, say hello."""
+
+from __future__ import annotations
+
+import click
+
+from orchestrator.cli.base import Command, CommandError, json_option, settings_options
+from orchestrator.settings import Settings
+
+_EPILOG = """\b
+Examples:
+  truthgpt up
+  truthgpt up --hello
+  truthgpt up --detach --json
+  truthgpt up --model DialoGPT-small --http-port 8090 --home /srv/truthgpt
+"""
+
+
+@click.command("up", cls=Command, epilog=_EPILOG, short_help="Start the stack and serve until Ctrl-C.")
+@click.option("--detach", "-d", is_flag=True, help="Return when the stack is ready and leave it running.")
+@click.option("--hello", is_flag=True, help="Send one prompt when ready and show the streamed answer.")
+@click.option("--background", is_flag=True, hidden=True)
+@json_option
+@settings_options(
+    "model", "model_repository", "home", "environment", "host", "http_port", "grpc_port", "ops_port",
+    "triton_http_port", "triton_grpc_port", "triton_metrics_port", "precision", "device", "log_level",
+    "drain_s", "start_timeout_s",
+)  # fmt: skip
+def up(settings: Settings, detach: bool, hello: bool, background: bool, as_json: bool) -> None:
+    """Start Triton, Redis and the gateway, and serve until Ctrl-C.
+
+    Serves the model of the settings (TRUTHGPT_MODEL or --model). While the profile's model is not exported, the demo
+    model is served; into an empty repository it is exported first. Every other setting comes from the environment or
+    truthgpt.toml: see `truthgpt config show`.
+
+    Ctrl-C lets running requests end and stops everything; a second one does not wait for them.
+    """
+    from orchestrator import models
+    from orchestrator.cli import demo, launch, stack
+    from orchestrator.cli.progress import Progress
+
+    found = stack.running(settings)
+    if found is not None:
+        raise CommandError(
+            f"a stack is already running from {settings.home} (process {found.pid}, {found.http})",
+            f"`truthgpt status{stack.flags(settings)}` shows it, `truthgpt down{stack.flags(settings)}` stops it",
+        )
+    choice = models.choose(settings, [entry.name for entry in models.read(settings.model_repository)])
+    if choice.note:
+        click.echo(choice.note, err=True)
+    if choice.export_demo:
+        demo.export(settings)
+    with Progress() as progress:
+        if detach:
+            launch.detached(settings, choice.model, progress, as_json=as_json, hello=hello)
+        else:
+            launch.foreground(settings, choice.model, progress, as_json=as_json, hello=hello, quiet=background)

@@ -1,0 +1,84 @@
+"""What a person sees when the stack is ready: a first answer, the addresses, and what to try next."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from orchestrator.cli import ask, stack
+from orchestrator.cli.base import print_json
+from orchestrator.cli.demo import HELLO
+from orchestrator.client import GatewayClient, GatewayError
+from orchestrator.local.state import State
+from orchestrator.settings import Settings
+
+HELLO_TIMEOUT_S = 60.0
+HELLO_TOKENS = 60
+
+_TEXT = """\
+TruthGPT serves {model}.
+  OpenAI API  {http}/v1
+  health      {http}/health
+  Triton      {triton_http} (HTTP), {triton_grpc} (gRPC)
+  Redis       {redis}
+  logs        {logs}
+
+Try next, in another shell:
+{command} generate "What is TruthGPT?"{flags}
+
+curl -N {http}/v1/chat/completions -H 'content-type: application/json' \\
+  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hola, ¿cómo estás?"}}], "stream": true}}'
+
+Or in Python:
+from openai import OpenAI
+client = OpenAI(base_url="{http}/v1", api_key="none")
+messages = [{{"role": "user", "content": "Tell me about TruthGPT"}}]
+for chunk in client.chat.completions.create(model="{model}", messages=messages, stream=True):
+    print(chunk.choices[0].delta.content or "", end="", flush=True)
+
+To stop: {stop}
+"""
+
+
+def present(settings: Settings, found: State, as_json: bool, hello: bool, detached: bool) -> bool:
+    """Say hello if asked, then print the addresses. False when the stack did not answer the greeting."""
+    answered = _greet(found, show=not as_json) if hello else True
+    if as_json:
+        print_json(stack.addresses(found))
+        return answered
+    flags = stack.flags(settings)
+    command = _command()
+    down = f"{command} down{flags}"
+    facts = stack.addresses(found) | {"model": found.model, "logs": settings.home.absolute() / "logs"}
+    facts |= {"flags": flags, "command": command, "stop": down if detached else f"Ctrl-C, or `{down}`"}
+    click.echo(_TEXT.format(**facts), nl=False)
+    return answered
+
+
+def _command() -> str:
+    """How this command can be called again: by its name if the shell finds it, else by its path."""
+    path = Path(sys.argv[0])
+    if path.name != "truthgpt":
+        return f"{sys.executable} -m orchestrator.cli"
+    return "truthgpt" if shutil.which("truthgpt") else os.path.relpath(path)
+
+
+def _greet(found: State, show: bool) -> bool:
+    """Send one prompt and show the answer as it comes. An error is told; the stack goes on."""
+    client = GatewayClient(found.http, HELLO_TIMEOUT_S)
+    try:
+        question = ask.Question(HELLO, found.model, chat=ask.has_chat(client, found.model), max_tokens=HELLO_TOKENS)
+        if show:
+            click.echo(f"> {HELLO}")
+        ask.ask(client, question, (lambda text: click.echo(text, nl=False)) if show else None)
+        if show:
+            click.echo("\n")
+    except GatewayError as error:
+        click.echo(f"error: the stack is ready but its first answer failed: {error}", err=True)
+        click.echo(f"hint: {error.hint}", err=True)
+        return False
+    return True

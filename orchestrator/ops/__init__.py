@@ -1,0 +1,1 @@
+"""What keeps a deployment healthy, apart from the request path."""

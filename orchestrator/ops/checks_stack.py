@@ -1,0 +1,156 @@
+"""Checks of the stack: its model, its Redis, its gateway, and what a killed one left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from typing import Any
+
+from orchestrator import models
+from orchestrator.client import GatewayClient, GatewayError
+from orchestrator.local import redisserver, state, tritonserver
+from orchestrator.local.process import alive
+from orchestrator.ops import entrycheck
+from orchestrator.ops.finding import Deployment, Finding
+from orchestrator.ops.stopping import lock_holder
+from orchestrator.settings import mask_url
+
+ASK_S = 3.0
+
+
+def check_choice(deployment: Deployment) -> Finding:
+    """There is a model to serve, or the demo model can be exported."""
+    try:
+        choice = deployment.choice()
+    except models.ModelsError as error:
+        return Finding("model", False, str(error), error.hint)
+    if choice.export_demo:
+        return _demo_can_be_exported()
+    return Finding("model", True, f"`truthgpt up` will serve {choice.model}")
+
+
+def check_model(deployment: Deployment) -> Finding:
+    """The model is exported, and if a stack runs, ready."""
+    stack = deployment.stack
+    if stack is None:
+        return check_choice(deployment)
+    choice = deployment.choice()
+    try:
+        rows = GatewayClient(stack.http, ASK_S).health().get("models")
+    except GatewayError:
+        return Finding("model", False, f"nobody can tell whether {choice.model} is ready", "mend the gateway first")
+    rows = rows if isinstance(rows, list) else []
+    row: dict[str, Any] = next((row for row in rows if row.get("name") == choice.model), {})
+    if not row.get("ready"):
+        logs = deployment.settings.home / "logs"
+        hint = f"it is restarted by itself; if it stays so, see {logs / 'triton.log'} and {logs / 'supervisor.log'}"
+        return Finding("model", False, f"{choice.model} is not ready: {row.get('reason') or 'it is not served'}", hint)
+    return Finding("model", True, f"{choice.model} version {row.get('version')} is ready")
+
+
+def _demo_can_be_exported() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        detail = "no model is exported, and exporting needs torch, which is not installed"
+        return Finding("model", False, detail, "pip install 'truthgpt[export]', or copy an exported model there")
+    return Finding("model", True, "no model is exported yet; `truthgpt up` exports the demo model first")
+
+
+def check_entry(deployment: Deployment) -> Finding:
+    """Every file of the model has the manifest's SHA-256, and config.pbtxt agrees with it."""
+    try:
+        choice = deployment.choice()
+    except models.ModelsError:
+        return Finding("entry", True, "no model to look at, see the check of the model")
+    if choice.export_demo:
+        return Finding("entry", True, "no model is exported yet")
+    try:
+        entry = models.get(deployment.settings.model_repository, choice.model)
+    except models.ModelsError as error:
+        return Finding("entry", False, str(error), error.hint)
+    found = entrycheck.problems(entry)
+    if found:
+        hint = f"export {entry.name} again, or go back with `truthgpt models remove {entry.name} --version N`"
+        return Finding("entry", False, "; ".join(found), hint)
+    detail = f"{entry.name} version {entry.newest.number} is intact"
+    tools = (entry.newest.manifest or {}).get("tools")
+    made_with = tools.get("onnxruntime") if isinstance(tools, dict) else None
+    have = deployment.version("onnxruntime")
+    if made_with and have and made_with != have:
+        detail += f", but it was verified with onnxruntime {made_with} and {have} is installed"
+        return Finding("entry", True, detail, f"export {entry.name} again to verify it with this version")
+    return Finding("entry", True, detail)
+
+
+def check_redis(deployment: Deployment) -> Finding:
+    """Redis answers, or the embedded one can be started."""
+    url = deployment.stack.redis if deployment.stack is not None else deployment.settings.redis_url
+    if url is None:
+        return _embedded()
+    import redis
+
+    shown = mask_url(url)
+    try:
+        with redis.Redis.from_url(url, socket_timeout=1.0, socket_connect_timeout=1.0, retry=None) as client:
+            client.ping()
+    except (redis.RedisError, OSError, ValueError) as error:
+        if deployment.settings.redis_url is None:
+            hint = f"it is restarted by itself; if it stays away, see {deployment.settings.home / 'logs' / 'redis.log'}"
+        else:
+            hint = "start it, or unset TRUTHGPT_REDIS_URL to use an embedded one"
+        return Finding("redis", False, f"{shown} does not answer: {error}", hint)
+    return Finding("redis", True, f"{shown} answers")
+
+
+def _embedded() -> Finding:
+    hint = "pip install 'truthgpt[serve]', or set TRUTHGPT_REDIS_URL"
+    try:
+        binary = redisserver.binary()
+        done = subprocess.run([str(binary), "--version"], capture_output=True, text=True, timeout=5)  # noqa: S603 (found above, no shell)
+    except redisserver.RedisMissing as error:
+        return Finding("redis", False, str(error).split(":")[0], hint)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("redis", False, f"redis-server cannot be run: {error}", hint)
+    if done.returncode != 0:
+        return Finding("redis", False, f"{binary} fails: {done.stderr.strip()[:200]}", hint)
+    return Finding("redis", True, f"embedded, {binary}")
+
+
+def check_gateway(deployment: Deployment) -> Finding:
+    """The gateway of a running stack answers."""
+    stack = deployment.stack
+    if stack is None:
+        return Finding("gateway", True, f"no stack is running from {deployment.settings.home}")
+    try:
+        health = GatewayClient(stack.http, ASK_S).health()
+    except GatewayError as error:
+        log = deployment.settings.home / "logs" / "gateway.log"
+        hint = f"it is restarted by itself; if it stays so, see {log}, or run `truthgpt down` and `truthgpt up`"
+        return Finding("gateway", False, str(error), hint)
+    if health.get("draining"):
+        return Finding("gateway", False, f"{stack.http} is stopping", "wait until it has stopped, then `truthgpt up`")
+    return Finding("gateway", True, f"{stack.http} answers")
+
+
+def check_leftovers(deployment: Deployment) -> Finding:
+    """Nothing of a killed stack is left: state file, processes, shared memory."""
+    home = deployment.settings.home.resolve()
+    prefix = tritonserver.shm_prefix(home)
+    stubs = {process.pid for process in tritonserver.orphans(prefix)}
+    left = []
+    if deployment.stack is not None:
+        stubs -= {stub.pid for stub in tritonserver.stubs(deployment.stack.processes.get("triton"))}
+    else:
+        if lock_holder(home) is not None:
+            return Finding("leftovers", True, "a stack is starting or stopping just now")
+        old = state.read(home)
+        if old is not None or state.path(home).exists():
+            left.append("a state file")
+        stubs |= {pid for pid in (old.processes.values() if old else ()) if alive(pid)}
+        regions = [path.name for path in tritonserver.SHM.glob(f"{prefix}*")]
+        if regions:
+            left.append(f"{len(regions)} shared memory regions")
+    if stubs:
+        left.append(f"processes {', '.join(str(pid) for pid in sorted(stubs))}")
+    if left:
+        return Finding("leftovers", False, f"a stack that was killed left {' and '.join(left)}", "truthgpt down")
+    return Finding("leftovers", True, "nothing is left of an earlier stack")

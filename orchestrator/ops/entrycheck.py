@@ -1,0 +1,113 @@
+"""Whether one model repository entry can be served: files, manifest and config.pbtxt say the same. Needs no server."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from orchestrator import pbtxt
+from orchestrator.models import Entry, ModelsError, Version, parameters
+
+FORMAT = 1
+BACKEND = "inflight"
+REQUIRED_FILES = ("model.onnx", "tokenizer.json")
+# The tensor contract: docs/protocol.md.
+INPUTS = {
+    "text_input": "TYPE_STRING", "stream": "TYPE_BOOL", "sampling_parameters": "TYPE_STRING",
+    "exclude_input_in_output": "TYPE_BOOL", "return_finish_reason": "TYPE_BOOL", "return_logprobs": "TYPE_BOOL",
+    "return_num_input_tokens": "TYPE_BOOL", "return_num_output_tokens": "TYPE_BOOL",
+}  # fmt: skip
+OUTPUTS = {
+    "text_output": "TYPE_STRING", "finish_reason": "TYPE_STRING", "logprobs": "TYPE_STRING",
+    "num_input_tokens": "TYPE_UINT32", "num_output_tokens": "TYPE_UINT32",
+}  # fmt: skip
+_RANGES = {"slots": (1, 1024), "prefill_chunk": (1, 65_536), "max_queue": (1, 100_000), "threads": (0, 1024)}
+
+
+def problems(entry: Entry, version: Version | None = None) -> list[str]:
+    """A sentence for everything that is wrong with an entry (its newest version unless another is given)."""
+    version = version or entry.newest
+    if version.manifest is None:
+        return [f"{version.folder / 'manifest.json'} cannot be read: {version.fault}"]
+    found = [*_manifest(entry, version, version.manifest), *_files(version.folder, version.manifest)]
+    try:
+        config = entry.config()
+    except ModelsError as error:
+        return [*found, str(error)]
+    return [*found, *(f"{entry.config_path}: {what}" for what in _config(entry, config, version.manifest))]
+
+
+def _manifest(entry: Entry, version: Version, manifest: Mapping[str, Any]) -> list[str]:
+    path = version.folder / "manifest.json"
+    found = []
+    if manifest.get("format") != FORMAT:
+        found.append(f"{path} has format {manifest.get('format')!r}, this version of truthgpt reads {FORMAT}")
+    for key, expected in (("name", entry.name), ("version", str(version.number))):
+        if str(manifest.get(key)) != expected:
+            found.append(f"{path} is about {key} {manifest.get(key)!r}, its folder about {expected!r}")
+    return found
+
+
+def _files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return [f"{folder / 'manifest.json'} lists no files"]
+    missing = [name for name in REQUIRED_FILES if name not in files]
+    found = [f"{folder / 'manifest.json'} does not list {name}" for name in missing]
+    template = manifest.get("chat_template")
+    if template is not None and template not in files:
+        found.append(f"{folder / 'manifest.json'} does not list its chat template {template!r}")
+    for name, facts in files.items():
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+            found.append(f"{folder / 'manifest.json'} lists {name!r}, which leads out of the folder")
+            continue
+        expected = facts.get("sha256") if isinstance(facts, dict) else None
+        try:
+            with (folder / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            found.append(f"{folder / name} cannot be read: {error.strerror}")
+            continue
+        if digest != expected:
+            found.append(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
+    return found
+
+
+def _config(entry: Entry, config: pbtxt.Message, manifest: Mapping[str, Any]) -> list[str]:
+    found = []
+    for key, expected in (("name", entry.name), ("backend", BACKEND), ("max_batch_size", 0)):
+        value = _last(config, key, entry.name if key == "name" else None)
+        if value != expected:
+            found.append(f"{key} is {value!r} and must be {expected!r}")
+    policy = _last(config, "model_transaction_policy", {})
+    if not isinstance(policy, dict) or _last(policy, "decoupled", False) is not True:
+        found.append("model_transaction_policy must say decoupled: true")
+    for field, tensors in (("input", INPUTS), ("output", OUTPUTS)):
+        rows = [row for row in config.get(field, []) if isinstance(row, dict)]
+        have = {str(_last(row, "name", "")): str(_last(row, "data_type", "")) for row in rows}
+        found += [f"{field} {name} must be {kind}" for name, kind in tensors.items() if have.get(name) != kind]
+        found += [f"{field} {name} is not known" for name in have if name not in tensors]
+    return found + _parameters(parameters(config), manifest)
+
+
+def _parameters(given: Mapping[str, str], manifest: Mapping[str, Any]) -> list[str]:
+    found = []
+    chat = "true" if manifest.get("chat_template") else "false"
+    for key, expected in (("task", manifest.get("task")), ("precision", manifest.get("precision")), ("chat", chat)):
+        if key in given and given[key] != expected:
+            found.append(f"parameter {key} is {given[key]!r}, the manifest says {expected!r}")
+    graph = manifest.get("graph")
+    length = graph.get("max_len") if isinstance(graph, dict) else None
+    ranges = _RANGES | ({"max_len": (1, length)} if isinstance(length, int) else {})
+    for key, (low, high) in ranges.items():
+        text = given.get(key, "")
+        if text and not (text.isascii() and text.isdigit() and low <= int(text) <= high):
+            found.append(f"parameter {key} is {text!r} and must be a whole number from {low} to {high}")
+    return found
+
+
+def _last(message: Mapping[str, list[Any]], key: str, default: Any) -> Any:
+    values = message.get(key)
+    return values[-1] if values else default

@@ -1,0 +1,185 @@
+"""Writes docs/cli.md and docs/settings.md from the code; with `--check` it only says whether they are up to date."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from orchestrator.cli import cli
+from orchestrator.settings import PROFILES, Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTICE = "<!-- Written by scripts/reference.py (`make docs`) from the code; a test fails when it differs. -->"
+PROFILED = ("model", "precision", "device", "max_batch_size", "max_new_tokens", "temperature", "debug")
+
+CLI_INTRODUCTION = """\
+`truthgpt` speaks noun-verb. Every command exits with 0 only on success, 1 on failure, 2 on wrong usage, 130 when
+interrupted and 141 when nobody reads its output; errors are `error: …` and `hint: …` on standard error. With `--json` a
+command prints exactly one JSON document on standard output. Every command takes `-h`/`--help` and `--debug`, which shows
+the traceback of an error. An option that names a setting outranks the environment, which outranks the file: see
+[settings](settings.md).
+"""
+SETTINGS_INTRODUCTION = """\
+A value comes from, weakest first: its default, the profile that `ENVIRONMENT` names, the TOML file (`TRUTHGPT_CONFIG`,
+else `./truthgpt.toml` if it exists), the environment variable, a command's flag. In the file the names are those of the
+first column. Durations end in `_s` and are seconds, sizes end in `_bytes`. An empty variable counts as not set.
+`truthgpt config show` prints every value with where it came from, secrets masked; `truthgpt config check` validates a
+whole deployment.
+"""
+
+
+def cli_page() -> str:
+    """Every command with its arguments, options and examples."""
+    lines = [
+        "# Command line",
+        "",
+        NOTICE,
+        "",
+        *CLI_INTRODUCTION.splitlines(),
+        "",
+    ]
+    commands = list(walk(cli, ["truthgpt"]))
+    lines += [f"- [`{' '.join(path)}`](#{'-'.join(path)}): {summary(command)}" for path, command in commands]
+    for path, command in commands:
+        lines += ["", *section(path, command)]
+    return "\n".join(lines) + "\n"
+
+
+def walk(group: click.Group, path: list[str]) -> Iterator[tuple[list[str], click.Command]]:
+    """Every command below a group, in the order of its help."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if command is None:
+            raise SystemExit(f"error: {' '.join([*path, name])} cannot be loaded")
+        if isinstance(command, click.Group):
+            yield from walk(command, [*path, name])
+        else:
+            yield [*path, name], command
+
+
+def section(path: list[str], command: click.Command) -> list[str]:
+    """One command's chapter."""
+    arguments = [p for p in command.params if isinstance(p, click.Argument)]
+    options = [
+        p for p in command.params if isinstance(p, click.Option) and not p.hidden and p.name not in ("help", "debug")
+    ]
+    usage = " ".join([*path, *(["[OPTIONS]"] if options else []), *(str(a.name).upper() for a in arguments)])
+    lines = [f"## {' '.join(path)}", "", f"    {usage}", "", *prose(command.help or "")]
+    if options:
+        lines += ["", "| option | meaning |", "|---|---|"]
+        lines += [f"| {cell(spelling(option))} | {cell(meaning(option))} |" for option in options]
+    return [*lines, "", *prose(command.epilog or "")]
+
+
+def summary(command: click.Command) -> str:
+    text = command.short_help or inspect.cleandoc(command.help or "").split("\n\n")[0].split(". ")[0]
+    return text.replace("\n", " ").rstrip(".")
+
+
+def prose(text: str) -> list[str]:
+    """Help text as Markdown: a paragraph that click is told not to wrap is code."""
+    lines: list[str] = []
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        body = paragraph.removeprefix("\b\n")
+        lines += [""] if lines else []
+        if body is paragraph or body == paragraph:
+            lines += body.splitlines()
+        elif body.startswith("Examples:"):
+            lines += ["Examples:", "", *(f"    {line.strip()}" for line in body.splitlines()[1:])]
+        else:
+            lines += [f"    {line}" for line in body.splitlines()]
+    return lines
+
+
+def spelling(option: click.Option) -> str:
+    names = ", ".join([*option.opts, *option.secondary_opts])
+    return f"`{names}`" if option.is_flag else f"`{names} {metavar(option)}`"
+
+
+def metavar(option: click.Option) -> str:
+    if option.metavar:
+        return option.metavar
+    if isinstance(option.type, click.Choice):
+        return "|".join(str(choice) for choice in option.type.choices)
+    if hasattr(option.type, "describe"):
+        return str(option.type.describe())
+    return {"integer": "N", "integer range": "N", "float": "X", "float range": "X", "path": "PATH"}.get(
+        option.type.name, "TEXT"
+    )
+
+
+def meaning(option: click.Option) -> str:
+    text = " ".join((option.help or "").split())
+    default = "" if option.is_flag or not option.show_default else f" [default: {option.default}]"
+    text = f"{text}{default}".replace("  [", " [")
+    return text + (" [may be given several times]" if option.multiple and "several" not in text else "")
+
+
+def settings_page() -> str:
+    """Every setting with its variable, default, rules and help."""
+    lines = [
+        "# Settings",
+        "",
+        NOTICE,
+        "",
+        *SETTINGS_INTRODUCTION.splitlines(),
+        "",
+        "| setting | variable | default | allowed | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for name, spec in Settings.table().items():
+        default = "by profile" if name in PROFILED else "" if spec.default is None else f"`{shown(spec.default)}`"
+        allowed = ", ".join(f"`{choice}`" for choice in spec.choices) or limits(spec.minimum, spec.maximum)
+        allowed = allowed or (f"`{spec.pattern}`" if spec.pattern else "`true`, `false`" if spec.kind is bool else "")
+        help = spec.help + (" Its password is never printed." if spec.secret else "")
+        lines.append(f"| `{name}` | `{spec.env}` | {default} | {cell(allowed)} | {cell(help)} |")
+    lines += ["", "## Profiles", "", f"| `ENVIRONMENT` | {' | '.join(f'`{name}`' for name in PROFILED)} |"]
+    lines.append("|---" * (len(PROFILED) + 1) + "|")
+    for profile, values in PROFILES.items():
+        lines.append(f"| `{profile}` | {' | '.join(shown(values[name]) for name in PROFILED)} |")
+    return "\n".join(lines) + "\n"
+
+
+def limits(low: float | None, high: float | None) -> str:
+    if low is None and high is None:
+        return ""
+    ends = (f"{end:g}" if isinstance(end, float) else str(end) for end in (low, high))
+    return " to ".join(ends)
+
+
+def shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+PAGES = {"docs/cli.md": cli_page, "docs/settings.md": settings_page}
+
+
+def main() -> int:
+    check = "--check" in sys.argv[1:]
+    stale = []
+    for name, page in PAGES.items():
+        path, text = ROOT / name, page()
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if not check:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {name}")
+    if check and stale:
+        print(f"error: {', '.join(stale)} does not say what the code does", file=sys.stderr)
+        print("hint: run `make docs` and commit what it writes", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
