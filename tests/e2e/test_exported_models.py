@@ -1,0 +1,86 @@
+"""Exported models through the real Triton: the same tokens as transformers, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.export.checkpoints import write_checkpoint
+
+from .stack import Stack
+
+PROMPTS = [[random.Random(i).randrange(1, 250) for _ in range(1 + 7 * i % 90)] for i in range(12)]
+NEW = 20
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def exported(request: pytest.FixtureRequest) -> Iterator[tuple[Stack, Path]]:
+    """A running stack that serves a tiny random checkpoint in fp32, exported by `truthgpt export`."""
+    folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
+    checkpoint, name = folder / "checkpoint", f"tiny-{request.param}"
+    write_checkpoint(checkpoint, request.param)
+    argv = [sys.executable, "-m", "export", str(checkpoint), "--name", name, "--prefill-chunk", "16", "--slots", "4"]
+    done = subprocess.run(
+        [*argv, "--repository", str(folder / "repository"), "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["parity"]["greedy_agreement"] == 1.0 and answer["parity"]["max_abs_logit_diff"] <= 1e-4
+    stack = Stack(folder / "home", folder / "repository", name)
+    try:
+        stack.start()
+        yield stack, checkpoint
+    finally:
+        stack.stop()
+        assert stack.leftovers() == []
+        shutil.rmtree(folder)
+
+
+def ask(stack: Stack, prompt: list[int], **sampling: object) -> str:
+    body = {"model": stack.model, "prompt": prompt, "max_tokens": NEW, "temperature": 0, **sampling}
+    status, _, answer = stack.request("POST", "/v1/completions", body, timeout=60)
+    assert status == 200, answer
+    return str(json.loads(answer)["choices"][0]["text"])
+
+
+def reference(checkpoint: Path) -> list[str]:
+    """The greedy answers of transformers' generate, one prompt at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    texts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, pad_token_id=0
+            )
+        texts.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+    return texts
+
+
+def test_greedy_answers_are_those_of_transformers(exported):
+    """Through the gateway, Triton and the backend, with chunked prefill: the text that transformers generates."""
+    stack, checkpoint = exported
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(lambda p: ask(stack, p), PROMPTS)) == reference(checkpoint)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 11, "top_p": 0.95}], ids=["greedy", "seeded"])
+def test_an_answer_does_not_depend_on_its_company(exported, sampling):
+    """In fp32 a greedy or a seeded request gives the same text alone and among eleven others on four slots."""
+    stack, _ = exported
+    alone = [ask(stack, p, **sampling) for p in PROMPTS]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(lambda p: ask(stack, p, **sampling), PROMPTS)) == alone

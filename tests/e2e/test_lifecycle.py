@@ -1,0 +1,163 @@
+"""`truthgpt up` and `down` when things are not as they should be."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.counting import write_entry
+
+from .stack import COMMAND, Stack, kill, wait_until
+
+
+@pytest.fixture
+def make_stack() -> Iterator[Callable[..., Stack]]:
+    """Stacks that are not started yet, each with its own home, repository and ports."""
+    folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
+    made: list[Stack] = []
+
+    def make(**parameters: object) -> Stack:
+        base = folder / str(len(made))
+        write_entry(base / "repository", **{"step_delay_ms": 20, **parameters})
+        made.append(Stack(base / "home", base / "repository"))
+        return made[-1]
+
+    yield make
+    for stack in made:
+        stack.stop()
+        assert stack.leftovers() == []
+    shutil.rmtree(folder)
+
+
+def refused(stack: Stack) -> str:
+    """Start a stack that must not start; its error output."""
+    done = stack.cli("up", "--detach", "--json")
+    assert done.returncode != 0 and done.stdout == ""
+    assert "error: " in done.stderr and "Traceback" not in done.stderr
+    assert stack.leftovers() == []
+    return done.stderr
+
+
+def test_down_with_nothing_running_succeeds(make_stack):
+    """`down` is safe to repeat: exit code 0 also when there is nothing to stop."""
+    assert make_stack().cli("down").returncode == 0
+
+
+@pytest.mark.parametrize("damage", ["corrupt", "missing"])
+def test_a_damaged_weight_file_is_named_and_nothing_is_left_running(make_stack, damage):
+    """A weight file that is not what the manifest says, or not there, stops `up` with a sentence that names it."""
+    stack = make_stack()
+    weights = stack.repository / "counting" / "1" / "model.onnx"
+    if damage == "corrupt":
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+    else:
+        weights.unlink()
+    assert "model.onnx" in refused(stack)
+
+
+def test_a_second_up_on_the_same_port_or_home_is_refused(make_stack):
+    """The port and its setting are named; the running stack is not disturbed."""
+    first, second = make_stack(), make_stack()
+    first.start()
+    second.environ["TRUTHGPT_HTTP_PORT"] = str(first.ports["HTTP"])
+    output = refused(second)
+    assert str(first.ports["HTTP"]) in output and "TRUTHGPT_HTTP_PORT" in output
+    again = first.cli("up", "--detach")
+    assert again.returncode != 0 and "already running" in again.stderr
+    assert first.ready()
+
+
+def test_two_stacks_run_side_by_side(make_stack):
+    """Different homes and ports: both answer, and stopping one leaves the other alone."""
+    first, second = make_stack(), make_stack()
+    addresses = first.start()
+    second.start()
+    assert set(addresses) == {"http", "grpc", "ops", "triton_http", "triton_grpc", "redis", "pid"}
+    assert first.ready() and second.ready()
+    first.stop()
+    assert first.leftovers() == []
+    assert second.ready() and json.loads(second.cli("status", "--json").stdout)["ready"]
+
+
+def test_sigterm_drains(make_stack):
+    """A running stream ends in full after SIGTERM, new requests get 503 with Retry-After, and nothing stays behind."""
+    stack = make_stack()
+    stack.start()
+    stream = stack.stream(max_tokens=100)  # two seconds
+    events, reader = [], None
+    reader = threading.Thread(target=lambda: events.extend(stream.events()))
+    reader.start()
+    wait_until(lambda: stack.load()["running"] == 1, 5, "the stream runs")
+    supervisor = psutil.Process(stack.pid("supervisor"))
+    supervisor.terminate()
+    wait_until(lambda: not stack.ready(), 2, "readiness is false while it drains")
+    status, headers, _ = stack.request("POST", "/v1/completions", {"model": stack.model, "prompt": "one"})
+    assert status == 503 and "retry-after" in headers
+    reader.join(10)
+    stream.close()
+    assert events[-1] == "[DONE]" and events[-2]["choices"][0]["finish_reason"] == "length"
+    wait_until(lambda: not supervisor.is_running() or supervisor.status() == "zombie", 15, "the stack has ended")
+    assert stack.leftovers() == []
+
+
+def test_a_killed_supervisor_leaves_nothing_that_the_next_up_does_not_clear(make_stack):
+    """After kill -9 of the supervisor its children end, and the next `up` works at once."""
+    stack = make_stack()
+    stack.start()
+    kill(stack.pid("stub"), signal.SIGSTOP)  # one that cannot end by itself
+    kill(stack.pid("supervisor"), signal.SIGKILL)
+    stack.start()
+    assert stack.ready()
+
+
+def test_ctrl_c_in_the_foreground_stops_everything(make_stack):
+    """`truthgpt up` in a terminal serves until Ctrl-C and exits with 0."""
+    stack = make_stack()
+    log = stack.home.parent / "out"
+    with log.open("wb") as out:
+        process = subprocess.Popen([*COMMAND, "up", "--hello"], env=stack.environ, stdout=out, stderr=out)
+        try:
+            wait_until(lambda: b"curl" in log.read_bytes(), 30, "it says what to try next")
+            os.kill(process.pid, signal.SIGINT)
+            assert process.wait(20) == 0, log.read_text()
+        finally:
+            process.kill()
+            process.wait()
+    assert "one two three" in log.read_text()
+    assert stack.leftovers() == []
+
+
+def test_a_model_that_produces_nan_ends_the_request_and_not_the_server(make_stack):
+    """Non-finite logits are an in-band error after the text so far; the next request is answered."""
+    stack = make_stack(nan_after="three")
+    stack.start()
+    stream = stack.stream("one", max_tokens=10)
+    events = list(stream.events())
+    stream.close()
+    assert "error" in events[-1] and events[0]["choices"][0]["text"] == "two"
+    status, _, body = stack.request("POST", "/v1/completions", {"model": stack.model, "prompt": "one", "max_tokens": 2})
+    assert status == 200 and b"two three" in body
+
+
+def test_status_tells_what_runs(make_stack):
+    """`status --json` has the promised keys, stopped and running."""
+    stack = make_stack()
+    stopped = json.loads(stack.cli("status", "--json").stdout)
+    assert stopped["ready"] is False
+    stack.start()
+    time.sleep(0.1)
+    running = json.loads(stack.cli("status", "--json").stdout)
+    assert {"ready", "models", "triton", "redis", "uptime_s"} <= set(running) and running["ready"] is True
