@@ -48,10 +48,11 @@ def fetch(model: str, revision: str | None, check: Callable[[Path, str], None], 
             "Look for a revision that has them, or convert it yourself and give the folder.",
         )
     try:
-        config = Path(hf_hub_download(model, "config.json", revision=info.sha))
-        check(config.parent, str(info.sha))
+        # By the revision asked for, not by its commit: only so does the cache remember which commit that is.
+        config = Path(hf_hub_download(model, "config.json", revision=revision))
+        check(config.parent, config.parent.name)
         say(f"downloading {model}")
-        return Path(snapshot_download(model, revision=info.sha, allow_patterns=WANTED))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
     except ExportError:
         raise
     except Exception as error:

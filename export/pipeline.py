@@ -25,7 +25,7 @@ from export.verify import BATCH, verify
 STAGES = ("load", "trace", "optimise", "quantise", "verify", "publish")
 PRECISIONS = ("fp32", "int8")
 TEMPLATE = "chat_template.jinja"
-STEPS = 12
+STEPS = 8
 
 # Called with a stage of STAGES and a fraction of it (0.0 … 1.0) or a text about it.
 Progress = Callable[[str, float | str], None]
