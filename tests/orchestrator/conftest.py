@@ -81,10 +81,12 @@ async def serving(fake: FakeTriton, wait: bool = True, **changes: Any) -> AsyncI
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     server = build(settings)
-    task = asyncio.create_task(server._serve([listener]))
+    # uvicorn's own loop ticks every 0.1 s, which a test would wait for at its end; test_app.py runs it whole
+    server.config.load()
+    server.lifespan = server.config.lifespan_class(server.config)
+    await server.startup([listener])
     application = server.config.app
     assert isinstance(application, Application)
-    await until(lambda: server.started or task.done())
     gateway = application.gateway
     assert gateway is not None
     records: list[Record] = []
@@ -97,8 +99,10 @@ async def serving(fake: FakeTriton, wait: bool = True, **changes: Any) -> AsyncI
             yield Stack(url, fake, http, gateway, server, records)
         finally:
             await http.close()
-            server.should_exit = True
-            await task
+            for listening in server.servers:
+                listening.close()
+            await until(lambda: not server.server_state.tasks)
+            await server.lifespan.shutdown()
 
 
 @pytest.fixture
