@@ -70,6 +70,9 @@ class Engine:
             self._changed.notify()
 
     def load(self) -> Load:
+        """What it is doing. Raises Internal when its thread has ended."""
+        if not self._thread.is_alive():
+            raise Internal("the engine's thread has ended")
         began = self._step_began
         age = 0.0 if began is None else self._clock() - began
         return Load(len(self._scheduler.active), self._scheduler.waiting, began is not None, age)

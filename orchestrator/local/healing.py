@@ -49,6 +49,8 @@ def decide(evidence: Evidence) -> Action:
 
 
 def backoff_s(failures: int) -> float:
-    """Pause before the next attempt: none after the first failure, then doubling from 0.5 s to 4 s (a model is to be back
-    within 15 s of any fault)."""
+    """Pause before the next attempt: none after the first failure, then 0.5 s doubling to 4 s.
+
+    Short, because a model is to be back within 15 s of any fault.
+    """
     return 0.0 if failures <= 1 else float(min(4.0, 0.5 * 2 ** min(failures - 2, 10)))

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import aiohttp
 import psutil
 
 from orchestrator.errors import TruthGPTError
-from orchestrator.local import healing, state, tritonserver
-from orchestrator.local.process import Child, kill_group
+from orchestrator.local import healing, preflight, state, tritonserver
+from orchestrator.local.preflight import StartError
+from orchestrator.local.process import Child
 from orchestrator.local.redisserver import EmbeddedRedis
 from orchestrator.settings import Settings
 from orchestrator.triton import Deadlines, Triton
@@ -28,14 +27,6 @@ GATEWAY_SILENT_S = 10.0
 RELOAD_S = 8.0
 
 Report = Callable[[str], None]
-
-
-class StartError(Exception):
-    """The stack could not start; `hint` says what to do."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
 
 
 @dataclass
@@ -77,8 +68,8 @@ class Supervisor:
         """
         installation = tritonserver.find()
         with state.lock(self._home):
-            self._clear_leftovers()
-            self._check_ports()
+            preflight.clear_leftovers(self._home)
+            preflight.check_ports(self._settings)
             self._triton = Triton(self._triton_url, Deadlines(heartbeat_s=self._settings.heartbeat_timeout_s))
             self._installation = installation
             try:
@@ -143,10 +134,10 @@ class Supervisor:
 
     async def _model_answers(self) -> bool:
         try:
-            await self._triton.heartbeat(self._model)
+            beat = await self._triton.heartbeat(self._model)
         except TruthGPTError:
             return False
-        return True
+        return not (beat.busy and beat.step_age_s > self._settings.engine_stall_s)
 
     async def _get(self, url: str, timeout_s: float) -> int | None:
         """Status of a GET, or None when there was no answer in time."""
@@ -269,33 +260,6 @@ class Supervisor:
             self._children["redis"] = await self._redis.start(self._logs / "redis.log")
             self._write_state()
 
-    def _check_ports(self) -> None:
-        """Refuse to start where another program listens. Raises StartError naming the port and its setting."""
-        settings = self._settings
-        for name, host in (
-            ("http_port", settings.host),
-            *((f"triton_{p}_port", "127.0.0.1") for p in ("http", "grpc", "metrics")),
-        ):
-            port = getattr(settings, name)
-            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((host, port))
-                except OSError as error:
-                    raise StartError(
-                        f"port {port} on {host} cannot be used: {error.strerror}",
-                        f"stop what uses it, or choose another with TRUTHGPT_{name.upper()}",
-                    ) from error
-
-    def _clear_leftovers(self) -> None:
-        """End what a killed supervisor of this home left behind. Holding the lock proves that none runs."""
-        old = state.read(self._home)
-        if old is not None:
-            for pid in old.processes.values():
-                end_leftover(pid, self._home)
-            state.clear(self._home)
-        tritonserver.sweep(self._prefix, kill=True)
-
     def _write_state(self) -> state.State:
         settings = self._settings
         now = state.State(
@@ -337,14 +301,3 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return False
-
-
-def end_leftover(pid: int, home: Path) -> None:
-    """Kill a recorded process group if it is still one that this home's supervisor started."""
-    try:
-        process = psutil.Process(pid)
-        about_home = str(home) in " ".join(process.cmdline()) or process.environ().get("TRUTHGPT_HOME") == str(home)
-    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-        return
-    if about_home:  # a pid may have been taken by another program since
-        kill_group(pid)

@@ -14,7 +14,7 @@ import psutil
 
 from orchestrator.local import state, tritonserver
 from orchestrator.local.process import alive, kill_group
-from orchestrator.local.supervisor import end_leftover
+from orchestrator.local.preflight import end_leftover
 from orchestrator.settings import Settings
 
 SLACK_S = 30.0  # beyond drain_s: Triton's exit, Redis and the supervisor itself

@@ -1,0 +1,96 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.local import preflight, tritonserver
+from orchestrator.local.tritonserver import STUB, ServerMissing
+from orchestrator.settings import Settings
+
+
+@pytest.fixture
+def prefix(tmp_path: Path):
+    """A home's shared memory prefix; what a failing test leaves is removed."""
+    yield tritonserver.shm_prefix(tmp_path)
+    for region in tritonserver.SHM.glob(f"{tritonserver.shm_prefix(tmp_path)}*"):
+        region.unlink()
+
+
+def test_a_sweep_removes_what_no_stub_uses_and_spares_what_one_does(tmp_path: Path, prefix: str):
+    """Only regions of this home that no live stub works on go; with kill the stub goes first."""
+    used, orphan, foreign = (
+        tritonserver.SHM / name for name in (f"{prefix}used", f"{prefix}orphan", "truthgpt_other_x")
+    )
+    for region in (used, orphan, foreign):
+        region.write_bytes(b"x")
+    (tmp_path / STUB).symlink_to("/bin/sleep")
+    # A stand-in for the stub: a process whose arguments are those that the real one gets.
+    script = "import sys, time; print('up', flush=True); time.sleep(60)"
+    stub = subprocess.Popen(
+        [str(tmp_path / STUB), "-c", script, used.name], executable=sys.executable, stdout=subprocess.PIPE
+    )
+    try:
+        assert stub.stdout is not None and stub.stdout.readline() == b"up\n"
+        assert tritonserver.sweep(prefix, kill=False) == [orphan.name]
+        assert used.exists() and foreign.exists() and stub.poll() is None
+        assert tritonserver.sweep(prefix, kill=True) == [used.name]
+        assert stub.wait(5) == -9 and foreign.exists()
+    finally:
+        stub.kill()
+        stub.wait()
+        stub.stdout.close()
+        foreign.unlink()
+
+
+def test_everything_listens_on_loopback_and_models_are_named(tmp_path: Path):
+    """The command line opens no port to the network and loads exactly the models asked for."""
+    settings = Settings.load({"home": tmp_path, "model_repository": tmp_path}, {})
+    argv = tritonserver.command(tritonserver.find(), settings, ["a", "b"])
+    for kind in ("http", "grpc", "metrics"):
+        assert f"--{kind}-address=127.0.0.1" in argv
+    assert [a for a in argv if a.startswith("--load-model")] == ["--load-model=a", "--load-model=b"]
+    assert "--model-control-mode=explicit" in argv
+
+
+def test_the_servers_environment_has_none_of_our_settings(monkeypatch: pytest.MonkeyPatch):
+    """What may hold a secret is not handed to a child that needs none."""
+    monkeypatch.setenv("TRUTHGPT_REDIS_URL", "redis://:secret@host")
+    assert "secret" not in str(tritonserver.environment(tritonserver.find()))
+
+
+def test_preparing_twice_gives_the_same_folder(tmp_path: Path):
+    """The backend directory is made anew from the installation, old files included."""
+    installation = tritonserver.find()
+    folder = tritonserver.prepare_backends(installation, tmp_path)
+    (folder / "inflight" / "stale.py").write_text("")
+    assert tritonserver.prepare_backends(installation, tmp_path) == folder
+    assert sorted(p.name for p in folder.iterdir()) == ["inflight", "python"]
+    assert (folder / "python" / STUB).exists() and (folder / "inflight" / "model.py").exists()
+    assert not (folder / "inflight" / "stale.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("machine", "libc", "words"),
+    [("aarch64", ("glibc", "2.36"), "x86-64"), ("x86_64", ("glibc", "2.31"), "2.35"), ("x86_64", ("", ""), "glibc")],
+)
+def test_a_machine_that_cannot_run_triton_gets_one_clear_sentence(monkeypatch, machine, libc, words):
+    """Another processor, an old glibc or another C library are named, with a hint."""
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("platform.libc_ver", lambda: libc)
+    with pytest.raises(ServerMissing, match=words) as caught:
+        tritonserver.find()
+    assert caught.value.hint
+
+
+def test_a_taken_port_is_refused_with_its_setting(tmp_path: Path):
+    """The error names the port, the hint the variable that changes it."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = Settings.load({"triton_grpc_port": taken.getsockname()[1]}, {})
+        for name in ("http_port", "triton_http_port", "triton_metrics_port"):
+            object.__setattr__(settings, name, 0)  # any free port: only the taken one is under test
+        with pytest.raises(preflight.StartError, match=str(taken.getsockname()[1])) as caught:
+            preflight.check_ports(settings)
+    assert "TRUTHGPT_TRITON_GRPC_PORT" in caught.value.hint
