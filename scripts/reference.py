@@ -19,7 +19,7 @@ PROFILED = ("model", "precision", "device", "max_batch_size", "max_new_tokens", 
 CLI_INTRODUCTION = """\
 `truthgpt` speaks noun-verb. Every command exits with 0 only on success, 1 on failure, 2 on wrong usage, 130 when
 interrupted and 141 when nobody reads its output; errors are `error: …` and `hint: …` on standard error. With `--json` a
-command prints exactly one JSON document on standard output. Every command takes `-h`/`--help` and `--debug`, which shows
+command prints exactly one JSON document on standard output. Every command takes `-h`/`--help`, and `--debug` to show
 the traceback of an error. An option that names a setting outranks the environment, which outranks the file: see
 [settings](settings.md).
 """

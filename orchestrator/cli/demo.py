@@ -19,6 +19,7 @@ from orchestrator.settings import Settings
 
 HELLO = "Hola, ¿cómo estás?"
 STOP_S = 10.0
+STDERR = 2  # the file descriptor
 
 
 def folder() -> Path:
@@ -53,7 +54,7 @@ def _run(argv: list[str]) -> int:
         raise SystemExit(128 + number)
 
     former = signal.signal(signal.SIGTERM, stop)
-    child = subprocess.Popen(argv, stdout=sys.stderr.fileno(), stdin=subprocess.DEVNULL)  # noqa: S603 (our own program, no shell)
+    child = subprocess.Popen(argv, stdout=STDERR, stdin=subprocess.DEVNULL)  # noqa: S603 (our own program, no shell)
     try:
         return child.wait()
     finally:

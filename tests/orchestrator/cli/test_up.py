@@ -1,0 +1,254 @@
+"""`truthgpt up` where it fails or is stopped before it serves; what a started stack does is in tests/e2e."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.cli import demo, launch, welcome
+from orchestrator.client import GatewayClient
+from orchestrator.local import state, tritonserver
+from orchestrator.settings import Settings
+from tests.orchestrator.gateway import Gateway, write_state
+
+
+def nothing_left(place: Any) -> None:
+    """No state file, no backend process and no shared memory of this home."""
+    prefix = tritonserver.shm_prefix(place.home)
+    assert state.read(place.home) is None
+    assert tritonserver.orphans(prefix) == [] and list(tritonserver.SHM.glob(f"{prefix}*")) == []
+
+
+def test_an_explicit_model_that_is_missing_is_refused(place: Any) -> None:
+    """--model and TRUTHGPT_MODEL are taken at their word: nothing else is served, nothing is exported."""
+    place.export()
+    assert "truthgpt export microsoft/DialoGPT-small" in place.refused("up", "--model", "DialoGPT-small")
+    place.set(MODEL="mine")
+    assert "--name mine" in place.refused("up")
+
+
+def test_several_models_and_no_choice_are_listed(place: Any) -> None:
+    """With several models and none chosen the error lists them and the hint names the variable."""
+    place.export("b")
+    place.export("a")
+    stderr = place.refused("up")
+    assert "a, b" in stderr and "TRUTHGPT_MODEL=a" in stderr
+
+
+def test_a_second_up_on_the_same_home_is_refused(place: Any, gateway: Any) -> None:
+    """A running stack is named, with the commands that show and stop it, before anything is started or exported."""
+    stderr = place.refused("up", "--detach")
+    assert "already running" in stderr and gateway.url in stderr and "truthgpt down" in stderr
+    assert f"--home {os.path.relpath(place.home)}" in place.refused("up", "--home", str(place.home))
+
+
+def test_a_home_whose_lock_is_held_is_refused(place: Any) -> None:
+    """A stack that is still starting holds the lock: a second one says that one is running."""
+    place.export()
+    with state.lock(place.home):
+        done = place.process("up")
+        stdout, stderr = done.communicate(timeout=20)
+    assert (done.returncode, stdout) == (1, "") and "already running" in stderr and "hint: " in stderr
+
+
+@pytest.mark.parametrize("detach", [(), ("--detach", "--json")])
+def test_a_taken_port_is_an_error_with_its_setting(place: Any, detach: tuple[str, ...]) -> None:
+    """In the foreground and detached alike the error and hint of the supervisor are shown and the code is 1."""
+    place.export()
+    with socket.create_server(("127.0.0.1", place.ports["TRITON_HTTP"])):
+        done = place.process("up", *detach)
+        stdout, stderr = done.communicate(timeout=20)
+    assert (done.returncode, stdout) == (1, "") and "Traceback" not in stderr
+    assert (
+        f"port {place.ports['TRITON_HTTP']}" in stderr and "hint: " in stderr and "TRUTHGPT_TRITON_HTTP_PORT" in stderr
+    )
+    nothing_left(place)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_before_it_is_ready_is_no_success(place: Any, number: signal.Signals, code: int) -> None:
+    """A signal during the start ends everything that was started, and the exit code is the signal's."""
+    place.export()
+    process = place.process("up", stdout=subprocess.DEVNULL)
+    for line in process.stderr:
+        if "starting Triton" in line:
+            process.send_signal(number)
+            break
+    rest = process.communicate(timeout=30)[1]
+    assert process.returncode == code and "ready" not in rest
+    nothing_left(place)
+
+
+def test_ctrl_c_while_a_detached_stack_starts_stops_it(place: Any) -> None:
+    """Who stops waiting for a stack does not leave it behind."""
+    place.export()
+    process = place.process("up", "--detach", stdout=subprocess.DEVNULL, start_new_session=True)
+    for line in process.stderr:
+        if "starting Triton" in line:
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    nothing_left(place)
+
+
+def test_an_empty_repository_needs_the_demo_and_torch(
+    place: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without the demo's checkpoint, or without torch, the error says what is missing and the hint how to get it."""
+    monkeypatch.setattr(demo, "folder", lambda: tmp_path / "nowhere")
+    stderr = place.refused("up")
+    assert "the demo model is not in" in stderr and "DialoGPT-small (profile development) is not exported" in stderr
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(demo, "folder", lambda: tmp_path)
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'truthgpt[export]'" in place.refused("up")
+
+
+def exporting(place: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> None:
+    """Replace `python -m export` by a program, so that what `up` makes of it is seen without torch."""
+    program = tmp_path / "python"
+    program.write_text(f"#!{sys.executable}\n{body}")
+    program.chmod(0o755)
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(demo, "folder", lambda: tmp_path)
+    monkeypatch.setattr(demo.sys, "executable", str(program))
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("mixed", "fp32"), ("fp32", "fp32"), ("int8", "int8")])
+def test_the_demo_is_exported_into_the_repository(
+    place: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str, expected: str
+) -> None:
+    """The exporter gets the checkpoint, the name, the repository and a precision that a CPU can serve."""
+    exporting(
+        place,
+        monkeypatch,
+        tmp_path,
+        f"import json, sys; json.dump(sys.argv[1:], open({str(tmp_path / 'argv')!r}, 'w'))",
+    )
+    place.set(PRECISION=precision)
+    demo.export(Settings.load())
+    assert json.loads((tmp_path / "argv").read_text()) == [
+        "-m", "export", str(tmp_path), "--name", "demo", "--repository", str(place.repository), "--precision", expected,
+    ]  # fmt: skip
+
+
+def test_an_export_that_fails_fails_up(place: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A failing exporter ends `up` with 1 before anything is started."""
+    exporting(place, monkeypatch, tmp_path, "import sys; sys.exit(3)")
+    assert "was not exported (exit code 3)" in place.refused("up", "--json")
+    assert not place.home.exists()
+
+
+def test_the_exporters_output_is_progress(capfd: pytest.CaptureFixture[str]) -> None:
+    """What the exporter prints goes to standard error, so that --json stays one document."""
+    assert demo._run([sys.executable, "-c", "print('published')"]) == 0
+    assert capfd.readouterr() == ("", "published\n")
+
+
+def test_sigterm_during_the_export_ends_the_exporter(tmp_path: Path) -> None:
+    """`up` that is told to stop takes its exporter with it."""
+    sleeper = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = f"import sys; from orchestrator.cli import demo; demo._run([sys.executable, '-c', {sleeper!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(10) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.fixture
+def ready(place: Any) -> Any:
+    """A gateway, and the state of a stack that has just become ready."""
+    with Gateway() as running:
+        yield running, write_state(place.home, running.url)
+
+
+def test_the_greeting_is_asked_and_shown_before_the_hints(
+    place: Any, ready: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--hello sends its prompt through the chat API and shows the answer, then the addresses and what to try next."""
+    gateway, found = ready
+    assert welcome.present(Settings.load(), found, as_json=False, hello=True, detached=True)
+    output = capsys.readouterr().out
+    assert gateway.asked[0][1]["messages"] == [{"role": "user", "content": "Hola, ¿cómo estás?"}]
+    assert output.index("¡Hola, mundo!") < output.index("Try next") < output.index("To stop: ")
+    assert f"curl -N {gateway.url}/v1/chat/completions" in output and "down" in output.rpartition("To stop: ")[2]
+
+
+def test_the_python_that_is_shown_runs(place: Any, ready: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The snippet after "Or in Python" can be pasted as it is and prints the answer."""
+    gateway, found = ready
+    welcome.present(Settings.load(), found, as_json=False, hello=False, detached=False)
+    code = capsys.readouterr().out.split("Or in Python:\n")[1].split("\n\nTo stop")[0]
+    gateway.events[-2] = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": null}]}\n\n'
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "¡Hola, mundo!"), done.stderr
+
+
+def test_the_curl_that_is_shown_is_a_request_that_the_gateway_takes(
+    place: Any, ready: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The JSON in the curl command is a streamed chat completion of the served model."""
+    _, found = ready
+    welcome.present(Settings.load(), found, as_json=False, hello=False, detached=False)
+    body = json.loads(capsys.readouterr().out.split("-d '")[1].split("'\n")[0])
+    assert body == {
+        "model": "demo", "messages": [{"role": "user", "content": "Hola, ¿cómo estás?"}], "stream": True,
+    }  # fmt: skip
+
+
+def test_json_is_the_addresses_and_nothing_else(place: Any, ready: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --json the greeting is asked all the same, and only the promised keys are printed."""
+    gateway, found = ready
+    assert welcome.present(Settings.load(), found, as_json=True, hello=True, detached=True)
+    document = json.loads(capsys.readouterr().out)
+    assert set(document) == {"http", "grpc", "ops", "triton_http", "triton_grpc", "redis", "pid"}
+    assert document["http"] == gateway.url and len(gateway.asked) == 1
+
+
+def test_a_greeting_that_fails_is_told(place: Any, ready: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stack that does not answer its first prompt makes `up` fail, with the addresses still shown."""
+    gateway, found = ready
+    gateway.status, gateway.body = 503, b'{"error": {"message": "not ready"}}'
+    assert not welcome.present(Settings.load(), found, as_json=False, hello=True, detached=True)
+    output = capsys.readouterr()
+    assert "error: the stack is ready but its first answer failed: not ready\nhint: " in output.err
+    assert "Try next" in output.out
+
+
+def test_a_log_is_followed_in_whole_lines(tmp_path: Path) -> None:
+    """Lines are given once, when complete, from the chosen place on, and an error among them is noticed."""
+    path = tmp_path / "log"
+    path.write_bytes(b"old error: x\n")
+    tail = launch._Tail(path, path.stat().st_size)
+    with path.open("ab") as log:
+        log.write(b"one\ntw")
+        log.flush()
+        assert tail.lines() == ["one"] and tail.lines() == [] and not tail.failed
+        log.write("o\nerror: ñ\n".encode())
+        log.flush()
+    assert tail.lines() == ["two", "error: ñ"] and tail.failed
+
+
+def test_the_greeting_gives_up_on_a_stalled_gateway(
+    place: Any, ready: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A gateway that stalls cannot keep `up` from returning."""
+    gateway, found = ready
+    gateway.stall_s = 3
+    monkeypatch.setattr(welcome, "HELLO_TIMEOUT_S", 0.3)
+    assert not welcome.present(Settings.load(), found, as_json=True, hello=True, detached=True)
+    assert "did not answer in time" in capsys.readouterr().err
+    assert GatewayClient(gateway.url).live() and threading.active_count() < 50

@@ -1,0 +1,327 @@
+"""`truthgpt doctor`: every fault that it is there for is made for real and found, with the way to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.local import redisserver, state, tritonserver
+from orchestrator.ops import checks_machine, checks_stack, doctor
+from orchestrator.ops.finding import Deployment, Finding, Limits, installed
+from orchestrator.settings import Settings
+from tests.orchestrator.gateway import write_state
+
+
+def deployment(**parts: Any) -> Deployment:
+    return Deployment(Settings.load(), **parts)
+
+
+def fault(finding: Finding, *words: str) -> None:
+    """The finding is a fault whose text has these words, and it has a hint."""
+    assert not finding.ok and finding.hint, finding
+    assert all(word in f"{finding.detail} {finding.hint}" for word in words), finding
+
+
+@pytest.fixture
+def libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The libraries of a moved server (the original knows its own place), as links that a test may take away."""
+    real = tritonserver.find()
+    moved = tritonserver.Installation(tmp_path / "tritonserver", tmp_path / "libraries", real.site)
+    for source, target in ((real.binary, moved.binary), (real.stub, moved.stub)):
+        target.parent.mkdir(parents=True)
+        shutil.copy2(source, target)
+    moved.libraries.mkdir()
+    for path in real.libraries.iterdir():
+        (moved.libraries / path.name).symlink_to(path)
+    monkeypatch.setattr(tritonserver, "find", lambda: moved)
+    return moved.libraries
+
+
+def test_a_sound_machine_is_sound(place: Any) -> None:
+    """With an exported model and no stack every check is ok, in a document of the promised form, by exit code 0."""
+    place.export()
+    document = place.json("doctor")
+    assert document["ok"] is True
+    assert [set(row) for row in document["checks"]] == [{"name", "ok", "detail", "hint"}] * len(document["checks"])
+    assert [row["name"] for row in document["checks"]] == ["settings", *(check.name for check in doctor.CHECKS)]
+    assert all(row["ok"] and row["hint"] == "" and row["detail"] for row in document["checks"])
+    assert not place.home.exists(), "looking must not change anything"
+
+
+def test_each_fault_reaches_people_with_its_hint(place: Any) -> None:
+    """A fault makes the exit code 1 and is printed with what to do, in text and in JSON."""
+    place.export()
+    place.set(MODEL="missing")
+    result = place.run("doctor")
+    assert result.exit_code == 1
+    line = next(line for line in result.stdout.splitlines() if line.startswith("FAULT"))
+    assert "model" in line and "-> export it first: truthgpt export" in result.stdout
+    rows = {row["name"]: row for row in place.json("doctor", code=1)["checks"]}
+    assert [name for name, row in rows.items() if not row["ok"]] == ["model"]
+
+
+def test_wrong_settings_are_the_first_fault(place: Any) -> None:
+    """Settings that cannot be loaded are a finding, not a failure of the doctor."""
+    place.set(HTTP_PORT="many")
+    (row,) = place.json("doctor", code=1)["checks"]
+    assert (row["name"], row["ok"]) == ("settings", False) and "TRUTHGPT_HTTP_PORT" in row["detail"] and row["hint"]
+
+
+def test_a_taken_port_names_its_owner(place: Any) -> None:
+    """A port that another program holds is named with its setting and the program."""
+    with socket.create_server(("127.0.0.1", place.ports["TRITON_GRPC"])):
+        found = checks_machine.check_ports(deployment())
+    fault(found, str(place.ports["TRITON_GRPC"]), "TRUTHGPT_TRITON_GRPC_PORT", f"process {os.getpid()}")
+    assert str(place.ports["HTTP"]) not in found.detail
+    assert checks_machine.check_ports(deployment()).ok
+
+
+def test_the_running_stacks_own_ports_are_no_fault(place: Any, gateway: Any) -> None:
+    """A port held by a process of this home's stack is as it should be."""
+    place.set(HTTP_PORT=gateway.url.rpartition(":")[2])
+    assert checks_machine.check_ports(deployment()).ok
+    state.clear(place.home)
+    fault(checks_machine.check_ports(deployment()), "is used by")
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (("darwin", "x86_64", (3, 11), "", ""), "Linux"),
+        (("linux", "aarch64", (3, 11), "glibc", "2.36"), "x86-64"),
+        (("linux", "x86_64", (3, 11), "glibc", "2.31"), "glibc 2.35"),
+        (("linux", "x86_64", (3, 11), "glibc", "2.9"), "glibc 2.35"),
+        (("linux", "x86_64", (3, 11), "", ""), "glibc 2.35"),
+        (("linux", "x86_64", (3, 13), "glibc", "2.36"), "Python 3.11 or 3.12"),
+        (("linux", "x86_64", (3, 10), "glibc", "2.36"), "Python 3.11 or 3.12"),
+    ],
+)
+def test_an_unsupported_system_is_named(found: tuple[Any, ...], words: str) -> None:
+    """Another system, processor, C library or Python is one clear sentence with a hint."""
+    told = checks_machine.platform_fault(*found)
+    assert told is not None and words in told[0] and told[1]
+    assert checks_machine.platform_fault("linux", "x86_64", (3, 12), "glibc", "2.100") is None
+
+
+def test_numpy_2_and_missing_packages_are_faults(place: Any) -> None:
+    """numpy 2, which breaks text tensors in Triton, and a serving package that is not there name their pip command."""
+    new = deployment(version=lambda name: "2.1.0" if name == "numpy" else installed(name))
+    fault(checks_machine.check_packages(new), "numpy 2.1.0", "pip install 'numpy<2'")
+    without = deployment(version=lambda name: None if name == "tokenizers" else installed(name))
+    fault(checks_machine.check_packages(without), "tokenizers", "truthgpt[serve]")
+    assert checks_machine.check_packages(deployment()).ok
+
+
+def test_a_missing_server_library_is_named(place: Any, libraries: Path) -> None:
+    """A shared library that tritonserver would not find is named; with all of them there is no fault."""
+    assert checks_machine.check_server(deployment()).ok
+    taken = next(path for path in sorted(libraries.iterdir()) if path.name.startswith("libcudart"))
+    taken.unlink()
+    fault(checks_machine.check_server(deployment()), taken.name, "truthgpt[serve]")
+
+
+def test_shared_memory_and_disk_that_are_too_small(place: Any) -> None:
+    """Less free than needed is a fault with the numbers and the way to get more."""
+    small = deployment(limits=Limits(shared_memory_bytes=1 << 60, disk_bytes=1 << 60))
+    fault(checks_machine.check_shared_memory(small), "MiB free", "--shm-size")
+    fault(checks_machine.check_disk(small), "MiB free", "TRUTHGPT_HOME")
+    assert checks_machine.check_shared_memory(deployment()).ok and checks_machine.check_disk(deployment()).ok
+
+
+def test_folders_that_cannot_be_written(place: Any, tmp_path: Path) -> None:
+    """A file in the way of the home or the repository is told with the variable to change."""
+    (tmp_path / "file").write_text("")
+    place.set(HOME=tmp_path / "file" / "home", MODEL_REPOSITORY=tmp_path / "file")
+    fault(checks_machine.check_home(deployment()), "is not a folder", "TRUTHGPT_HOME")
+    fault(checks_machine.check_repository(deployment()), "is not a folder", "TRUTHGPT_MODEL_REPOSITORY")
+
+
+@pytest.mark.skipif(not Path("/proc/sys").is_dir(), reason="needs a folder that even root cannot write")
+def test_a_read_only_file_system_is_told(place: Any) -> None:
+    """A folder that looks writable to root and is not is found by trying."""
+    assert "cannot be written" in checks_machine.unwritable(Path("/proc/sys"))
+
+
+def test_the_model_that_is_not_exported(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty repository is fine while the demo can be exported; without torch it is a fault that names the extra."""
+    assert checks_stack.check_model(deployment()).ok
+    monkeypatch.setattr(checks_stack.importlib.util, "find_spec", lambda name: None)
+    fault(checks_stack.check_model(deployment()), "torch", "truthgpt[export]")
+
+
+def test_the_model_that_is_not_ready(place: Any, gateway: Any) -> None:
+    """A running stack whose model does not answer is a fault with the gateway's reason and the log to read."""
+    place.export()
+    assert checks_stack.check_model(deployment()).ok
+    gateway.row |= {"ready": False, "reason": "its stub process is gone"}
+    fault(checks_stack.check_model(deployment()), "its stub process is gone", "triton.log")
+
+
+def damage_weights(folder: Path) -> None:
+    path = folder / "1" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+def change_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / "1" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_config(folder: Path, old: str, new: str) -> None:
+    path = folder / "config.pbtxt"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_weights, "model.onnx is damaged"),
+        (lambda f: (f / "1" / "tokenizer.json").unlink(), "tokenizer.json cannot be read"),
+        (lambda f: (f / "1" / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda f: change_manifest(f, version="7"), "about version '7'"),
+        (lambda f: change_manifest(f, name="other"), "about name 'other'"),
+        (lambda f: change_manifest(f, format=99), "format 99"),
+        (lambda f: change_manifest(f, files={}), "does not list model.onnx"),
+        (lambda f: change_manifest(f, files=None), "lists no files"),
+        (lambda f: change_manifest(f, files={"../../x": {}}), "leads out of the folder"),
+        (lambda f: change_manifest(f, precision="int8"), "precision is 'fp32', the manifest says 'int8'"),
+        (lambda f: change_manifest(f, chat_template=None), "parameter chat is 'true'"),
+        (lambda f: change_config(f, "decoupled: true", "decoupled: false"), "decoupled: true"),
+        (lambda f: change_config(f, 'backend: "inflight"', 'backend: "python"'), "backend is 'python'"),
+        (lambda f: change_config(f, '"sampling_parameters"', '"parameters"'), "input sampling_parameters must be"),
+        (lambda f: change_config(f, 'string_value: "4096"', 'string_value: "99999"'), "max_len is '99999'"),
+        (lambda f: change_config(f, 'string_value: "4"', 'string_value: "many"'), "slots is 'many'"),
+        (lambda f: (f / "config.pbtxt").write_text("name: {"), "config.pbtxt cannot be read"),
+        (lambda f: (f / "config.pbtxt").unlink(), "config.pbtxt cannot be read"),
+    ],
+)  # fmt: skip
+def test_an_entry_that_does_not_hold_together(place: Any, damage: Any, words: str) -> None:
+    """Damaged files and a manifest and config.pbtxt that disagree are found and named, each on its own."""
+    folder = place.export()
+    assert checks_stack.check_entry(deployment()) == Finding("entry", True, "demo version 1 is intact")
+    damage(folder)
+    fault(checks_stack.check_entry(deployment()), words, "export demo again")
+
+
+def test_another_onnxruntime_is_a_warning(place: Any) -> None:
+    """A model verified with another onnxruntime may be served, with a word about it."""
+    change_manifest(place.export(), tools={"onnxruntime": "1.0.0"})
+    found = checks_stack.check_entry(deployment())
+    assert found.ok and "1.0.0" in found.detail and found.hint
+    assert "warn   entry" in place.run("doctor").stdout
+
+
+def test_a_redis_that_is_away(place: Any) -> None:
+    """A configured Redis that refuses, or accepts and says nothing, is a fault within seconds, password masked."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place.set(REDIS_URL=f"redis://:hunter2@127.0.0.1:{server.getsockname()[1]}/0")
+        began = time.monotonic()
+        silent = checks_stack.check_redis(deployment())
+        assert time.monotonic() - began < 5
+    refusing = checks_stack.check_redis(deployment())
+    for found in (silent, refusing):
+        fault(found, "does not answer", "TRUTHGPT_REDIS_URL")
+        assert "hunter2" not in f"{found}"
+
+
+def test_a_redis_that_answers(place: Any, tmp_path: Path) -> None:
+    """A real redis-server passes by its URL, and the embedded one when no URL is set."""
+    assert "embedded" in checks_stack.check_redis(deployment()).detail
+    path = tmp_path / "r.sock"
+    argv = [str(redisserver.binary()), "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as server:
+        while not path.exists():
+            time.sleep(0.01)
+        place.set(REDIS_URL=f"unix://{path}")
+        found = checks_stack.check_redis(deployment())
+        server.kill()
+    assert found.ok and "answers" in found.detail
+
+
+def test_an_embedded_redis_that_is_missing_or_broken(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No redis-server, or one that cannot run, names the extra and the variable."""
+    monkeypatch.setattr(redisserver, "binary", lambda: Path(sys.executable).with_name("no-redis-server"))
+    fault(checks_stack.check_redis(deployment()), "cannot be run", "truthgpt[serve]")
+
+    def missing() -> Path:
+        raise redisserver.RedisMissing("redis-server is not installed: pip install it")
+
+    monkeypatch.setattr(redisserver, "binary", missing)
+    fault(checks_stack.check_redis(deployment()), "redis-server is not installed", "TRUTHGPT_REDIS_URL")
+
+
+def test_a_gateway_that_does_not_answer(place: Any, gateway: Any) -> None:
+    """A running stack with a dead gateway is a fault that names its log."""
+    assert checks_stack.check_gateway(deployment()).ok
+    write_state(place.home, "http://127.0.0.1:1")
+    fault(checks_stack.check_gateway(deployment()), "Connection refused", "gateway.log")
+    assert "nobody can tell" in checks_stack.check_model(deployment()).detail
+
+
+def test_what_a_killed_stack_left_behind(place: Any) -> None:
+    """A stale state file, a process of it and its shared memory are one fault each, mended by `down`."""
+    assert checks_stack.check_leftovers(deployment()).ok
+    region = tritonserver.SHM / f"{tritonserver.shm_prefix(place.home)}test"
+    with subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)", str(place.home)], start_new_session=True
+    ) as left:
+        try:
+            region.write_bytes(b"x")
+            write_state(place.home, "http://127.0.0.1:1", created=1.0, processes={"triton": left.pid})
+            found = checks_stack.check_leftovers(deployment())
+            assert place.run("down").exit_code == 0
+        finally:
+            left.kill()
+            region.unlink(missing_ok=True)
+    fault(found, "a state file", "1 shared memory regions", f"processes {left.pid}", "truthgpt down")
+    assert checks_stack.check_leftovers(deployment()).ok
+
+
+def test_a_stack_that_starts_is_no_leftover(place: Any) -> None:
+    """While a supervisor holds the home's lock without a state file, nothing is called a leftover."""
+    with state.lock(place.home):
+        region = tritonserver.SHM / f"{tritonserver.shm_prefix(place.home)}test"
+        region.write_bytes(b"x")
+        argv = [sys.executable, "-c", "from orchestrator.cli import main; main()", "doctor", "--json"]
+        rows = json.loads(subprocess.run(argv, capture_output=True, text=True).stdout)["checks"]
+        region.unlink()
+    assert (
+        next(row for row in rows if row["name"] == "leftovers")["detail"] == "a stack is starting or stopping just now"
+    )
+
+
+def test_a_check_that_hangs_or_fails_does_not_stop_the_doctor(place: Any) -> None:
+    """A hanging check ends at its deadline and a raising one is a finding; the others are unharmed and in order."""
+    forever = threading.Event()
+
+    def hang(_: Deployment) -> Finding:
+        forever.wait()
+        raise AssertionError
+
+    def fail(_: Deployment) -> Finding:
+        raise RuntimeError("broken")
+
+    checks = [
+        doctor.Check("hangs", hang, 0.3),
+        doctor.Check("fails", fail),
+        doctor.Check("works", lambda _: Finding("works", True, "")),
+    ]
+    began = time.monotonic()
+    found = doctor.examine(deployment(), checks)
+    assert time.monotonic() - began < 2
+    assert [(finding.name, finding.ok) for finding in found] == [("hangs", False), ("fails", False), ("works", True)]
+    assert "0.3 s" in found[0].detail and "RuntimeError: broken" in found[1].detail
+    assert all(finding.hint for finding in found[:2])
+    forever.set()
