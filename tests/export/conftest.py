@@ -6,11 +6,14 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from export.manifest import Serving
 from export.pipeline import Exported, ExportOptions, export_model
 from tests.export.checkpoints import write_gpt2, write_llama
 
+# The models here are tiny: a second thread would only wait for the first.
+torch.set_num_threads(1)
 # torch's structured trace sends thousands of empty debug records to whoever listens, and pytest does.
 logging.getLogger("torch.__trace").propagate = False
 

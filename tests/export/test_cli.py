@@ -37,7 +37,7 @@ def _refused(result: Result) -> str:
 def test_json_from_the_real_command(gpt2: Path, tmp_path: Path) -> None:
     """`python -m export --json` prints one document on stdout, progress on stderr, and the version is there."""
     command = [sys.executable, "-m", "export", str(gpt2), "--name", "chat", "--json"]
-    environment = os.environ | {"TRUTHGPT_MODEL_REPOSITORY": str(tmp_path / "repository")}
+    environment = os.environ | {"TRUTHGPT_MODEL_REPOSITORY": str(tmp_path / "repository"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=110)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -194,7 +194,9 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_interrupted(gpt2: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Ctrl-C and SIGTERM in the middle of the work leave no staging folder and say so by the exit code."""
     command = [sys.executable, "-m", "export", str(gpt2), "--repository", str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
         assert process.stderr is not None
         seen = ""
         while "trace" not in seen:
