@@ -65,7 +65,9 @@ class Application:
         health = Health(triton, interval_s=settings.heartbeat_interval_s, engine_stall_s=settings.engine_stall_s)
         store = Store(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
         gateway = self.gateway = Gateway(triton, health, Admission(settings.max_concurrency), [logs.log_request])
-        openai = OpenAI(gateway, Defaults(temperature=settings.temperature), settings.request_timeout_s)
+        # one request alone may not ask for more places than admission has
+        at_once = min(settings.max_batch_size, settings.max_concurrency)
+        openai = OpenAI(gateway, Defaults(temperature=settings.temperature), settings.request_timeout_s, at_once)
         probes = Probes(gateway, url, lambda: store.up if store else None)
         self._door = FrontDoor({**openai.routes, **probes.routes}, settings.body_limit_bytes)
         self._tasks = [asyncio.create_task(health.run(), name="health")]

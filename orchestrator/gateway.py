@@ -54,6 +54,43 @@ class Gateway:
         finally:
             self._settle(tally.record())
 
+    async def generate_all(
+        self, caller: Caller, requests: Sequence[GenerateRequest], at_once: int
+    ) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """The answers to several requests, `at_once` of them at a time: a request's index and its chunk, as they come.
+
+        Each request is one `generate()`. The first that fails ends the others and is raised; closing the iterator
+        cancels them all.
+        """
+        arrived: asyncio.Queue[tuple[int, Chunk] | asyncio.Task[None]] = asyncio.Queue()
+        room = asyncio.Semaphore(at_once)  # chunks that may wait for the reader; a worker's end never has to wait
+        rest = iter(enumerate(requests))
+
+        async def work() -> None:
+            for index, request in rest:  # shared: whoever is free takes the next one
+                async with aclosing(self.generate(caller, request)) as chunks:
+                    async for chunk in chunks:
+                        await room.acquire()
+                        arrived.put_nowait((index, chunk))
+
+        workers = [asyncio.create_task(work()) for _ in range(min(at_once, len(requests)))]
+        try:
+            for worker in workers:
+                worker.add_done_callback(arrived.put_nowait)
+            running = len(workers)
+            while running:
+                item = await arrived.get()
+                if isinstance(item, asyncio.Task):
+                    item.result()  # raises what ended it
+                    running -= 1
+                else:
+                    room.release()
+                    yield item
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
     @property
     def models(self) -> list[Model]:
         """What is served, by name, ready or not."""

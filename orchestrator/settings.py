@@ -172,7 +172,10 @@ class Settings:
         _DEVELOPMENT["device"], "Device to serve on; auto takes a GPU if there is one.", choices=("cpu", "cuda", "auto")
     )
     max_batch_size: int = _setting(
-        _DEVELOPMENT["max_batch_size"], "Sequences generated at once (KV-cache slots).", minimum=1, maximum=1024
+        _DEVELOPMENT["max_batch_size"],
+        "Prompts of one request that are generated at once; the others of its list wait for their turn.",
+        minimum=1,
+        maximum=1024,
     )
     max_new_tokens: int = _setting(
         _DEVELOPMENT["max_new_tokens"],

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import re
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -127,7 +128,8 @@ class Triton:
         `attendance.fail()` was given.
         """
         now = asyncio.get_running_loop().time
-        total_at = now() + self._deadlines.request_s
+        # from acceptance: a prompt that waited for its turn behind others of its request does not get it anew
+        total_at = now() + self._deadlines.request_s - (time.monotonic() - request.accepted_at)
         deadline = min(total_at, now() + self._deadlines.first_token_s)
         wanted = request.max_tokens or self._default_max_tokens
         response = await self._open(request, wanted, attendance, deadline)

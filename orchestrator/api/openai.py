@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Self
 
 from orchestrator import sse
 from orchestrator.api import errors as table
@@ -27,11 +28,15 @@ Parser = Callable[[dict[str, Any], Exchange, Defaults], Call]
 
 
 class OpenAI:
-    """The handlers. `request_timeout_s` bounds how long a client may take to read its answer."""
+    """The handlers. `request_timeout_s` bounds how long a client may take to read its answer.
 
-    def __init__(self, gateway: Gateway, defaults: Defaults, request_timeout_s: float) -> None:
+    `prompts_at_once` is how many prompts of one request are generated at the same time.
+    """
+
+    def __init__(self, gateway: Gateway, defaults: Defaults, request_timeout_s: float, prompts_at_once: int) -> None:
         self._gateway, self._defaults = gateway, defaults
         self._within_s = request_timeout_s + SLOW_READER_S
+        self._prompts_at_once = prompts_at_once
 
     @property
     def routes(self) -> Routes:
@@ -62,6 +67,8 @@ class OpenAI:
         call = parse(await exchange.json(), exchange, self._defaults)
         answer = form(call)
         async with exchange.cancelled_by_hang_up(self._within_s):
+            if len(call.requests) > 1:
+                return await self._generate_all(exchange, call, answer)
             async with aclosing(self._gateway.generate(exchange.caller, call.request)) as chunks:
                 if call.request.stream:
                     await _stream(exchange, answer, chunks)
@@ -70,7 +77,36 @@ class OpenAI:
                     async for chunk in chunks:
                         parts.append(chunk.text)
                         usage, reason = usage.plus(chunk), chunk.finish_reason
-                    await exchange.reply_json(200, answer.whole("".join(parts), reason, usage))
+                    await exchange.reply_json(200, answer.whole([("".join(parts), reason)], usage))
+
+    async def _generate_all(self, exchange: Exchange, call: Call, answer: _Form) -> None:
+        """Several prompts: a choice each, and one end, one usage and one failure for all of them."""
+        indexes = range(len(call.requests))
+        choices = [answer.of_choice(index) for index in indexes]
+        texts: list[list[str]] = [[] for _ in indexes]
+        reasons: list[str | None] = [None for _ in indexes]
+        usages = [Usage() for _ in indexes]
+        try:
+            pieces = self._gateway.generate_all(exchange.caller, call.requests, self._prompts_at_once)
+            async with aclosing(pieces) as chunks:
+                async for index, chunk in chunks:
+                    usages[index], reasons[index] = usages[index].plus(chunk), chunk.finish_reason
+                    if not call.request.stream:
+                        texts[index].append(chunk.text)
+                        continue
+                    if not exchange.started:
+                        await exchange.begin_events()
+                    await exchange.write(choices[index].events(chunk, False))  # only chat marks a choice's first chunk
+            if None in reasons:
+                raise UpstreamError("an answer has no end")
+        except TruthGPTError as error:
+            return await _fail(exchange, error)
+        usage = Usage(sum(one.prompt_tokens for one in usages), sum(one.completion_tokens for one in usages))
+        if call.request.stream:
+            await exchange.end(answer.usage_event(usage) + sse.DONE)
+        else:
+            whole = answer.whole(zip(map("".join, texts), reasons, strict=True), usage)
+            await exchange.reply_json(200, whole)
 
 
 async def _stream(exchange: Exchange, answer: _Form, chunks: AsyncIterator[Chunk]) -> None:
@@ -86,14 +122,19 @@ async def _stream(exchange: Exchange, answer: _Form, chunks: AsyncIterator[Chunk
         if not complete:
             raise UpstreamError("the answer has no end")
     except TruthGPTError as error:
-        if not exchange.started:
-            raise
-        if isinstance(error, InternalError):
-            log.error("request %s failed in its stream: %s", exchange.id, error, exc_info=error)
-        body = table.body_of(error, exchange.caller.language)
-        await exchange.end(sse.event(json.dumps(body, ensure_ascii=False).encode()))
+        await _fail(exchange, error)
     else:
         await exchange.end(answer.usage_event(usage) + sse.DONE)
+
+
+async def _fail(exchange: Exchange, error: TruthGPTError) -> None:
+    """Raise it while it can still have its own status; afterwards it is the stream's last event."""
+    if not exchange.started:
+        raise error
+    if isinstance(error, InternalError):
+        log.error("request %s failed in its stream: %s", exchange.id, error, exc_info=error)
+    body = table.body_of(error, exchange.caller.language)
+    await exchange.end(sse.event(json.dumps(body, ensure_ascii=False).encode()))
 
 
 class _Form:
@@ -109,13 +150,23 @@ class _Form:
         self._model = call.request.model
         self._include_usage = call.include_usage
         head = json.dumps(self._head(self.chunk_kind), ensure_ascii=False)[:-1]
-        self._before = f'data: {head}, "choices": [{{"index": 0, '
+        self._opening = f'data: {head}, "choices": [{{"index": '
+        self._before = f"{self._opening}0, "
         self._after = '}], "usage": null}\n\n' if call.include_usage else "}]}\n\n"
 
-    def whole(self, text: str, reason: str | None, usage: Usage) -> dict[str, object]:
-        """The body of an answer that is not streamed."""
-        choice = {"index": 0, **self._choice(text), "logprobs": None, "finish_reason": reason}
-        return {**self._head(self.kind), "choices": [choice], "usage": _usage(usage)}
+    def of_choice(self, index: int) -> Self:
+        """The form whose events belong to another choice of this answer than the first."""
+        other = copy.copy(self)
+        other._before = f"{self._opening}{index}, "
+        return other
+
+    def whole(self, answers: Iterable[tuple[str, str | None]], usage: Usage) -> dict[str, object]:
+        """The body of an answer that is not streamed, from the text and the finish reason of each choice."""
+        choices = [
+            {"index": index, **self._choice(text), "logprobs": None, "finish_reason": reason}
+            for index, (text, reason) in enumerate(answers)
+        ]
+        return {**self._head(self.kind), "choices": choices, "usage": _usage(usage)}
 
     def events(self, chunk: Chunk, first: bool) -> bytes:
         """The events of one chunk."""

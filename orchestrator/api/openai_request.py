@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.api.http import Exchange
@@ -13,6 +13,7 @@ from orchestrator.errors import InvalidRequest, Text
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+MAX_PROMPTS = 64
 _SAMPLING = {"model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options"}
 # Taken and without effect: they describe the caller or where the answer is kept, not the answer.
 _IGNORED = {
@@ -45,35 +46,45 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Call:
-    """A parsed body: what to generate and how to write it out."""
+    """A parsed body: what to generate, one request a prompt, and how to write it out."""
 
-    request: GenerateRequest
+    requests: tuple[GenerateRequest, ...]
     include_usage: bool
+
+    @property
+    def request(self) -> GenerateRequest:
+        """The first request; all of them share everything but the prompt and the id."""
+        return self.requests[0]
 
 
 def completion(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> Call:
     """`POST /v1/completions`. Raises InvalidRequest naming the parameter."""
     fields = _known(body, _SAMPLING | {"prompt"}, _NEUTRAL_COMPLETION)
-    prompt = fields.get("prompt")
-    if prompt is None:
+    value = fields.get("prompt")
+    if value is None:
         raise _required("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
-        prompt = prompt[0]
-    elif isinstance(prompt, list) and prompt and all(isinstance(item, (str, list)) for item in prompt):
+    if not isinstance(value, list) or not any(isinstance(item, (str, list)) for item in value):
+        return _call(fields, exchange, defaults, **_prompt(value, "prompt"))
+    if len({type(item) for item in value}) > 1:
+        raise _wrong(
+            "prompt",
+            "a string, a list of token ids, or a list of either kind alone",
+            "un texto, una lista de identificadores de token o una lista de una sola de estas clases",
+        )
+    if len(value) > MAX_PROMPTS:
         raise InvalidRequest(
             Text(
-                "prompt: one prompt a request is supported; send one request for each.",
-                "prompt: se admite un texto por petición; envíe una petición por cada uno.",
+                f"prompt: at most {MAX_PROMPTS} prompts a request; there are {len(value)}.",
+                f"prompt: se admiten {MAX_PROMPTS} textos por petición como máximo; hay {len(value)}.",
             ),
             "prompt",
         )
-    if not prompt:
-        raise InvalidRequest(Text("prompt must not be empty.", "prompt no puede estar vacío."), "prompt")
-    if isinstance(prompt, str):
-        return _call(fields, exchange, defaults, text=prompt)
-    if isinstance(prompt, list) and all(_is_int(token) and 0 <= token < 2**31 for token in prompt):
-        return _call(fields, exchange, defaults, token_ids=tuple(prompt))
-    raise _wrong("prompt", "a string or a list of token ids", "un texto o una lista de identificadores de token")
+    if len(value) == 1:
+        return _call(fields, exchange, defaults, **_prompt(value[0], "prompt"))
+    prompts = [_prompt(item, f"prompt[{index}]") for index, item in enumerate(value)]
+    call = _call(fields, exchange, defaults, **prompts[0])
+    requests = (replace(call.request, id=f"{exchange.id}-{index}", **item) for index, item in enumerate(prompts))
+    return replace(call, requests=tuple(requests))
 
 
 def chat(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> Call:
@@ -154,7 +165,18 @@ def _call(fields: dict[str, Any], exchange: Exchange, defaults: Defaults, **prom
         traceparent=exchange.traceparent,
         **prompt,
     )
-    return Call(request, stream and _boolean(options, "include_usage", "stream_options.include_usage"))
+    return Call((request,), stream and _boolean(options, "include_usage", "stream_options.include_usage"))
+
+
+def _prompt(value: object, at: str) -> dict[str, Any]:
+    """One prompt as the field of GenerateRequest that it fills."""
+    if not value:
+        raise InvalidRequest(Text(f"{at} must not be empty.", f"{at} no puede estar vacío."), at)
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, list) and all(_is_int(token) and 0 <= token < 2**31 for token in value):
+        return {"token_ids": tuple(value)}
+    raise _wrong(at, "a string or a list of token ids", "un texto o una lista de identificadores de token")
 
 
 def _message(turn: object, at: str) -> Message:

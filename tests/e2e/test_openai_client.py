@@ -43,6 +43,23 @@ def test_a_completion_whole_and_streamed(stack: Stack, client: openai.OpenAI):
     assert "".join(c.choices[0].text for c in chunks) == "two three one"
 
 
+def test_several_prompts_of_one_completion(stack: Stack, client: openai.OpenAI):
+    """A choice for each prompt, in order, whole and streamed, with the usage of both together."""
+    ask = dict(model=stack.model, prompt=["one", "one two"], max_tokens=3, temperature=0)
+    whole = client.completions.create(**ask)
+    assert [(c.index, c.text) for c in whole.choices] == [(0, "two three one"), (1, "three one two")]
+    assert [c.finish_reason for c in whole.choices] == ["length", "length"]
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 6)
+    *chunks, last = client.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    texts = {0: "", 1: ""}
+    for chunk in chunks:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == {0: "two three one", 1: "three one two"}
+    assert last.choices == [] and last.usage == whole.usage
+    ids = client.completions.create(**{**ask, "prompt": [[0], [0, 1]]})
+    assert [c.text for c in ids.choices] == ["two three one", "three one two"]
+
+
 def test_errors_are_the_clients_own_classes(stack: Stack, client: openai.OpenAI):
     """An unknown model is NotFoundError, a bad parameter BadRequestError that names it."""
     with pytest.raises(openai.NotFoundError):

@@ -41,6 +41,7 @@ class FakeTriton:
     def __init__(self) -> None:
         self.script: Sequence[Step] = answer("Hola", ", ", "¿qué tal?")
         self.scripts: list[Sequence[Step]] = []  # used up first, one a request
+        self.by_text: dict[str, Sequence[Step]] = {}  # for requests with this text_input, before the other scripts
         self.status = 200
         self.content_type = "text/event-stream; charset=utf-8"
         self.plain: bytes | None = None  # the whole body of a stream's answer, instead of the script
@@ -54,7 +55,7 @@ class FakeTriton:
         self.port = 0
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.running = 0
+        self.running = self.most_running = 0
         self.hang_ups = 0
         self.calls: list[str] = []
         self._server: asyncio.Server | None = None
@@ -145,11 +146,15 @@ class FakeTriton:
             writer.write(head.encode() + plain)
             await writer.drain()
             return True
+        script = self.by_text.get(str(self.requests[-1]["text_input"]))
+        if script is None:
+            script = self.scripts.pop(0) if self.scripts else self.script
         gone = asyncio.create_task(reader.read(1))
         self.running += 1
+        self.most_running = max(self.most_running, self.running)
         started = False
         try:
-            for step in self.scripts.pop(0) if self.scripts else self.script:
+            for step in script:
                 if isinstance(step, (int, float)):
                     # inf would overflow the clock's integer arithmetic in some event loops
                     await asyncio.wait([gone], timeout=min(float(step), 3600.0))

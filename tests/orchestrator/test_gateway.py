@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 import pytest
 
-from orchestrator.domain import Caller, GenerateRequest, Message, Record
+from orchestrator.domain import Caller, Chunk, GenerateRequest, Message, Record
 from orchestrator.errors import Draining, GatewayFull, InternalError, InvalidRequest, ModelNotFound, UpstreamUnavailable
 
 from .conftest import Stack, serving, until
@@ -97,6 +98,30 @@ async def test_concurrency_is_bounded(fake: FakeTriton) -> None:
         assert await asyncio.gather(*running) == ["ab", "ab"]
         assert len(fake.requests) == 2
         assert stack.gateway.ready
+
+
+async def test_several_requests_wait_for_a_reader_that_is_slow(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nobody reading, no more chunks are taken than have room; closing then cancels every request."""
+    stack.fake.script = [event("a")] * 200 + [event("b", "stop"), "end"]
+    taken = 0
+    generate = stack.gateway.generate
+
+    async def counted(caller: Caller, asked: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        nonlocal taken
+        async with aclosing(generate(caller, asked)) as chunks:
+            async for chunk in chunks:
+                taken += 1
+                yield chunk
+
+    monkeypatch.setattr(stack.gateway, "generate", counted)
+    requests = [request(id=f"r-{index}") for index in range(3)]
+    pieces = stack.gateway.generate_all(CALLER, requests, 2)
+    await anext(pieces)
+    await until(lambda: stack.fake.running == 0)  # both upstream streams lie ready in the sockets
+    assert taken <= 1 + 2 + 2, "read, waiting in the queue, and held by each of the two workers"
+    await pieces.aclose()
+    assert [record.outcome for record in stack.records] == ["cancelled", "cancelled"]
+    assert (stack.gateway.in_flight, len(stack.fake.requests)) == (0, 2)
 
 
 async def test_draining_lets_requests_end_then_ends_them(fake: FakeTriton) -> None:

@@ -39,7 +39,7 @@ async def triton(fake: FakeTriton) -> AsyncIterator[Triton]:
 
 
 def request(**changes: Any) -> GenerateRequest:
-    return GenerateRequest(**{"id": "r1", "model": "m", "accepted_at": 0.0, "text": "Hola", **changes})
+    return GenerateRequest(**{"id": "r1", "model": "m", "accepted_at": time.monotonic(), "text": "Hola", **changes})
 
 
 async def read(triton: Triton, asked: GenerateRequest | None = None) -> list[Chunk]:
@@ -169,6 +169,19 @@ async def test_refused_and_unanswered_connections(triton: Triton, fake: FakeTrit
     with pytest.raises(UpstreamUnavailable, match="connection"):
         await read(triton)
     await fake.start()
+
+
+async def test_the_total_deadline_counts_from_acceptance(triton: Triton, fake: FakeTriton) -> None:
+    """What a request waited before its turn is gone from its deadline, and with none left nothing is sent."""
+    fake.script = [step for _ in range(40) for step in (event("a"), 0.05)] + [math.inf]
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        await read(triton, request(accepted_at=began - 0.9))
+    assert 0.2 < time.monotonic() - began < 0.8
+    sent = len(fake.requests)
+    with pytest.raises(DeadlineExceeded):
+        await read(triton, request(accepted_at=began - 5))
+    assert len(fake.requests) == sent
 
 
 async def test_first_token_and_total_deadlines(triton: Triton, fake: FakeTriton) -> None:
