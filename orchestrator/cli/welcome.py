@@ -64,7 +64,8 @@ def _command() -> str:
     path = Path(sys.argv[0])
     if path.name != "truthgpt":
         return f"{sys.executable} -m orchestrator.cli"
-    return "truthgpt" if shutil.which("truthgpt") else os.path.relpath(path)
+    near = os.path.relpath(path)
+    return "truthgpt" if shutil.which("truthgpt") else str(path.absolute()) if near.startswith("..") else near
 
 
 def _greet(found: State, show: bool) -> bool:

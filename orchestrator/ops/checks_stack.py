@@ -12,7 +12,7 @@ from orchestrator.local import redisserver, state, tritonserver
 from orchestrator.local.process import alive
 from orchestrator.ops import entrycheck
 from orchestrator.ops.finding import Deployment, Finding
-from orchestrator.ops.stopping import lock_holder
+from orchestrator.ops.stopping import lock_holder, servers
 from orchestrator.settings import mask_url
 
 ASK_S = 3.0
@@ -146,6 +146,7 @@ def check_leftovers(deployment: Deployment) -> Finding:
         if old is not None or state.path(home).exists():
             left.append("a state file")
         stubs |= {pid for pid in (old.processes.values() if old else ()) if alive(pid)}
+        stubs |= {server.pid for server in servers(home)}
         regions = [path.name for path in tritonserver.SHM.glob(f"{prefix}*")]
         if regions:
             left.append(f"{len(regions)} shared memory regions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -13,8 +14,8 @@ from typing import IO
 import psutil
 
 from orchestrator.local import state, tritonserver
-from orchestrator.local.process import alive, kill_group
 from orchestrator.local.preflight import end_leftover
+from orchestrator.local.process import alive, kill_group
 from orchestrator.settings import Settings
 
 SLACK_S = 30.0  # beyond drain_s: Triton's exit, Redis and the supervisor itself
@@ -52,9 +53,8 @@ def stop(settings: Settings, timeout_s: float) -> Stopped:
     if supervisor is not None:
         done.pid = supervisor.pid
         done.killed = not _end(supervisor, timeout_s)
-    if not home.is_dir():
-        return done
-    with _lock(home):  # nobody starts here while it is cleared
+    # Nobody starts here while it is cleared; where the folder itself is gone there is nothing to lock.
+    with _lock(home) if home.is_dir() else contextlib.nullcontext():
         _clear(home, settings, done)
     return done
 
@@ -72,14 +72,32 @@ def _lock(home: Path) -> IO[str]:
 
 
 def _supervisor(home: Path) -> psutil.Process | None:
-    """The process that runs this home's stack: by the state file, or while it still starts, by its lock."""
+    """The process that runs this home's stack: by the state file, while it still starts by its lock, and where
+    somebody has removed the folder below it by the server that it started."""
     found = state.read(home)
     if found is not None and found.running:
         try:
             return psutil.Process(found.pid)
         except psutil.NoSuchProcess:
             return None
-    return lock_holder(home)
+    holder = lock_holder(home)
+    if holder is None:
+        parents = [server.parent() for server in servers(home)]
+        return next((parent for parent in parents if parent is not None and _is_supervisor(parent)), None)
+    return holder
+
+
+def servers(home: Path) -> list[psutil.Process]:
+    """Every tritonserver that runs with this home's backends."""
+    wanted = f"--backend-directory={home / 'triton' / 'backends'}"
+    return [process for process in psutil.process_iter(["cmdline"]) if wanted in (process.info["cmdline"] or ())]
+
+
+def _is_supervisor(process: psutil.Process) -> bool:
+    try:
+        return "up" in process.cmdline()[1:]
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
 
 
 def lock_holder(home: Path) -> psutil.Process | None:
@@ -110,13 +128,13 @@ def _end(process: psutil.Process, timeout_s: float) -> bool:
         process.send_signal(signal.SIGCONT)  # a stopped process takes SIGTERM once it is continued
         if _until(lambda: not alive(process.pid), timeout_s):
             return True
-        kill_group(os.getpgid(process.pid)) if os.getpgid(process.pid) == process.pid else process.kill()
+        process.kill()
         if not _until(lambda: not alive(process.pid), KILLED_S):
             hint = f"it may hang in the kernel: see `ps -o stat,wchan -p {process.pid}`"
             raise StopError(f"process {process.pid} does not end", hint)
-    except (psutil.NoSuchProcess, ProcessLookupError):
+    except psutil.NoSuchProcess:
         return True
-    except (psutil.AccessDenied, PermissionError) as error:
+    except psutil.AccessDenied as error:
         hint = "stop it as the user who started it"
         raise StopError(f"process {process.pid} belongs to somebody else", hint) from error
     return False
@@ -132,6 +150,9 @@ def _clear(home: Path, settings: Settings, done: Stopped) -> None:
             for spelling in {home, settings.home.absolute()}:
                 end_leftover(pid, spelling)
         done.processes += [pid for pid in left if _until(lambda pid=pid: not alive(pid), 1.0)]  # type: ignore[misc]
+    for server in servers(home):
+        kill_group(server.pid)
+        done.processes.append(server.pid)
     # A state file of another version of truthgpt cannot be read, and may not stay either.
     done.stale = done.stale or state.path(home).exists()
     state.clear(home)

@@ -41,7 +41,10 @@ class _Server(ThreadingHTTPServer):
 
 
 class Gateway:
-    """Serves `health` and `models`, and answers completions with `events`, `pause_s` apart; keeps what was asked."""
+    """Serves `health` and `models`, and answers completions with `events`, `pause_s` apart; keeps what was asked.
+
+    With `cut_off` the connection is lost after the last event.
+    """
 
     def __init__(self) -> None:
         self.row: dict[str, Any] = {
@@ -55,6 +58,7 @@ class Gateway:
         self.status, self.body, self.headers = 200, b"", {}  # type: int, bytes, dict[str, str]
         self.events: list[bytes] = list(ANSWER)
         self.pause_s = 0.0
+        self.cut_off = False
         self.whole_event_a_chunk = True
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self._server = _Server(("127.0.0.1", 0), self._handler())
@@ -118,9 +122,9 @@ class Gateway:
                     self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
                     self.wfile.flush()
                     time.sleep(gateway.pause_s)
-                if gateway.events[-1:] == [DONE]:
+                if not gateway.cut_off:
                     self.wfile.write(b"0\r\n\r\n")
-                self.close_connection = gateway.events[-1:] != [DONE]
+                self.close_connection = gateway.cut_off
 
             def _json(self, status: int, value: object) -> None:
                 body = json.dumps(value).encode()

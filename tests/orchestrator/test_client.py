@@ -43,10 +43,11 @@ def test_an_error_inside_the_stream_is_raised(gateway: Gateway) -> None:
     assert "the model died" in str(failure(gateway))
 
 
+@pytest.mark.parametrize("cut_off", [True, False])
 @pytest.mark.parametrize("events", [ANSWER[:2], ANSWER[:-1], []])
-def test_a_stream_without_its_end_is_an_error(gateway: Gateway, events: list[bytes]) -> None:
-    """A connection that closes before [DONE] is never taken for a complete answer."""
-    gateway.events = events
+def test_a_stream_without_its_end_is_an_error(gateway: Gateway, events: list[bytes], cut_off: bool) -> None:
+    """What ends before [DONE], by a lost connection or in good order, is never taken for a complete answer."""
+    gateway.events, gateway.cut_off = events, cut_off
     assert "ended before it was complete" in str(failure(gateway))
 
 

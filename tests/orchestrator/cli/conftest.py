@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from orchestrator.cli import cli
+from orchestrator.ops.stopping import lock_holder
 from tests.counting import write_entry
 from tests.orchestrator.gateway import Gateway, write_state
 
@@ -94,8 +95,11 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path, entry: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    return Place(tmp_path, entry, monkeypatch)
+def place(tmp_path: Path, entry: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    made = Place(tmp_path, entry, monkeypatch)
+    yield made
+    if lock_holder(made.home) is not None:  # a test that failed half-way left its stack running
+        assert made.process("down").wait(60) == 0
 
 
 @pytest.fixture

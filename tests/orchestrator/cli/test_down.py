@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator.local import state, tritonserver
@@ -115,6 +117,29 @@ def test_a_pid_that_another_program_has_taken_is_left_alone(place: Any) -> None:
         assert stranger.poll() is None
         stranger.kill()
     assert not state.path(place.home).exists()
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_real_stack_whose_folder_was_removed_is_still_found(place: Any, kill: bool) -> None:
+    """With the home deleted below a running stack, or below what a killed one left, `down` ends every process of it."""
+    place.export()
+    pid = json.loads(place.process("up", "--detach", "--json").communicate(timeout=60)[0])["pid"]
+    supervisor = psutil.Process(pid)
+    processes = [supervisor, *supervisor.children(recursive=True)]
+    shutil.rmtree(place.home)
+    if kill:
+        for child in supervisor.children():  # held, so that they cannot end with their supervisor
+            child.suspend()
+        supervisor.kill()
+        eventually(lambda: not alive(pid))
+    document = place.json("down")
+    assert document["stopped"] is not kill
+    for process in processes:
+        if "tritonserver" in str(process) or not kill:
+            eventually(lambda process=process: not alive(process.pid))  # type: ignore[misc]
+        elif alive(process.pid):
+            process.kill()
+    assert list(tritonserver.SHM.glob(f"{tritonserver.shm_prefix(place.home)}*")) == []
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", json.dumps({"pid": "x"}), json.dumps({"version": 9})])
