@@ -133,7 +133,7 @@ def conversations(seed: int) -> Iterator[list[Turn]]:
         if rng.random() < _SCRIPTED:
             yield _scripted(language, rng)
             continue
-        turns = []
+        turns: list[Turn] = []
         for _ in range(rng.choices(lengths, chances)[0]):
             if turns and rng.random() < _SWITCH:
                 language = load("es" if language.code == "en" else "en")
@@ -159,9 +159,9 @@ def _turn(language: Language, rng: random.Random) -> Turn:
 
 def vary(text: str, language: Language, rng: random.Random, *, plain: bool = False) -> str:
     """Return `text` as somebody might type it: opener, closer, case, accents, punctuation, slips."""
-    if not plain and rng.random() < 0.22:
+    if rng.random() < (0.06 if plain else 0.25):
         text = rng.choice(language.openers) + text
-    if rng.random() < (0.02 if plain else 0.1):
+    if rng.random() < (0.06 if plain else 0.2):
         text = re.sub(r"([?!.]?)$", lambda end: rng.choice(language.closers) + end.group(1), text, count=1)
     words = text.split(" ")
     if len(words) > 4 and rng.random() < 0.2:

@@ -35,7 +35,7 @@ class Recipe:
     """Everything that decides the checkpoint. Lengths in tokens."""
 
     seed: int = 20
-    steps: int = 1700
+    steps: int = 1800
     batch_tokens: int = 2304
     vocabulary: int = 2048
     positions: int = 512
@@ -46,8 +46,10 @@ class Recipe:
     learning_rate: float = 1.2e-3
     warmup: int = 150
     weight_decay: float = 0.05
-    question_weight: float = 0.15  # share of the loss on question tokens, against 1 on answer tokens
-    token_noise: float = 0.05  # share of question tokens replaced: the model learns to do without an unknown word
+    question_weight: float = 0.1  # weight of a question token's loss, against 1 for an answer token
+    decision_weight: float = 6.0  # weight of the first tokens of an answer: they choose the topic, the rest is recital
+    decision_tokens: int = 3
+    token_noise: float = 0.06  # share of question tokens replaced: the model learns to do without an unknown word
     shifted: float = 0.35  # share of conversations that start at a random position, so that all positions are trained
     threads: int = 2
     bfloat16: bool = True
@@ -55,10 +57,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation in tokens; `answer[i]` says whether token i belongs to an answer."""
+    """One conversation in tokens; `place[i]` counts token i within its answer from 0, and is -1 in a question."""
 
     ids: list[int]
-    answer: list[bool]
+    place: list[int]
 
 
 def train_tokenizer(seed: int, vocabulary: int, samples: int = 20_000) -> Tokenizer:
@@ -83,13 +85,13 @@ def train_tokenizer(seed: int, vocabulary: int, samples: int = 20_000) -> Tokeni
 def encode(turns: list[Turn], tokenizer: Tokenizer) -> Example:
     """Return the tokens of a conversation: question, end, answer, end, and so on."""
     ids: list[int] = []
-    answer: list[bool] = []
+    place: list[int] = []
     for turn in turns:
         for text, is_answer in ((turn.question, False), (turn.answer, True)):
             tokens = [*tokenizer.encode(text, add_special_tokens=False).ids, 0]
             ids += tokens
-            answer += [is_answer] * len(tokens)
-    return Example(ids, answer)
+            place += range(len(tokens)) if is_answer else [-1] * len(tokens)
+    return Example(ids, place)
 
 
 def batches(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[list[Example]]:
@@ -118,12 +120,16 @@ def collate(batch: list[Example], recipe: Recipe, rng: torch.Generator) -> tuple
     longest = min(recipe.positions, _padded(max(len(e.ids) for e in batch)))
     labels = torch.zeros(len(batch), longest, dtype=torch.long)
     weights = torch.zeros(len(batch), longest)
+    question = torch.zeros(len(batch), longest, dtype=torch.bool)
     for row, example in enumerate(batch):
         size = len(example.ids)
         labels[row, :size] = torch.tensor(example.ids)
-        weights[row, :size] = torch.where(torch.tensor(example.answer), 1.0, recipe.question_weight)
+        place = torch.tensor(example.place)
+        weights[row, :size] = torch.where(place < recipe.decision_tokens, recipe.decision_weight, 1.0)
+        weights[row, :size][place < 0] = recipe.question_weight
+        question[row, :size] = place < 0
     noise = torch.rand(labels.shape, generator=rng) < recipe.token_noise
-    noise &= (weights == recipe.question_weight) & (labels != 0)
+    noise &= question & (labels != 0)
     random_ids = torch.randint(1, recipe.vocabulary, labels.shape, generator=rng)
     inputs = torch.where(noise, random_ids, labels)
     room = recipe.positions - longest
