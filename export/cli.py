@@ -75,7 +75,7 @@ Examples:
 )
 @click.option(
     "--max-queue",
-    type=click.IntRange(0, 1_000_000),
+    type=click.IntRange(1, 100_000),
     default=256,
     show_default=True,
     help="Requests that may wait for a slot.",
