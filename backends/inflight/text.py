@@ -7,52 +7,63 @@ from collections.abc import Callable, Sequence
 REPLACEMENT = "\ufffd"
 # A UTF-8 character has at most 4 bytes, so 4 byte-level tokens; what is still undecodable after that is not one.
 MAX_PENDING_TOKENS = 4
+MAX_WINDOW = 64  # tokens
 
 
 class Detokenizer:
     """Incremental decoding: `push` returns the new text, never half a character.
 
     `decode` maps token ids to text (special tokens skipped). Decoding one token alone would lose the space that some
-    tokenisers put in front, so each step decodes a short window twice and returns the difference.
+    tokenisers put in front, so each step decodes a short window of tokens and returns what is new in it. A token may
+    end one character and begin the next, so what is out is counted in characters and not in tokens.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._ids: list[int] = []
-        self._shown = 0  # ids[:_shown] are in the text already
-        self._context = 0  # ids[_context:_shown] are decoded again as context
+        self._ids: list[int] = []  # the window
+        self._whole = 0  # the text of ids[:_whole] ended with a character; the next cut of the window is there
+        self._shown = 0  # how many characters of the window's text are out
+        self._held = 0  # tokens since text came out
 
     def push(self, token: int) -> str:
         """The text that `token` completes; "" while a character is incomplete."""
         self._ids.append(token)
-        new = self._difference(len(self._ids))
-        if not new.endswith(REPLACEMENT):
-            self._advance(len(self._ids))
+        self._held += 1
+        new = self._take()
+        if self._held < MAX_PENDING_TOKENS:
             return new
-        if len(self._ids) - self._shown < MAX_PENDING_TOKENS:
-            return ""
-        # The oldest pending token cannot belong to a character that is still incomplete.
-        new = self._difference(self._shown + 1)
-        self._advance(self._shown + 1)
-        self._context = self._shown  # bytes that are no character must not join with what follows
-        return new
+        # The oldest pending token cannot belong to a character that is still incomplete. Bytes that are no character
+        # must not join with what follows, so the window begins anew behind it.
+        cut = len(self._ids) - self._held + 1
+        new = self._decode(self._ids[cut - 1 : cut])
+        del self._ids[:cut]
+        self._whole = self._shown = 0
+        self._held -= 1
+        return new + self._take()
 
     def flush(self) -> str:
         """What is left when generation ends; an incomplete character shows as U+FFFD."""
-        new = self._difference(len(self._ids))
-        self._advance(len(self._ids))
+        new = self._decode(self._ids[-self._held :]) if self._held else self._decode(self._ids)[self._shown :]
+        self._ids, self._whole, self._shown, self._held = [], 0, 0, 0
         return new
 
-    def _difference(self, end: int) -> str:
-        before = self._decode(self._ids[self._context : self._shown])
-        return self._decode(self._ids[self._context : end])[len(before) :]
-
-    def _advance(self, end: int) -> None:
-        self._context, self._shown = self._shown, end
-        if self._context > 64:  # keep the window, not the history
-            del self._ids[: self._context]
-            self._shown -= self._context
-            self._context = 0
+    def _take(self) -> str:
+        """The window's text that is certain and not out yet; cuts the window where that is possible."""
+        text = self._decode(self._ids)
+        end = len(text.rstrip(REPLACEMENT))  # what is behind may be the beginning of a character
+        new = text[self._shown : end]
+        if end == len(text):
+            self._held = 0
+        if new:
+            self._held = 0
+            self._shown = end
+            if end == len(text):  # the tokens that brought this text are the next one's context
+                del self._ids[: self._whole]
+                self._whole, self._shown = len(self._ids), len(self._decode(self._ids))
+        if len(self._ids) > MAX_WINDOW:  # of tokens that end inside characters, or that have no text
+            del self._ids[: -MAX_WINDOW // 4]
+            self._whole, self._shown = 0, len(self._decode(self._ids).rstrip(REPLACEMENT))
+        return new
 
 
 class StopFilter:

@@ -20,6 +20,51 @@ def test_pieces_join_to_the_text_and_no_character_is_split(text):
     assert all("\ufffd" not in piece or "\ufffd" in text for piece in pieces)
 
 
+@given(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=200),
+    st.lists(st.integers(1, 6), min_size=1, max_size=40),
+)
+def test_tokens_that_end_inside_characters_do_not_break_them(text, sizes):
+    """Byte-level vocabularies have tokens that end one character and begin the next: the text is whole all the same."""
+    detokenizer, data, pieces, at = Detokenizer(byte_tokens_decoder), text.encode(), [], 0
+    while at < len(data):
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(detokenizer.push(data[at : at + size]))
+        at += size
+    pieces.append(detokenizer.flush())
+    assert "".join(pieces) == text
+
+
+def test_a_text_whose_tokens_never_end_with_a_character_flows_and_stays_cheap():
+    """Each token brings the character that it completes, and what is decoded again does not grow with the answer."""
+    windows = []
+
+    def decode(ids):
+        windows.append(len(ids))
+        return byte_tokens_decoder(ids)
+
+    detokenizer = Detokenizer(decode)
+    assert detokenizer.push(b"\xe3\x81") == ""
+    assert [detokenizer.push(b"\xae\xe3\x81") for _ in range(1000)] == ["\u306e"] * 1000
+    assert detokenizer.push(b"\xae") == "\u306e" and max(windows) < 100
+
+
+def test_a_space_after_a_token_without_text_is_kept():
+    """SentencePiece decoders strip the first space of what they are given; a skipped special token is no context."""
+
+    def decode(ids):
+        return "".join(ids).removeprefix(" ")
+
+    detokenizer = Detokenizer(decode)
+    pieces = [detokenizer.push(token) for token in (" one", "", " two", "", "", " three")]
+    assert pieces == ["one", "", " two", "", "", " three"]
+
+
+def byte_tokens_decoder(ids):
+    """A byte-level tokenizer: a token is some bytes."""
+    return b"".join(ids).decode("utf-8", "replace")
+
+
 @given(st.binary(max_size=60))
 def test_invalid_utf8_is_never_held_back_for_long(data):
     """Bytes that are no UTF-8 come out as replacement characters after at most four tokens, and nothing is lost."""
