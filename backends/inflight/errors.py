@@ -20,8 +20,8 @@ class EngineError(Exception):
     kind = "internal"
 
     def wire(self) -> str:
-        """The message as Triton carries it: `<kind>: <text>`."""
-        return f"{self.kind}: {self}"
+        """The message as Triton carries it: `<kind>: <text>`. Triton takes UTF-8 only: what is none is escaped."""
+        return f"{self.kind}: {self}".encode(errors="backslashreplace").decode()
 
 
 class InvalidArgument(EngineError):

@@ -47,12 +47,19 @@ class PromptCodec:
                 raise InvalidArgument(f"prompt_token_ids has {bad}, the vocabulary is 0 to {self._vocab_size - 1}")
         elif prompt.messages is not None:
             # The template writes the special tokens itself.
-            ids = self._tokenizer.encode(self._render(prompt.messages), add_special_tokens=False).ids
+            ids = self._encode(self._render(prompt.messages), False)
         else:
-            ids = self._tokenizer.encode(prompt.text or "").ids if prompt.text else []
+            ids = self._encode(prompt.text, True) if prompt.text else []
         if not ids:
             raise InvalidArgument("the prompt is empty: give at least one token")
         return ids
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise InvalidArgument(f"messages: half of a character ({text[error.start]!r}) is not text") from error
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Ids[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ def parse(text_input: bytes, sampling_parameters: bytes | None) -> tuple[Prompt,
     unknown = sorted(set(given) - set(_READERS) - {"messages", "prompt_token_ids"})
     if unknown:
         known = ", ".join([*sorted(_READERS), "messages", "prompt_token_ids"])
-        raise InvalidArgument(f"unknown sampling parameter {unknown[0]!r}; known: {known}")
+        raise InvalidArgument(f"unknown sampling parameter {unknown[0]!r:.80}; known: {known}")
     prompt = _prompt(text, given)
     values = {name: read(name, given[name]) for name, read in _READERS.items() if given.get(name) is not None}
     values.setdefault("seed", secrets.randbits(63))
@@ -102,7 +101,7 @@ def _messages(value: Any) -> tuple[Mapping[str, Any], ...]:
 def _integer(low: int, high: int) -> Callable[[str, Any], int]:
     def read(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise InvalidArgument(f"{name} must be an integer from {low} to {high}, not {value!r}")
+            raise InvalidArgument(f"{name} must be an integer from {low} to {high}, not {value!r:.80}")
         return value
 
     return read
@@ -110,10 +109,11 @@ def _integer(low: int, high: int) -> Callable[[str, Any], int]:
 
 def _number(low: float, high: float, above: bool = False) -> Callable[[str, Any], float]:
     def read(name: str, value: Any) -> float:
-        good = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-        if not good or not low <= value <= high or (above and value == low):
+        # NaN fails the comparison; an integer beyond any float is compared exactly.
+        good = not isinstance(value, bool) and isinstance(value, int | float) and low <= value <= high
+        if not good or (above and value == low):
             bound = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
-            raise InvalidArgument(f"{name} must be a number {bound}, not {value!r}")
+            raise InvalidArgument(f"{name} must be a number {bound}, not {value!r:.80}")
         return float(value)
 
     return read

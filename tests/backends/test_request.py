@@ -32,6 +32,7 @@ def test_null_means_not_given_and_a_missing_seed_is_drawn():
         ("temperature", "hot"), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
         ("seed", "x"), ("stop", ""), ("stop", [1]), ("stop", ["x"] * 17), ("timeout_s", 0), ("logit_bias", {}),
         ("messages", []), ("messages", [{"role": "user"}]), ("prompt_token_ids", [1.5]),
+        ("temperature", 10**400), ("timeout_s", -(10**400)),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_by_name(name, value):
@@ -65,3 +66,17 @@ def test_deeply_nested_json_is_refused():
     """A hostile nesting depth is an error of the request."""
     with pytest.raises(InvalidArgument):
         parse(b"hi", b"[" * 100_000)
+
+
+def test_an_error_does_not_repeat_a_huge_value():
+    """A megabyte in the wrong place is not sent back whole."""
+    for values in ({"seed": "x" * 10**6}, {"temperature": "x" * 10**6}, {"x" * 10**6: 1}):
+        with pytest.raises(InvalidArgument) as caught:
+            parse(b"", json.dumps(values).encode())
+        assert len(str(caught.value)) < 400
+
+
+def test_a_message_is_utf8_whatever_the_error_quotes():
+    """Triton's strings are UTF-8: half of a surrogate pair, which JSON can spell, is escaped."""
+    wire = InvalidArgument("the role \ud800 is unknown").wire()
+    assert wire == "invalid_argument: the role \\ud800 is unknown"
