@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from .errors import EngineError
+from .errors import EngineError, Internal
 from .sequence import Delta
 
 KEEP_ALIVE_S = 0.2  # promised: at least one response every 0.25 s
@@ -131,6 +131,8 @@ class Outbox:
             # An end that arrived after the cut goes out next time, with its text.
             ended = stream.closed and stream not in self._ready
         if failure is not None and ended:
+            if stream.streaming and text:  # generated before it
+                stream.responder.send(text, "", tokens, final=False)
             stream.responder.fail(failure)
         else:
             stream.responder.send(text, (finish or "") if ended else "", tokens, final=ended)
@@ -151,12 +153,16 @@ class Outbox:
                 stream.responder.send("", "", 0, final=True)
 
     def _guard(self, stream: Stream, run: Callable[[], None]) -> None:
-        """A stream that cannot be written to ends alone."""
+        """A stream that cannot be written to ends alone, with an error if that can be sent: Triton waits for its end."""
         try:
             run()
         except Exception as error:
             print(f"inflight: a response could not be sent: {error}", file=sys.stderr, flush=True)
             self._forget(stream)
+            try:
+                stream.responder.fail(Internal(f"a response could not be sent: {error}"))
+            except Exception as again:
+                print(f"inflight: nor could its end: {again}", file=sys.stderr, flush=True)
 
     def _forget(self, stream: Stream) -> None:
         stream.on_cancel()

@@ -1,0 +1,111 @@
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from backends.inflight.errors import EngineError, Internal
+from backends.inflight.outbox import KEEP_ALIVE_S, Outbox
+from backends.inflight.sequence import Delta
+
+
+class Client:
+    """A responder that remembers; `broken` sends raise, as they do when shared memory is full."""
+
+    def __init__(self, broken: int = 0) -> None:
+        self.got: list[tuple[str, str, int]] = []
+        self.failure: EngineError | None = None
+        self.broken, self.gone = broken, False
+        self.ended = threading.Event()
+        self.late = 0  # what came after the last response
+
+    def send(self, text: str, finish: str, tokens: int, final: bool) -> None:
+        self.late += self.ended.is_set()
+        if self.broken:
+            self.broken -= 1
+            raise RuntimeError("no shared memory")
+        self.got.append((text, finish, tokens))
+        if final:
+            self.ended.set()
+
+    def fail(self, error: EngineError) -> None:
+        self.late += self.ended.is_set()
+        self.failure = error
+        self.ended.set()
+
+    def is_cancelled(self) -> bool:
+        return self.gone
+
+
+@pytest.fixture
+def outbox() -> Iterator[Outbox]:
+    box = Outbox()
+    box.start()
+    yield box
+    box.stop(2)
+    assert not box._thread.is_alive() and not box._open
+
+
+def test_an_answer_arrives_whole_and_ends_once(outbox: Outbox):
+    """All text and every token counted, the finish reason in the last response only, and nothing after it."""
+    client = Client()
+    stream = outbox.open(client, True)
+    for i in range(500):
+        stream.delta(Delta(f"{i} ", 1, "length" if i == 499 else None))
+    stream.error(Internal("too late"))
+    assert client.ended.wait(2)
+    time.sleep(0.3)
+    assert "".join(text for text, _, _ in client.got) == "".join(f"{i} " for i in range(500))
+    assert sum(tokens for _, _, tokens in client.got) == 500
+    assert [finish for _, finish, _ in client.got if finish] == ["length"] == [client.got[-1][1]]
+    assert client.failure is None and not client.late
+
+
+def test_without_streaming_there_is_one_response(outbox: Outbox):
+    """Text is kept until the end, and no keep-alive is sent."""
+    client = Client()
+    stream = outbox.open(client, False)
+    stream.delta(Delta("one ", 1))
+    time.sleep(2 * KEEP_ALIVE_S)
+    stream.delta(Delta("two", 1, "stop"))
+    assert client.ended.wait(2)
+    assert client.got == [("one two", "stop", 2)]
+
+
+def test_the_text_before_a_failure_is_sent_before_it(outbox: Outbox):
+    """What was generated reaches a streaming client although the failure came before it was sent."""
+    client = Client()
+    stream = outbox.open(client, True)
+    with outbox._lock:  # the sending thread comes too late to see the two apart
+        stream.delta(Delta("one ", 1))
+        stream.error(Internal("not finite"))
+    assert client.ended.wait(2)
+    assert client.got == [("one ", "", 1)] and str(client.failure) == "not finite"
+
+
+def test_a_silent_stream_is_kept_alive_and_a_cancelled_one_ends(outbox: Outbox):
+    """Empty responses at least every 250 ms; a hang-up is seen, told to the engine and closed."""
+    client, told = Client(), threading.Event()
+    stream = outbox.open(client, True)
+    stream.on_cancel = told.set
+    time.sleep(1.0)
+    assert len(client.got) >= 4 and set(client.got) == {("", "", 0)}
+    client.gone = True
+    assert told.wait(1) and client.ended.wait(1)
+    count = len(client.got)
+    stream.delta(Delta("late", 1, "stop"))
+    time.sleep(0.3)
+    assert len(client.got) == count and not client.late
+
+
+@pytest.mark.parametrize("finish", [None, "stop"])
+def test_a_response_that_cannot_be_sent_ends_its_stream_with_an_error(outbox: Outbox, finish):
+    """Triton keeps a request until its last response: one that could not be sent is followed by an error."""
+    client, other, told = Client(broken=1), Client(), threading.Event()
+    stream, good = outbox.open(client, True), outbox.open(other, True)
+    stream.on_cancel = told.set
+    stream.delta(Delta("one", 1, finish))
+    assert client.ended.wait(2) and isinstance(client.failure, Internal)
+    assert told.is_set(), "the engine goes on for nobody"
+    good.delta(Delta("two", 1, "stop"))
+    assert other.ended.wait(2) and other.got[-1] == ("two", "stop", 1)
