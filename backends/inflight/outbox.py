@@ -153,7 +153,7 @@ class Outbox:
                 stream.responder.send("", "", 0, final=True)
 
     def _guard(self, stream: Stream, run: Callable[[], None]) -> None:
-        """A stream that cannot be written to ends alone, with an error if that can be sent: Triton waits for its end."""
+        """A stream that cannot be written to ends alone, with an error if one can be sent: Triton waits for an end."""
         try:
             run()
         except Exception as error:
