@@ -24,9 +24,10 @@ def _die_with_parent() -> None:
 class Child:
     """A running program that is the leader of its own process group. Its output goes to `log`."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path, log_start: int) -> None:
         self.name, self.log = name, log
         self._process = process
+        self._log_start = log_start  # bytes; what is before was written by an earlier process
 
     @classmethod
     async def start(cls, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Child:
@@ -35,6 +36,7 @@ class Child:
         if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
             log.replace(log.with_suffix(".log.1"))
         with log.open("ab") as output:
+            log_start = output.tell()
             process = await asyncio.create_subprocess_exec(
                 *argv,
                 env=dict(env),
@@ -44,7 +46,7 @@ class Child:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        return cls(name, process, log)
+        return cls(name, process, log, log_start)
 
     @property
     def pid(self) -> int:
@@ -76,10 +78,10 @@ class Child:
         await self._process.wait()
 
     def last_lines(self, count: int = 5) -> str:
-        """The end of its log, for an error message."""
+        """The end of what it has logged, for an error message."""
         try:
             with self.log.open("rb") as file:
-                file.seek(max(0, self.log.stat().st_size - 8192))
+                file.seek(max(self._log_start, self.log.stat().st_size - 8192))
                 text = file.read().decode("utf-8", "replace")
         except OSError:
             return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -160,18 +161,23 @@ def stubs(server_pid: int | None, model: str | None = None) -> list[psutil.Proce
 
 
 def _is_stub(process: psutil.Process, model: str | None) -> bool:
-    try:
-        arguments = process.cmdline()
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return False
+    arguments = _arguments(process)
     if len(arguments) < 3 or Path(arguments[0]).name != STUB:
         return False
     return model is None or model in Path(arguments[1]).parts
 
 
+def _arguments(process: psutil.Process) -> list[str]:
+    """Its command line, empty when it has just ended or is somebody else's."""
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
+
+
 def orphans(prefix: str) -> list[psutil.Process]:
     """Stubs, of any parent, that work on regions with this prefix: what a killed server left behind."""
-    return [p for p in psutil.process_iter() if _is_stub(p, None) and any(a.startswith(prefix) for a in p.cmdline())]
+    return [p for p in psutil.process_iter() if _is_stub(p, None) and any(a.startswith(prefix) for a in _arguments(p))]
 
 
 def sweep(prefix: str, kill: bool) -> list[str]:
@@ -182,9 +188,10 @@ def sweep(prefix: str, kill: bool) -> list[str]:
     users = orphans(prefix)
     if kill:
         for stub in users:
-            stub.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                stub.kill()
         users = []
-    used = {argument for stub in users for argument in stub.cmdline()}
+    used = {argument for stub in users for argument in _arguments(stub)}
     removed = []
     for region in SHM.glob(f"{prefix}*"):
         if region.name not in used:

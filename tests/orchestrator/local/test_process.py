@@ -84,6 +84,15 @@ async def test_the_log_is_rotated_and_its_telling_lines_are_found(tmp_path: Path
     assert child.last_lines() == "error: no such thing"
 
 
+async def test_an_earlier_processes_errors_are_not_this_ones(tmp_path: Path):
+    """last_lines tells of this process only: an error of yesterday's is no reason for today's."""
+    log = tmp_path / "log"
+    log.write_text("error: yesterday\n")
+    child = await start("print('all well')", log)
+    await child.wait()
+    assert child.last_lines() == "all well"
+
+
 async def test_a_program_that_does_not_exist_is_an_oserror(tmp_path: Path):
     """What cannot be executed raises at once."""
     with pytest.raises(OSError):

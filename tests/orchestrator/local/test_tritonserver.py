@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.local import preflight, tritonserver
@@ -41,6 +42,18 @@ def test_a_sweep_removes_what_no_stub_uses_and_spares_what_one_does(tmp_path: Pa
         stub.wait()
         stub.stdout.close()
         foreign.unlink()
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_sweep_survives_stubs_that_end_meanwhile(monkeypatch: pytest.MonkeyPatch, prefix: str, kill: bool):
+    """A stub that was there when the sweep began and is gone when it is killed or asked is no fault."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(gone.pid)
+    gone.wait()
+    monkeypatch.setattr(tritonserver, "orphans", lambda _: [process])
+    region = tritonserver.SHM / f"{prefix}left"
+    region.write_bytes(b"x")
+    assert tritonserver.sweep(prefix, kill=kill) == [region.name]
 
 
 def test_everything_listens_on_loopback_and_models_are_named(tmp_path: Path):
