@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,8 @@ import psutil
 from orchestrator.local import state, tritonserver
 from orchestrator.local.process import kill_group
 from orchestrator.settings import Settings
+
+GONE_S = 5.0  # a killed process, or one whose supervisor was, takes a moment to let go of its ports
 
 
 class StartError(Exception):
@@ -20,38 +23,60 @@ class StartError(Exception):
         self.hint = hint
 
 
-def check_ports(settings: Settings) -> None:
-    """Refuse to start where another program listens. Raises StartError naming the port and its setting."""
+def check_ports(settings: Settings, patience_s: float = 0.0) -> None:
+    """Refuse to start where another program still listens after `patience_s` seconds.
+
+    Raises StartError naming the port and its setting.
+    """
+    deadline = time.monotonic() + patience_s
     loopback = ("triton_http_port", "triton_grpc_port", "triton_metrics_port")
     for name, host in (("http_port", settings.host), *((name, "127.0.0.1") for name in loopback)):
         port = getattr(settings, name)
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
+        while (error := _bind(host, port)) is not None:
+            if time.monotonic() >= deadline:
                 raise StartError(
                     f"port {port} on {host} cannot be used: {error.strerror}",
                     f"stop what uses it, or choose another with TRUTHGPT_{name.upper()}",
                 ) from error
+            time.sleep(0.02)
 
 
-def clear_leftovers(home: Path) -> None:
-    """End what a killed supervisor of this home left behind. For the holder of its lock only."""
-    old = state.read(home)
-    if old is not None:
-        for pid in old.processes.values():
-            end_leftover(pid, home)
-        state.clear(home)
-    tritonserver.sweep(tritonserver.shm_prefix(home), kill=True)
+def _bind(host: str, port: int) -> OSError | None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error
+    return None
+
+
+def clear_leftovers(home: Path) -> bool:
+    """End what a killed supervisor of this home left behind; whether there was something.
+
+    For the holder of the home's lock only.
+    """
+    old, prefix = state.read(home), tritonserver.shm_prefix(home)
+    # A supervisor that was killed while it started has written no state: its server is known by its arguments.
+    pids = {*(old.processes.values() if old is not None else ()), *(p.pid for p in tritonserver.servers(prefix))}
+    for pid in pids:
+        end_leftover(pid, home)
+    state.clear(home)
+    return bool(tritonserver.sweep(prefix, kill=True)) or bool(pids)
 
 
 def end_leftover(pid: int, home: Path) -> None:
     """Kill a recorded process group if it is still one that this home's supervisor started."""
+    if _about(pid, home):  # a pid may have been taken by another program since
+        kill_group(pid)
+
+
+def _about(pid: int, home: Path) -> bool:
+    """Whether a process has a home's folder or shared memory prefix in its arguments, or the folder as its setting."""
     try:
         process = psutil.Process(pid)
-        about_home = str(home) in " ".join(process.cmdline()) or process.environ().get("TRUTHGPT_HOME") == str(home)
-    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-        return
-    if about_home:  # a pid may have been taken by another program since
-        kill_group(pid)
+        line = " ".join(process.cmdline())
+        names = (str(home), tritonserver.shm_prefix(home))
+        return any(name in line for name in names) or process.environ().get("TRUTHGPT_HOME") == str(home)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False

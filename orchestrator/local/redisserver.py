@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import importlib.util
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from orchestrator.local import alias
 from orchestrator.local.process import Child
 
-SOCKET_PATH_LIMIT = 100  # the kernel's is 108 bytes
+SOCKET_PATH_LIMIT_BYTES = 100  # the kernel's is 108
 
 
 class RedisMissing(Exception):
@@ -40,27 +40,28 @@ class EmbeddedRedis:
     """Redis with its append-only file under `home`; it survives restarts of the stack."""
 
     def __init__(self, home: Path) -> None:
-        self._data = home / "redis"
+        self._home, self._data = home, home / "redis"
         run = home / "run"
-        if len(str(run / "redis.sock")) > SOCKET_PATH_LIMIT:
-            run = Path(tempfile.gettempdir()) / f"truthgpt-{hashlib.sha256(str(home).encode()).hexdigest()[:16]}"
-        self._run = run
+        self._run = alias.folder(home) if len(os.fsencode(run / "redis.sock")) > SOCKET_PATH_LIMIT_BYTES else run
 
     @property
     def url(self) -> str:
-        return f"unix://{self._run / 'redis.sock'}"
+        return f"unix://{quote(str(self._run / 'redis.sock'))}"
 
     async def start(self, log: Path, timeout_s: float = 15.0) -> Child:
-        """Start it and wait until it answers. Raises RedisMissing, or TimeoutError when it does not answer."""
+        """Start it and wait until it answers. Raises RedisMissing, OSError, or TimeoutError when it does not answer.
+
+        Cancelled or failed, it leaves no process behind.
+        """
         for folder in (self._data, self._run):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if self._run.stat().st_uid != os.getuid():
-            raise RedisMissing(f"{self._run} belongs to another user")
         argv = [
             str(binary()), "--port", "0", "--unixsocket", str(self._run / "redis.sock"), "--unixsocketperm", "700",
             "--dir", str(self._data), "--appendonly", "yes", "--save", "", "--daemonize", "no",
         ]  # fmt: skip
-        child = await Child.start("redis", argv, {"PATH": os.environ.get("PATH", "")}, log)
+        # The home is how a later `up` knows the process again.
+        env = {"PATH": os.environ.get("PATH", ""), "TRUTHGPT_HOME": str(self._home)}
+        child = await Child.start("redis", argv, env, log)
         client = redis.asyncio.Redis.from_url(self.url, socket_timeout=1.0)
         deadline = time.monotonic() + timeout_s
         try:
@@ -70,8 +71,10 @@ class EmbeddedRedis:
                     return child
                 except (RedisError, OSError) as error:  # still starting or loading its file
                     if child.returncode is not None or time.monotonic() > deadline:
-                        await child.kill()
                         raise TimeoutError(f"Redis did not start: {child.last_lines() or error}") from error
                     await asyncio.sleep(0.05)
+        except BaseException:
+            await child.kill()
+            raise
         finally:
             await client.aclose()

@@ -14,10 +14,10 @@ import aiohttp
 import psutil
 
 from orchestrator.errors import TruthGPTError
-from orchestrator.local import healing, preflight, state, tritonserver
+from orchestrator.local import alias, healing, preflight, state, tritonserver
 from orchestrator.local.preflight import StartError
 from orchestrator.local.process import Child
-from orchestrator.local.redisserver import EmbeddedRedis
+from orchestrator.local.redisserver import EmbeddedRedis, RedisMissing
 from orchestrator.settings import Settings
 from orchestrator.triton import Deadlines, Triton
 
@@ -64,12 +64,13 @@ class Supervisor:
     async def run(self, ready: Callable[[state.State], None]) -> None:
         """Start everything, call `ready` once requests can be served, watch until `stop`, then end everything.
 
-        Raises StartError, tritonserver.ServerMissing or state.AlreadyRunning.
+        Raises StartError, tritonserver.ServerMissing, state.AlreadyRunning, alias.AliasError, or what Redis's start
+        raises.
         """
         installation = tritonserver.find()
         with state.lock(self._home):
-            preflight.clear_leftovers(self._home)
-            preflight.check_ports(self._settings)
+            cleared = preflight.clear_leftovers(self._home)
+            preflight.check_ports(self._settings, preflight.GONE_S if cleared else 0.0)
             self._triton = Triton(self._triton_url, Deadlines(heartbeat_s=self._settings.heartbeat_timeout_s))
             self._installation = installation
             try:
@@ -103,7 +104,8 @@ class Supervisor:
         self._children["triton"] = await Child.start("triton", argv, env, self._logs / "triton.log")
 
     async def _start_gateway(self) -> None:
-        env = {**os.environ, **self._settings.child_environ(redis_url=self._redis_url, model=self._model)}
+        given = {"home": self._home, "redis_url": self._redis_url, "model": self._model}
+        env = {**os.environ, **self._settings.child_environ(**given)}
         argv = [sys.executable, "-m", "orchestrator.app"]
         self._children["gateway"] = await Child.start("gateway", argv, env, self._logs / "gateway.log")
 
@@ -155,8 +157,8 @@ class Supervisor:
 
     @property
     def _gateway_url(self) -> str:
-        host = self._settings.host
-        return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{self._settings.http_port}"  # noqa: S104 (compared, not bound)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._settings.host, self._settings.host)  # noqa: S104 (compared, not bound)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._settings.http_port}"
 
     async def _watch(self) -> None:
         """Mend what breaks until `stop` is called."""
@@ -257,7 +259,11 @@ class Supervisor:
             await self._children["redis"].wait()
             self._report("Redis ended: starting it again")
             await faults.pause()
-            self._children["redis"] = await self._redis.start(self._logs / "redis.log")
+            try:
+                self._children["redis"] = await self._redis.start(self._logs / "redis.log")
+            except (RedisMissing, TimeoutError, OSError) as error:  # a stack without Redis still answers
+                self._report(f"Redis does not come back: {error}")
+                continue
             self._write_state()
 
     def _write_state(self) -> state.State:
@@ -292,6 +298,7 @@ class Supervisor:
                 grace_s = 0.1  # with a dead stub the server would wait out its whole exit time
             await child.stop(grace_s)
         tritonserver.sweep(self._prefix, kill=True)
+        alias.clear(self._home)
         state.clear(self._home)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from orchestrator.local import alias
 from orchestrator.settings import Settings
 
 STUB = "triton_python_backend_stub"
@@ -118,12 +119,12 @@ def prepare_backends(installation: Installation, home: Path) -> Path:
 
 
 def command(installation: Installation, settings: Settings, models: Iterable[str]) -> list[str]:
-    """The server's command line: everything on loopback, models loaded by name only."""
-    repository = settings.model_repository.resolve()
+    """The server's command line: everything on loopback, models loaded by name only. Raises alias.AliasError."""
+    home = settings.home.resolve()
     return [
         str(installation.binary),
-        f"--model-repository={repository}",
-        f"--backend-directory={prepare_backends(installation, settings.home.resolve())}",
+        f"--model-repository={alias.plain(home, 'models', settings.model_repository.resolve())}",
+        f"--backend-directory={alias.plain(home, 'backends', prepare_backends(installation, home))}",
         "--model-control-mode=explicit",
         *(f"--load-model={model}" for model in models),
         "--exit-on-error=false",  # a model that does not load leaves a server that can say so
@@ -134,7 +135,7 @@ def command(installation: Installation, settings: Settings, models: Iterable[str
         f"--grpc-port={settings.triton_grpc_port}",
         "--metrics-address=127.0.0.1",
         f"--metrics-port={settings.triton_metrics_port}",
-        f"--backend-config=python,shm-region-prefix-name={shm_prefix(settings.home)}",
+        _shm_option(shm_prefix(settings.home)),
         "--exit-timeout-secs=5",
     ]
 
@@ -178,6 +179,16 @@ def _arguments(process: psutil.Process) -> list[str]:
 def orphans(prefix: str) -> list[psutil.Process]:
     """Stubs, of any parent, that work on regions with this prefix: what a killed server left behind."""
     return [p for p in psutil.process_iter() if _is_stub(p, None) and any(a.startswith(prefix) for a in _arguments(p))]
+
+
+def servers(prefix: str) -> list[psutil.Process]:
+    """Servers, of any parent, that were told to use this prefix."""
+    wanted = _shm_option(prefix)
+    return [p for p in psutil.process_iter() if wanted in _arguments(p)]
+
+
+def _shm_option(prefix: str) -> str:
+    return f"--backend-config=python,shm-region-prefix-name={prefix}"
 
 
 def sweep(prefix: str, kill: bool) -> list[str]:

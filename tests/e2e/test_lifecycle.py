@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.local import alias, state, tritonserver
 from tests.counting import write_entry
 
 from .stack import COMMAND, Stack, kill, wait_until
@@ -27,10 +28,10 @@ def make_stack() -> Iterator[Callable[..., Stack]]:
     folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
     made: list[Stack] = []
 
-    def make(**parameters: object) -> Stack:
+    def make(home: str = "home", repository: str = "repository", **parameters: object) -> Stack:
         base = folder / str(len(made))
-        write_entry(base / "repository", **{"step_delay_ms": 20, **parameters})
-        made.append(Stack(base / "home", base / "repository"))
+        write_entry(base / repository, **{"step_delay_ms": 20, **parameters})
+        made.append(Stack(base / home, base / repository))
         return made[-1]
 
     yield make
@@ -121,6 +122,69 @@ def test_a_killed_supervisor_leaves_nothing_that_the_next_up_does_not_clear(make
     kill(stack.pid("supervisor"), signal.SIGKILL)
     stack.start()
     assert stack.ready()
+
+
+def test_paths_may_have_spaces_signs_and_any_letters(make_stack):
+    """A clone in "My Projects" starts as any other, and what is no model in its repository is no obstacle."""
+    stack = make_stack(f"mis proyectos; $(x) #1?%41/{'ñ' * 40}/home", "the models' folder")
+    (stack.repository / "README.md").write_text("about this folder")
+    (stack.repository / ".staging" / "half-1-a" / "1").mkdir(parents=True)
+    stack.start()
+    assert stack.ready()
+    stack.stop()
+    assert not alias.folder(stack.home).rmdir()
+
+
+def test_a_stack_whose_redis_cannot_start_again_goes_on(make_stack):
+    """A damaged file keeps Redis from coming back; requests are answered, and once it is mended Redis is back."""
+    stack = make_stack()
+    stack.start()
+    before, data = stack.pid("redis"), stack.home / "redis" / "appendonly.aof"
+    data.write_bytes(b"no such format\n")
+    kill(before, signal.SIGKILL)
+    log = stack.home / "logs" / "supervisor.log"
+    wait_until(lambda: "Redis does not come back" in log.read_text(), 10, "the fault is reported")
+    assert stack.ready()
+    data.unlink()
+    wait_until(lambda: stack.pid("redis") != before and stack.ready(), 10, "Redis is back")
+
+
+def test_what_a_killed_supervisor_left_is_known_behind_a_link_too(make_stack):
+    """A home that is a link: children that could not end by themselves are ended by the next `up` all the same."""
+    stack = make_stack()
+    stack.home.with_name("real").mkdir()
+    stack.home.symlink_to(stack.home.with_name("real"))
+    stack.start()
+    for name in ("gateway", "redis"):
+        kill(stack.pid(name), signal.SIGSTOP)
+    kill(stack.pid("supervisor"), signal.SIGKILL)
+    stack.start()
+    assert stack.ready()
+
+
+def test_a_supervisor_killed_while_it_starts_is_no_obstacle_to_the_next(make_stack):
+    """Before there is a state file the server is known by its arguments, and its ports are free again in time."""
+    stack = make_stack()
+    process = subprocess.Popen(
+        [*COMMAND, "up"], env=stack.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_until(lambda: tritonserver.servers(tritonserver.shm_prefix(stack.home)), 20, "the server is started")
+    (server,) = tritonserver.servers(tritonserver.shm_prefix(stack.home))
+    server.suspend()  # one that does not end by itself
+    process.kill()
+    process.wait()
+    assert state.read(stack.home) is None
+    stack.start()
+    assert stack.ready()
+
+
+def test_the_gateway_may_listen_on_ipv6(make_stack):
+    """An address with colons is put into brackets in every URL."""
+    stack = make_stack()
+    stack.environ["TRUTHGPT_HOST"] = "::1"
+    addresses = stack.start()
+    assert addresses["http"] == f"http://[::1]:{stack.ports['HTTP']}"
+    assert json.loads(stack.cli("status", "--json").stdout)["ready"] is True
 
 
 def test_ctrl_c_in_the_foreground_stops_everything(make_stack):
