@@ -69,6 +69,10 @@ class Engine:
             self._scheduler.submit(sequence)
             self._changed.notify()
 
+    @property
+    def closing(self) -> bool:
+        return self._closing
+
     def load(self) -> Load:
         """What it is doing. Raises Internal when its thread has ended."""
         if not self._thread.is_alive():

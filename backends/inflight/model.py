@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,17 @@ if not __package__:  # Triton loads this file by path; its folder is a package b
 
 from . import entry as entries
 from .engine import Engine
-from .errors import EngineError, Internal, InvalidArgument
-from .outbox import Outbox
+from .errors import EngineError, Internal, InvalidArgument, ResourceExhausted, Unavailable
+from .outbox import Outbox, Stream
 from .prompt import PromptCodec
-from .request import SamplingParams, parse
+from .request import Prompt, SamplingParams, parse
 from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import Sequence
 
 DEFAULT_DEADLINE_S = 600.0
 DRAIN_S = 10.0
+LONG_BYTES = 16_384  # prompts longer than this are read in a thread of their own
 FLAGS = (
     "stream",
     "exclude_input_in_output",
@@ -60,6 +64,9 @@ class TritonPythonModel:
         scheduler = Scheduler(self._entry.slots, self._entry.max_queue, self._entry.prefill_chunk)
         self._engine = Engine(runner, scheduler, step_delay_s=self._entry.step_delay_s)
         self._outbox = Outbox()
+        # Reading a megabyte takes most of a second: in a thread of its own, heartbeats and others are not behind it.
+        self._reader = ThreadPoolExecutor(1, "inflight-reader")
+        self._unread = threading.BoundedSemaphore(self._entry.max_queue)
         self._outbox.start()
         self._engine.start()
 
@@ -74,7 +81,8 @@ class TritonPythonModel:
                 responder.fail(Internal(f"{type(error).__name__}: {error}"))
 
     def finalize(self) -> None:
-        self._engine.close(DRAIN_S)
+        self._engine.close(DRAIN_S)  # from here on a prompt that is still being read is refused
+        self._reader.shutdown()
         self._outbox.stop(DRAIN_S)
 
     def _accept(self, request: Any, responder: _Responder) -> None:
@@ -88,18 +96,34 @@ class TritonPythonModel:
             raise InvalidArgument("return_logprobs is not supported by this backend")
         text = _bytes(request, "text_input") or b""
         prompt, params = parse(text, sampling)
-        ids = self._codec.encode(prompt)
-        budget = self._budget(len(ids), params)
-        responder.describe(flags, len(ids), text.decode() if not flags.get("exclude_input_in_output", True) else "")
+        responder.describe(flags, text.decode() if not flags.get("exclude_input_in_output", True) else "")
+        long = len(text) + len(sampling) > LONG_BYTES
+        if long and not self._unread.acquire(blocking=False):
+            raise ResourceExhausted(f"{self._entry.max_queue} long prompts (max_queue) are waiting to be read")
         stream = self._outbox.open(responder, bool(flags.get("stream", False)))
-        sequence = Sequence(
-            ids, params, budget, self._entry.eos, self._codec.decode, stream, _deadline(params, wire_timeout_us)
-        )
-        stream.on_cancel = lambda: setattr(sequence, "cancelled", True)
+        begin = partial(self._begin, stream, responder, prompt, params, _deadline(params, wire_timeout_us))
+        if long:
+            self._reader.submit(begin).add_done_callback(lambda _: self._unread.release())
+        else:
+            begin()
+
+    def _begin(
+        self, stream: Stream, responder: _Responder, prompt: Prompt, params: SamplingParams, deadline: float
+    ) -> None:
+        """Read the prompt and queue it. What is wrong with it goes out on the stream."""
         try:
+            if stream.closed or self._engine.closing:
+                raise Unavailable("the request was given up before its prompt was read")
+            ids = self._codec.encode(prompt)
+            responder.input_tokens = len(ids)
+            budget = self._budget(len(ids), params)
+            sequence = Sequence(ids, params, budget, self._entry.eos, self._codec.decode, stream, deadline)
+            stream.attach(partial(setattr, sequence, "cancelled", True))
             self._engine.submit(sequence)
         except EngineError as error:
             stream.error(error)
+        except Exception as error:  # a prompt that breaks the tokenizer must be answered all the same
+            stream.error(Internal(f"{type(error).__name__}: {error}"))
 
     def _budget(self, prompt_tokens: int, params: SamplingParams) -> int:
         """How many tokens may be generated. Raises InvalidArgument for what can never fit, before it queues."""
@@ -169,14 +193,14 @@ class _Responder:
 
     def __init__(self, sender: Any) -> None:
         self._sender = sender
-        self._finish_reason = self._output_tokens = False
-        self._input_tokens: int | None = None
+        self._finish_reason = self._output_tokens = self._count_input = False
+        self.input_tokens: int | None = None  # known once the prompt is read
         self._prefix = ""
 
-    def describe(self, flags: dict[str, bool], input_tokens: int, prefix: str) -> None:
+    def describe(self, flags: dict[str, bool], prefix: str) -> None:
         self._finish_reason = flags.get("return_finish_reason", False)
         self._output_tokens = flags.get("return_num_output_tokens", False)
-        self._input_tokens = input_tokens if flags.get("return_num_input_tokens") else None
+        self._count_input = flags.get("return_num_input_tokens", False)
         self._prefix = prefix
 
     def send(self, text: str, finish: str, tokens: int, final: bool) -> None:
@@ -185,8 +209,8 @@ class _Responder:
         tensors = [pb_utils.Tensor("text_output", np.array([text.encode()], dtype=object))]
         if self._finish_reason:
             tensors.append(pb_utils.Tensor("finish_reason", np.array([finish.encode()], dtype=object)))
-        if self._input_tokens is not None:
-            tensors.append(pb_utils.Tensor("num_input_tokens", np.array([self._input_tokens], dtype=np.uint32)))
+        if self._count_input and self.input_tokens is not None:
+            tensors.append(pb_utils.Tensor("num_input_tokens", np.array([self.input_tokens], dtype=np.uint32)))
         if self._output_tokens:
             tensors.append(pb_utils.Tensor("num_output_tokens", np.array([tokens], dtype=np.uint32)))
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if final else 0)

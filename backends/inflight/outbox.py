@@ -1,10 +1,9 @@
 """Sends answers off the engine's thread.
 
 Sending costs about a tenth of a millisecond a response, so a thread of its own does it, and what piled up for one
-stream meanwhile goes out
-as one response. The same thread writes an empty response to a stream that has been silent for KEEP_ALIVE_S: Triton
-notices that an
-HTTP client has hung up only when something is written. And it asks each stream whether it was cancelled.
+stream meanwhile goes out as one response. The same thread writes an empty response to a stream that has been silent for
+KEEP_ALIVE_S: Triton notices that an HTTP client has hung up only when something is written. And it asks each stream
+whether it was cancelled.
 """
 
 from __future__ import annotations
@@ -41,13 +40,23 @@ class Stream:
     def __init__(self, outbox: Outbox, responder: Responder, streaming: bool) -> None:
         self._outbox = outbox
         self.responder, self.streaming = responder, streaming
-        self.on_cancel: Callable[[], None] = lambda: None
+        self._on_cancel: Callable[[], None] = lambda: None
         self.text: list[str] = []
         self.tokens = 0
         self.finish: str | None = None
         self.failure: EngineError | None = None
-        self.closed = False
+        self.closed = self.gone = False
         self.sent_at = self.polled_at = time.monotonic()
+
+    def attach(self, cancel: Callable[[], None]) -> None:
+        """What to call when the client has gone; at once if it has already."""
+        self._on_cancel = cancel
+        if self.gone:
+            cancel()
+
+    def cancel(self) -> None:
+        self.gone = True
+        self._on_cancel()
 
     def delta(self, delta: Delta) -> None:
         self._outbox.take(self, delta, None)
@@ -165,7 +174,7 @@ class Outbox:
                 print(f"inflight: nor could its end: {again}", file=sys.stderr, flush=True)
 
     def _forget(self, stream: Stream) -> None:
-        stream.on_cancel()
+        stream.cancel()
         with self._lock:
             stream.closed = True
             self._ready.pop(stream, None)

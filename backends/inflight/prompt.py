@@ -59,7 +59,8 @@ class PromptCodec:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
             raise InvalidArgument(f"messages: half of a character ({text[error.start]!r}) is not text") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        # The batch form alone lets other threads run meanwhile.
+        return list(self._tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
 
     def decode(self, ids: Ids[int]) -> str:
         """Text of token ids, special tokens left out."""

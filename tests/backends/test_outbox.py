@@ -87,7 +87,7 @@ def test_a_silent_stream_is_kept_alive_and_a_cancelled_one_ends(outbox: Outbox):
     """Empty responses at least every 250 ms; a hang-up is seen, told to the engine and closed."""
     client, told = Client(), threading.Event()
     stream = outbox.open(client, True)
-    stream.on_cancel = told.set
+    stream.attach(told.set)
     time.sleep(1.0)
     assert len(client.got) >= 4 and set(client.got) == {("", "", 0)}
     client.gone = True
@@ -103,7 +103,7 @@ def test_a_response_that_cannot_be_sent_ends_its_stream_with_an_error(outbox: Ou
     """Triton keeps a request until its last response: one that could not be sent is followed by an error."""
     client, other, told = Client(broken=1), Client(), threading.Event()
     stream, good = outbox.open(client, True), outbox.open(other, True)
-    stream.on_cancel = told.set
+    stream.attach(told.set)
     stream.delta(Delta("one", 1, finish))
     assert client.ended.wait(2) and isinstance(client.failure, Internal)
     assert told.is_set(), "the engine goes on for nobody"

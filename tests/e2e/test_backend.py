@@ -143,6 +143,22 @@ def test_a_queued_stream_is_written_to_every_quarter_second(stack: Stack):
         sock.close()
 
 
+def test_enormous_prompts_delay_nobody_else(stack: Stack):
+    """While four prompts of 4 MB are read and refused, heartbeats and a running stream go on as ever."""
+    running = raw_stream(stack)
+    wait_until(lambda: stack.load()["running"] == 1, 5, "the stream runs")
+    delays = []
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        enormous = [pool.submit(generate, stack, text_input="one " * 1_000_000) for _ in range(4)]
+        while not all(answer.done() for answer in enormous):
+            began = time.monotonic()
+            assert stack.load()["running"] == 1
+            delays.append(time.monotonic() - began)
+    running.close()
+    assert all("leaves no room" in answer.result()[1][0]["error"] for answer in enormous)
+    assert max(delays) < 0.8, max(delays)  # below the time after which the gateway calls a model not ready
+
+
 def test_deadlines_are_kept(stack: Stack):
     """timeout_s and Triton's own timeout (microseconds) end a request with deadline_exceeded."""
     for body in ({"timeout_s": 0.3}, {"parameters": {"timeout": 300_000}}):
