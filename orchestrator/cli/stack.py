@@ -82,9 +82,15 @@ def server_of(repository: Path, model: str) -> int | None:
     """Process of a tritonserver, of any home, that was told to load this model of this repository."""
     import psutil
 
-    wanted = {f"--model-repository={repository.resolve()}", f"--load-model={model}"}
+    option, real = "--model-repository=", repository.resolve()
     for process in psutil.process_iter(["cmdline"]):
-        if wanted <= set(process.info["cmdline"] or ()):
+        arguments = process.info["cmdline"] or ()
+        # Resolved: a repository whose path Triton cannot take is named by a link.
+        if f"--load-model={model}" in arguments and any(
+            Path(argument.removeprefix(option)).resolve() == real
+            for argument in arguments
+            if argument.startswith(option)
+        ):
             return int(process.pid)
     return None
 

@@ -13,7 +13,7 @@ from typing import IO
 
 import psutil
 
-from orchestrator.local import state, tritonserver
+from orchestrator.local import alias, state, tritonserver
 from orchestrator.local.preflight import end_leftover
 from orchestrator.local.process import alive, kill_group
 from orchestrator.settings import Settings
@@ -88,9 +88,8 @@ def _supervisor(home: Path) -> psutil.Process | None:
 
 
 def servers(home: Path) -> list[psutil.Process]:
-    """Every tritonserver that runs with this home's backends."""
-    wanted = f"--backend-directory={home / 'triton' / 'backends'}"
-    return [process for process in psutil.process_iter(["cmdline"]) if wanted in (process.info["cmdline"] or ())]
+    """Every tritonserver that this home's supervisors have started, whatever has become of them."""
+    return tritonserver.servers(tritonserver.shm_prefix(home))
 
 
 def _is_supervisor(process: psutil.Process) -> bool:
@@ -159,6 +158,7 @@ def _clear(home: Path, settings: Settings, done: Stopped) -> None:
     prefix = tritonserver.shm_prefix(settings.home)
     done.processes += [stub.pid for stub in tritonserver.orphans(prefix)]
     done.regions += tritonserver.sweep(prefix, kill=True)
+    alias.clear(settings.home)
 
 
 def _until(holds: Callable[[], bool], timeout_s: float) -> bool:
