@@ -225,3 +225,19 @@ def test_status_tells_what_runs(make_stack):
     time.sleep(0.1)
     running = json.loads(stack.cli("status", "--json").stdout)
     assert {"ready", "models", "triton", "redis", "uptime_s"} <= set(running) and running["ready"] is True
+
+
+def test_up_into_an_empty_repository_exports_the_demo_model_and_says_hello(make_stack):
+    """A newcomer's first command: the demo model is exported, served and greeted; the second start is quick."""
+    stack = make_stack()
+    shutil.rmtree(stack.repository)
+    del stack.environ["TRUTHGPT_MODEL"]
+    first = stack.cli("up", "--detach", "--hello")
+    assert first.returncode == 0, first.stderr
+    assert "Hola, ¿cómo estás?" in first.stdout and "curl" in first.stdout and "demo" in first.stdout
+    answer = json.loads(stack.cli("generate", "What is TruthGPT?", "--temperature", "0", "--json").stdout)
+    assert answer["model"] == "demo" and "TruthGPT" in answer["text"] and answer["finish_reason"] == "stop"
+    assert [m["name"] for m in json.loads(stack.cli("models", "list", "--json").stdout)] == ["demo"]
+    stack.stop()
+    began = time.monotonic()
+    assert stack.cli("up", "--detach").returncode == 0 and time.monotonic() - began < 15
