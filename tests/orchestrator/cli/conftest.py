@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from click.testing import CliRunner, Result
 from orchestrator.cli import cli
 from orchestrator.ops.stopping import lock_holder
 from tests.counting import write_entry
+from tests.e2e.stack import free_ports
 from tests.orchestrator.gateway import Gateway, write_state
 
 
@@ -25,14 +25,6 @@ from tests.orchestrator.gateway import Gateway, write_state
 def entry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real entry named demo, to be copied."""
     return write_entry(tmp_path_factory.mktemp("entry"), name="demo")
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 class Place:
