@@ -4,13 +4,69 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+TASKS = ("text_generation", "sentiment_analysis", "translation", "summarization", "embeddings")
+ENDPOINTS = ("generate", "embed", "classify", "infer")  # the operations that limits count apart
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one caller may do at each endpoint, in any interval of the window's length; 0 is no limit."""
+
+    per_minute: int = 0
+    per_hour: int = 0
+    per_day: int = 0
+    tokens_per_minute: int = 0
+    tokens_per_day: int = 0
+    concurrency: int = 0
+
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. Every operation of the gateway takes one, so that no path can forget it."""
+    """Who asks. Every operation of the gateway takes one, so that no path can forget it.
+
+    `id` is the API key's id, or the client's address where no key is asked for. No answer crosses from one `tenant`
+    to another. `scope` is inference or admin; an admin may also infer.
+    """
 
     id: str
+    tenant: str = "open"
+    scope: str = "inference"
+    limits: Limits = Limits()
     language: str = "en"
+
+
+@dataclass(frozen=True)
+class Window:
+    """One limit's state after a request was counted. `reset_s`: seconds until something of it is free again."""
+
+    name: str  # minute, hour, day, tokens_minute, tokens_day or concurrency
+    limit: int
+    used: int
+    reset_s: float
+
+    @property
+    def remaining(self) -> int:
+        return max(0, self.limit - self.used)
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """What a request wants of the cache (RFC 9111): `lookup` and `store` may be off; `max_age_s` bounds the age."""
+
+    lookup: bool = True
+    store: bool = True
+    max_age_s: int | None = None
+
+
+@dataclass
+class Notes:
+    """What became of a request beside its answer; filled in on the path before the first chunk, shown in headers."""
+
+    windows: tuple[Window, ...] = ()
+    shadow: str | None = None  # the limit that would have refused it, in shadow mode
+    cache: str | None = None  # hit, miss or bypass
+    fallback: str | None = None  # "text", or "model=NAME"
+    sanitized: tuple[str, ...] = ()  # what was changed in the input
 
 
 @dataclass(frozen=True)
@@ -42,6 +98,9 @@ class GenerateRequest:
     seed: int | None = None
     stop: tuple[str, ...] = field(default=(), repr=False)
     stream: bool = False
+    timeout_s: float | None = None
+    task: str = "text_generation"
+    cache: CachePolicy = CachePolicy()
     traceparent: str | None = None
 
 
@@ -68,7 +127,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Model:
-    """A served model as callers may see it. `created` is Unix time in seconds; `max_len` counts tokens."""
+    """A served model as callers may see it. `created` is Unix time in seconds; `max_len` counts tokens.
+
+    `digest` names what is loaded: a model that was exported again has another one.
+    """
 
     name: str
     version: str
@@ -77,6 +139,7 @@ class Model:
     task: str = "text_generation"
     chat: bool = False
     max_len: int | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +147,15 @@ class Record:
     """What happened to one request: made once, when it ends, and handed to every sink. Never holds text of the prompt.
 
     `outcome` is ok, error or cancelled; `error` the kind of the error. `accepted` is Unix time, durations are seconds,
-    measured from acceptance; `ttft_s` is the time to the first text.
+    measured from acceptance; `ttft_s` is the time to the first text. `cache`, `fallback`, `sanitized` and `shadow` are
+    those of Notes.
     """
 
     id: str
     caller: str
+    tenant: str
     operation: str
+    task: str
     model: str
     stream: bool
     outcome: str
@@ -101,3 +167,7 @@ class Record:
     ttft_s: float | None
     duration_s: float
     traceparent: str | None
+    cache: str | None = None
+    fallback: str | None = None
+    sanitized: tuple[str, ...] = ()
+    shadow: str | None = None

@@ -2,17 +2,25 @@
 
     TruthGPTError
     ├── InvalidRequest          the request can never succeed as it stands; `param` names the culprit
-    │   └── PayloadTooLarge     its body is over the limit
+    │   ├── PayloadTooLarge     its body is over the limit
+    │   └── UnsafeInput         its text is empty, too long or dangerous, and the gateway does not clean it
+    ├── Unauthenticated         no credential, or one that is unknown, expired or revoked
+    ├── PermissionDenied        the credential is good and may not do this, or this edge does not offer it
     ├── ModelNotFound           no such model is served
-    ├── Overloaded              the model's queue is full; try again after `retry_after_s`
+    ├── RateLimited             a limit of the caller is used up; try again after `retry_after_s`
     ├── Unavailable             cannot serve now; try again after `retry_after_s`
+    │   ├── Overloaded          the model's queue is full
     │   ├── GatewayFull         as many requests as this gateway takes are in flight
     │   ├── Draining            this gateway is stopping
+    │   ├── KeysUnavailable     the credential cannot be checked: Redis is away
+    │   ├── LimitsUnavailable   the limits cannot be counted: Redis is away
+    │   ├── BreakerOpen         the model failed too often lately and is left alone for a while
     │   └── UpstreamUnavailable the model does not answer: dead, stalled, loading, or Triton is away
     ├── DeadlineExceeded        the request's own time is over
     ├── Cancelled               the caller went away
     └── InternalError           a fault of ours; its details are for the log only
         └── UpstreamError       a fault of the model or an answer that makes no sense
+            └── EmptyAnswer     the model's answer has no text
 
 No protocol is known here: each edge has one table from these classes to its own codes. `kind` is the stable name in
 logs and metrics. What users read is `text`, in English and Spanish; `str(error)` may hold details and is never shown.
@@ -65,6 +73,61 @@ class PayloadTooLarge(InvalidRequest):
         )
 
 
+class UnsafeInput(InvalidRequest):
+    """`reasons`: the rules that the text breaks, as sanitize.py names them."""
+
+    def __init__(self, text: Text, param: str | None = None, reasons: tuple[str, ...] = ()) -> None:
+        super().__init__(text, param)
+        self.reasons = reasons
+
+
+class Unauthenticated(TruthGPTError):
+    kind = "unauthenticated"
+
+    def __init__(self, text: Text | None = None, detail: str = "") -> None:
+        super().__init__(
+            text
+            or Text(
+                "A valid API key is needed: send it as Authorization: Bearer KEY or x-api-key.",
+                "Se necesita una clave de API válida: envíela como Authorization: Bearer CLAVE o x-api-key.",
+            ),
+            detail,
+        )
+
+
+class PermissionDenied(TruthGPTError):
+    kind = "permission_denied"
+
+    def __init__(self, text: Text | None = None, detail: str = "") -> None:
+        super().__init__(
+            text or Text("This API key may not do this.", "Esta clave de API no permite hacer esto."), detail
+        )
+
+
+class RateLimited(TruthGPTError):
+    """`window` is the name of the limit that is used up, as domain.Window has it."""
+
+    kind = "rate_limited"
+    retryable = True
+
+    def __init__(self, window: str, limit: int, retry_after_s: float) -> None:
+        unit = {
+            "minute": ("requests per minute", "peticiones por minuto"),
+            "hour": ("requests per hour", "peticiones por hora"),
+            "day": ("requests per day", "peticiones por día"),
+            "tokens_minute": ("tokens per minute", "tokens por minuto"),
+            "tokens_day": ("tokens per day", "tokens por día"),
+            "concurrency": ("requests at the same time", "peticiones a la vez"),
+        }[window]
+        super().__init__(
+            Text(
+                f"The limit of {limit} {unit[0]} is used up; try again in {retry_after_s:.1f} s.",
+                f"Se ha agotado el límite de {limit} {unit[1]}; inténtelo de nuevo en {retry_after_s:.1f} s.",
+            )
+        )
+        self.window, self.limit, self.retry_after_s = window, limit, retry_after_s
+
+
 class ModelNotFound(TruthGPTError):
     kind = "not_found"
     param = "model"
@@ -76,21 +139,6 @@ class ModelNotFound(TruthGPTError):
         )
 
 
-class Overloaded(TruthGPTError):
-    kind = "resource_exhausted"
-    retryable = True
-
-    def __init__(self, detail: str = "", retry_after_s: float = 1.0) -> None:
-        super().__init__(
-            Text(
-                "The model's queue is full. Please try again shortly.",
-                "La cola del modelo está llena. Inténtelo de nuevo en unos instantes.",
-            ),
-            detail,
-        )
-        self.retry_after_s = retry_after_s
-
-
 class Unavailable(TruthGPTError):
     kind = "unavailable"
     retryable = True
@@ -100,6 +148,20 @@ class Unavailable(TruthGPTError):
             text or Text("The service cannot answer now.", "El servicio no puede responder ahora."), detail
         )
         self.retry_after_s = retry_after_s
+
+
+class Overloaded(Unavailable):
+    kind = "overloaded"
+
+    def __init__(self, detail: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(
+            Text(
+                "The model's queue is full. Please try again shortly.",
+                "La cola del modelo está llena. Inténtelo de nuevo en unos instantes.",
+            ),
+            detail,
+            retry_after_s,
+        )
 
 
 class GatewayFull(Unavailable):
@@ -121,6 +183,42 @@ class Draining(Unavailable):
                 "El servicio se está deteniendo. Envíe la petición de nuevo.",
             ),
             "draining",
+        )
+
+
+class KeysUnavailable(Unavailable):
+    def __init__(self) -> None:
+        super().__init__(
+            Text(
+                "API keys cannot be checked now. Please try again shortly.",
+                "Ahora no se pueden comprobar las claves de API. Inténtelo de nuevo en unos instantes.",
+            ),
+            "the keys are not known: Redis is away",
+            2.0,
+        )
+
+
+class LimitsUnavailable(Unavailable):
+    def __init__(self) -> None:
+        super().__init__(
+            Text(
+                "Rate limits cannot be checked now. Please try again shortly.",
+                "Ahora no se pueden comprobar los límites de uso. Inténtelo de nuevo en unos instantes.",
+            ),
+            "the limits cannot be counted: Redis is away, and redis_loss is fail_closed",
+            2.0,
+        )
+
+
+class BreakerOpen(Unavailable):
+    def __init__(self, model: str, retry_after_s: float) -> None:
+        super().__init__(
+            Text(
+                "The model has failed several times and is being left alone for a moment. Please try again shortly.",
+                "El modelo ha fallado varias veces y se le da un respiro. Inténtelo de nuevo en unos instantes.",
+            ),
+            f"the circuit breaker of {model} is open",
+            retry_after_s,
         )
 
 
@@ -169,3 +267,9 @@ class InternalError(TruthGPTError):
 
 class UpstreamError(InternalError):
     pass
+
+
+class EmptyAnswer(UpstreamError):
+    def __init__(self) -> None:
+        super().__init__("the model's answer has no text")
+        self.text = Text("The model's answer is empty.", "La respuesta del modelo está vacía.")

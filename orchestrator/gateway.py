@@ -155,7 +155,9 @@ class _Tally:
         return Record(
             id=self.request.id,
             caller=self.caller.id,
+            tenant=self.caller.tenant,
             operation="generate",
+            task=self.request.task,
             model=self.request.model,
             stream=self.request.stream,
             outcome=self.outcome,

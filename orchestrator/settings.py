@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 import re
 import tomllib
@@ -20,25 +19,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.spec import Spec
+
 DEFAULT_FILE = "truthgpt.toml"
 CONFIG_ENV = "TRUTHGPT_CONFIG"
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
-_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 # greedy: a password with an unescaped @ or / is masked whole
 _URL_PASSWORD = re.compile(r"(?s)(?<=://)([^:/?#@]*):.*@")
 
 PROFILES: Mapping[str, Mapping[str, object]] = {
     "development": {
         "model": "DialoGPT-small", "precision": "fp32", "device": "cpu", "max_batch_size": 1,
-        "max_new_tokens": 50, "temperature": 0.7, "debug": True,
+        "max_new_tokens": 50, "temperature": 0.7, "debug": True, "auth": "open", "sanitize": "clean",
+        "limit_per_minute": 0, "limit_per_hour": 0, "limit_per_day": 0,
     },
     "staging": {
         "model": "DialoGPT-medium", "precision": "mixed", "device": "auto", "max_batch_size": 2,
-        "max_new_tokens": 100, "temperature": 0.7, "debug": False,
+        "max_new_tokens": 100, "temperature": 0.7, "debug": False, "auth": "keys", "sanitize": "clean",
+        "limit_per_minute": 60, "limit_per_hour": 1_000, "limit_per_day": 10_000,
     },
     "production": {
         "model": "DialoGPT-medium", "precision": "mixed", "device": "auto", "max_batch_size": 4,
-        "max_new_tokens": 200, "temperature": 0.7, "debug": False,
+        "max_new_tokens": 200, "temperature": 0.7, "debug": False, "auth": "keys", "sanitize": "reject",
+        "limit_per_minute": 60, "limit_per_hour": 1_000, "limit_per_day": 10_000,
     },
 }  # fmt: skip
 
@@ -51,80 +54,14 @@ class SettingsError(ValueError):
         super().__init__("; ".join(self.problems))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """One row of the settings table: what a value may be and how it is called on each surface."""
-
-    name: str
-    env: str
-    help: str
-    kind: type
-    optional: bool
-    default: object
-    minimum: float | None = None
-    maximum: float | None = None
-    choices: tuple[str, ...] = ()
-    pattern: str | None = None
-    secret: bool = False
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-    def parse(self, raw: object) -> object:
-        """A string (environment, flag) or TOML value as this field's type; ValueError says what was expected."""
-        if self.optional and (raw is None or raw == ""):
-            return None
-        value = self._convert(raw)
-        if self.choices and value not in self.choices:
-            raise ValueError(f"must be one of {', '.join(self.choices)}; got {self._show(raw)}")
-        if self.pattern is not None and re.fullmatch(self.pattern, str(value)) is None:
-            raise ValueError(f"must match {self.pattern}; got {self._show(raw)}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low, high = self.minimum, self.maximum
-            if (low is not None and value < low) or (high is not None and value > high):
-                raise ValueError(f"must be between {_number(low)} and {_number(high)}; got {self._show(raw)}")
-        return value
-
-    def _convert(self, raw: object) -> object:
-        if self.kind is bool:
-            if isinstance(raw, bool):
-                return raw
-            text = str(raw).strip().lower()
-            if text in _TRUE or text in _FALSE:
-                return text in _TRUE
-            raise ValueError(f"must be true or false; got {self._show(raw)}")
-        if isinstance(raw, bool) or not isinstance(raw, (str, int, float, Path)):
-            raise ValueError(f"must be {self._noun()}; got {self._show(raw)}")
-        if self.kind is int:
-            if isinstance(raw, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", raw.strip()):
-                return int(raw)
-            if isinstance(raw, int):
-                return raw
-        elif self.kind is float:
-            try:
-                number = float(raw) if not isinstance(raw, Path) else math.nan
-            except (ValueError, OverflowError):
-                number = math.nan
-            if math.isfinite(number):
-                return number
-        elif isinstance(raw, (str, Path)) and str(raw) != "" and "\0" not in str(raw):
-            return Path(os.path.expanduser(raw)) if self.kind is Path else str(raw)
-        raise ValueError(f"must be {self._noun()}; got {self._show(raw)}")
-
-    def _noun(self) -> str:
-        return {int: "a whole number", float: "a number", Path: "a path", str: "a text"}[self.kind]
-
-    def _show(self, raw: object) -> str:
-        return "a value that is not shown (secret)" if self.secret else repr(raw)[:80]
-
-
-def _number(value: float | None) -> str:
-    return "any" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _setting(default: object, help: str, **rules: Any) -> Any:
     return field(default=default, metadata={"help": help, **rules})
+
+
+def _limit(default: object, what: str) -> Any:
+    return _setting(
+        default, f"{what} of a caller for whom nothing else is set; 0 is no limit.", minimum=0, maximum=10**12
+    )
 
 
 def _port(default: int, help: str) -> Any:
@@ -140,7 +77,7 @@ class Settings:
 
     environment: str = _setting(
         "development",
-        "Profile with the defaults of model, precision, device, batch, tokens and debug.",
+        "Profile: the defaults of the settings in the table of profiles.",
         env="ENVIRONMENT",
         choices=tuple(PROFILES),
     )
@@ -149,7 +86,8 @@ class Settings:
     host: str = _setting("127.0.0.1", "Address the gateway listens on.")
     http_port: int = _port(8080, "Port of the gateway's HTTP API.")
     grpc_port: int = _port(8081, "Port reserved for the gateway's gRPC API.")
-    ops_port: int = _port(9090, "Port reserved for metrics and operations.")
+    ops_port: int = _port(9090, "Port of the admin API.")
+    ops_host: str = _setting("127.0.0.1", "Address the admin API listens on.")
     triton_http_port: int = _port(8000, "Triton's HTTP port, on loopback.")
     triton_grpc_port: int = _port(8001, "Triton's gRPC port, on loopback.")
     triton_metrics_port: int = _port(8002, "Triton's metrics port, on loopback.")
@@ -160,6 +98,15 @@ class Settings:
         pattern=r"(redis|rediss|unix)://.+",
     )
     redis_timeout_s: float = _setting(0.02, "Deadline of every Redis call.", minimum=0.001, maximum=10.0)
+    redis_max_bytes: int = _setting(
+        256 << 20, "Memory of the embedded Redis; the entries nearest to their end go first.", minimum=1 << 24,
+        maximum=1 << 40,
+    )  # fmt: skip
+    redis_loss: str = _setting(
+        "local",
+        "Limits while Redis is away: let all pass, refuse all with 503, or count in each process.",
+        choices=("fail_open", "fail_closed", "local"),
+    )
     model: str = _setting(
         _DEVELOPMENT["model"], "Model to serve; while it is not exported, the demo model is.", pattern=MODEL_NAME
     )
@@ -197,8 +144,64 @@ class Settings:
         1 << 20, "Largest request body, checked before parsing.", minimum=1024, maximum=1 << 30
     )
     max_concurrency: int = _setting(
-        256, "Requests in flight in one gateway; more get 503 with Retry-After.", minimum=1, maximum=100_000
+        256, "Requests in flight in one worker; more get 503 with Retry-After.", minimum=1, maximum=100_000
     )
+    workers: int = _setting(1, "Gateway processes that share the HTTP port.", minimum=1, maximum=128)
+    trusted_proxies: str | None = _setting(
+        None, "Comma-separated addresses whose X-Forwarded-For names the client; unset: nobody's does."
+    )
+    auth: str = _setting(
+        _DEVELOPMENT["auth"],
+        "keys: every request needs an API key. open: none does, in development only.",
+        choices=("open", "keys"),
+    )
+    keys_grace_s: float = _setting(
+        300.0, "How long known keys go on working while Redis is away.", minimum=0.0, maximum=604_800.0
+    )
+    api_key: str | None = _setting(None, "API key that truthgpt's own commands send to the gateway.", secret=True)
+    sanitize: str = _setting(
+        _DEVELOPMENT["sanitize"],
+        "What happens to dangerous text in a prompt: refuse it, remove it, or nothing.",
+        choices=("reject", "clean", "off"),
+    )
+    max_input_chars: int = _setting(
+        10_000, "Characters of a request's text, all messages together.", minimum=1, maximum=100_000_000
+    )
+    max_output_chars: int = _setting(
+        5_000, "Characters of an answer; a longer one ends there with finish_reason length.", minimum=1,
+        maximum=100_000_000,
+    )  # fmt: skip
+    limits: str = _setting(
+        "enforce", "Rate limits: refuse, only count and say what would be refused, or off.",
+        choices=("enforce", "shadow", "off"),
+    )  # fmt: skip
+    limit_per_minute: int = _limit(_DEVELOPMENT["limit_per_minute"], "Requests in any 60 s")
+    limit_per_hour: int = _limit(_DEVELOPMENT["limit_per_hour"], "Requests in any hour")
+    limit_per_day: int = _limit(_DEVELOPMENT["limit_per_day"], "Requests in any 24 hours")
+    limit_tokens_per_minute: int = _limit(0, "Tokens, prompt and answer, in any 60 s")
+    limit_tokens_per_day: int = _limit(0, "Tokens, prompt and answer, in any 24 hours")
+    limit_concurrency: int = _limit(0, "Requests at the same time")
+    cache: bool = _setting(True, "Answer repeated requests of a tenant from the cache.")
+    cache_entry_bytes: int = _setting(
+        256 << 10, "Largest answer that is cached, as stored.", minimum=1024, maximum=16 << 20
+    )
+    breaker_failures: int = _setting(
+        5, "Consecutive failures of a model that open its circuit breaker.", minimum=1, maximum=10_000
+    )
+    breaker_open_s: float = _setting(
+        5.0, "How long an open breaker refuses before it lets one request try.", minimum=0.05, maximum=3600.0
+    )
+    retries: int = _setting(
+        1, "Further attempts at Triton after a failure before the first token.", minimum=0, maximum=10
+    )
+    fallback_model: str | None = _setting(
+        None, "Model that answers while the one asked for cannot; the answer is marked.", pattern=MODEL_NAME
+    )
+    fallback_text: str | None = _setting(
+        None, "Text that answers when no model can; the answer is marked. Unset: the error is returned."
+    )
+    connect_s: float = _setting(1.0, "Deadline of a connection to Triton.", minimum=0.01, maximum=60.0)
+    token_gap_s: float = _setting(30.0, "Deadline between two pieces of an answer.", minimum=0.05, maximum=3600.0)
     stall_s: float = _setting(
         1.5,
         "A Triton stream silent for this long is dead (a live one writes every 0.25 s).",
@@ -358,6 +361,8 @@ def _conflicts(values: Mapping[str, Any]) -> list[str]:
         problems += [
             f"{name} and {other} are both {values[name]}" for other in ports[:index] if values[other] == values[name]
         ]
+    if values["auth"] == "open" and values["environment"] != "development":
+        problems.append(f"auth is open, which {values['environment']} refuses; set TRUTHGPT_AUTH=keys")
     if values["first_token_s"] > values["request_timeout_s"]:
         problems.append("first_token_s is longer than request_timeout_s")
     return problems

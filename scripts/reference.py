@@ -14,7 +14,7 @@ from orchestrator.settings import PROFILES, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTICE = "<!-- Written by scripts/reference.py (`make docs`) from the code; a test fails when it differs. -->"
-PROFILED = ("model", "precision", "device", "max_batch_size", "max_new_tokens", "temperature", "debug")
+PROFILED = tuple(PROFILES["development"])
 
 CLI_INTRODUCTION = """\
 `truthgpt` speaks noun-verb. Every command exits with 0 only on success, 1 on failure, 2 on wrong usage, 130 when
@@ -138,10 +138,10 @@ def settings_page() -> str:
         allowed = allowed or (f"`{spec.pattern}`" if spec.pattern else "`true`, `false`" if spec.kind is bool else "")
         help = spec.help + (" Its password is never printed." if spec.secret else "")
         lines.append(f"| `{name}` | `{spec.env}` | {default} | {cell(allowed)} | {cell(help)} |")
-    lines += ["", "## Profiles", "", f"| `ENVIRONMENT` | {' | '.join(f'`{name}`' for name in PROFILED)} |"]
-    lines.append("|---" * (len(PROFILED) + 1) + "|")
-    for profile, values in PROFILES.items():
-        lines.append(f"| `{profile}` | {' | '.join(shown(values[name]) for name in PROFILED)} |")
+    lines += ["", "## Profiles", "", f"| setting | {' | '.join(f'`{profile}`' for profile in PROFILES)} |"]
+    lines.append("|---" * (len(PROFILES) + 1) + "|")
+    for name in PROFILED:
+        lines.append(f"| `{name}` | {' | '.join(shown(values[name]) for values in PROFILES.values())} |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,8 @@ MAX_LINES = 400
 # Rooms of orchestrator/ -> the rooms they may import (always their own). `app` and `cli` stand on top of everything.
 BASE = {"settings", "errors", "domain"}
 ROOMS: dict[str, set[str]] = {
-    "settings": set(),
+    "spec": set(),
+    "settings": {"spec"},
     "errors": set(),
     "domain": set(),
     "sse": set(),

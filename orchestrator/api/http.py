@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, 
 from typing import Any
 
 from orchestrator.api import errors as table
-from orchestrator.domain import Caller
+from orchestrator.api.notes import note_headers
+from orchestrator.domain import Caller, Notes
 from orchestrator.errors import InvalidRequest, PayloadTooLarge, Text, TruthGPTError
 
 ASGIMessage = MutableMapping[str, Any]
@@ -36,6 +37,7 @@ class Exchange:
         self.path: str = scope["path"]
         self.id, self.caller, self.accepted_at = id, caller, accepted_at
         self.headers, self.traceparent = headers, traceparent
+        self.notes = Notes()
         self.gone = False
         self.started = False
         self.params: dict[str, str] = {}
@@ -143,7 +145,8 @@ class Exchange:
     async def _start(self, status: int, content_type: bytes, headers: Headers) -> None:
         self.started = True
         fixed = [(b"content-type", content_type), (b"x-request-id", self.id.encode())]
-        await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+        noted = note_headers(self.notes)
+        await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *noted, *headers]})
 
 
 def _refuse_constant(name: str) -> None:

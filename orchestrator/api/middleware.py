@@ -40,7 +40,7 @@ class FrontDoor:
             receive,
             send,
             id=_request_id(headers.get(b"x-request-id")),
-            caller=Caller("anonymous", _language(headers.get(b"accept-language", b""))),
+            caller=Caller("anonymous", language=_language(headers.get(b"accept-language", b""))),
             accepted_at=accepted_at,
             headers=headers,
             body_limit_bytes=self._body_limit_bytes,

@@ -16,7 +16,8 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from orchestrator.settings import Settings, SettingsError, Spec
+from orchestrator.settings import Settings, SettingsError
+from orchestrator.spec import Spec
 
 ENTRY_POINTS = "truthgpt.commands"
 INTERRUPTED, BROKEN_PIPE = 130, 141

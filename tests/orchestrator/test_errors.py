@@ -17,7 +17,8 @@ def tree(root: type[TruthGPTError] = TruthGPTError) -> list[type[TruthGPTError]]
 
 def make(kind: type[TruthGPTError]) -> TruthGPTError:
     """An instance with whatever arguments its class requires."""
-    values = {"text": Text("Something.", "Algo."), "limit_bytes": 10, "model": "m", "limit": 3}
+    values = {"text": Text("Something.", "Algo."), "limit_bytes": 10, "model": "m", "limit": 3, "window": "minute"}
+    values["retry_after_s"] = 2.0
     needed = [name for name, p in inspect.signature(kind).parameters.items() if p.default is p.empty and name != "self"]
     return kind(*(values[name] for name in needed))
 

@@ -267,7 +267,7 @@ async def test_models(stack: Stack) -> None:
 @pytest.mark.parametrize(
     ("message", "status", "code"),
     [
-        ("resource_exhausted: full", 429, "queue_full"),
+        ("resource_exhausted: full", 503, "queue_full"),
         ("deadline_exceeded: late", 504, "deadline_exceeded"),
         ("unavailable: stopping", 503, "model_unavailable"),
         ("internal: the secret detail", 500, "upstream_error"),

@@ -48,7 +48,7 @@ async def test_errors_are_the_clients_own_classes(stack: Stack) -> None:
             await api.completions.create(model="m", prompt="x", n=2)
         assert bad.value.param == "n"
         stack.fake.script = [failure("resource_exhausted: full"), "end"]
-        with pytest.raises(openai.RateLimitError):
+        with pytest.raises(openai.InternalServerError, match="queue is full"):
             await api.completions.create(model="m", prompt="x")
         stack.fake.script = [event("a"), failure("internal: NaN"), "end"]
         with pytest.raises(openai.APIError, match="internal error"):

@@ -116,7 +116,7 @@ async def test_a_failure_before_the_first_byte_has_its_status(fake: FakeTriton, 
     fake.by_text = {"a": [math.inf], "b": [0.05, failure("resource_exhausted: full"), "end"]}
     async with serving(fake, max_batch_size=2, stall_s=20.0) as stack:
         status, body, headers = await stack.post(PATH, asking("a", "b", "c", stream=stream), **{"x-request-id": "r"})
-        assert (status, body["error"]["code"], headers["retry-after"]) == (429, "queue_full", "1")
+        assert (status, body["error"]["code"], headers["retry-after"]) == (503, "queue_full", "1")
         await until(lambda: fake.running == 0)
         assert fake.hang_ups == 1
         assert {sent["text_input"] for sent in fake.requests} == {"a", "b"}
