@@ -121,7 +121,7 @@ async def test_a_failure_before_the_first_byte_has_its_status(fake: FakeTriton, 
         assert fake.hang_ups == 1
         assert {sent["text_input"] for sent in fake.requests} == {"a", "b"}
         assert {(record.id, record.outcome, record.error) for record in stack.records} == {
-            ("r-0", "cancelled", None), ("r-1", "error", "resource_exhausted"),
+            ("r-0", "cancelled", None), ("r-1", "error", "overloaded"),
         }  # fmt: skip
         assert stack.gateway.in_flight == 0
         assert (await stack.post(PATH, asking("d", "e")))[0] == 200
