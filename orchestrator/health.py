@@ -160,7 +160,7 @@ class Health:
         asked_at = asyncio.get_running_loop().time()
         try:
             served.beat = await self._triton.heartbeat(served.model.name)
-            if not served.configured:
+            if not served.configured or served.model.digest != (served.beat.digest or served.model.digest):
                 await self._configure(served)
         except TruthGPTError as error:
             if not (isinstance(error.__cause__, TimeoutError) and self._heard_since(served, asked_at)):
@@ -184,7 +184,10 @@ class Health:
 
     async def _configure(self, served: Served) -> None:
         config = await self._triton.model_config(served.model.name)
-        served.model = dataclasses.replace(served.model, task=config.task, chat=config.chat, max_len=config.max_len)
+        digest = served.beat.digest if served.beat is not None else ""
+        served.model = dataclasses.replace(
+            served.model, task=config.task, chat=config.chat, max_len=config.max_len, digest=digest
+        )
         served.configured = True
 
     def _unready(self, served: Served, reason: str) -> None:

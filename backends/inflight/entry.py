@@ -33,9 +33,10 @@ class Graph:
 
 @dataclass(frozen=True)
 class Entry:
-    """One version folder and how to run it."""
+    """One version folder and how to run it. `digest` is the SHA-256 of its manifest, which names every other file's."""
 
     folder: Path
+    digest: str
     graph: Graph
     eos: frozenset[int]
     bos_token: str
@@ -60,6 +61,7 @@ def load(folder: Path, parameters: Mapping[str, str]) -> Entry:
         default = _integer(parameters, "default_max_tokens", 0, 10_000_000, 0)
         return Entry(
             folder=folder,
+            digest=hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:32],
             graph=shape,
             eos=frozenset(int(t) for t in tokens["eos"]),
             bos_token=str(tokens.get("bos_token") or ""),

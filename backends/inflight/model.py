@@ -90,6 +90,7 @@ class TritonPythonModel:
         if given.pop("heartbeat", False):
             responder.send(self._heartbeat(), "", 0, final=True)
             return
+        inspect = bool(given.pop("inspect", False))
         wire_timeout_us = given.get("timeout") or request.timeout()
         flags, sampling = _merge(request, given)
         if flags.get("return_logprobs"):
@@ -100,12 +101,27 @@ class TritonPythonModel:
         long = len(text) + len(sampling) > LONG_BYTES
         if long and not self._unread.acquire(blocking=False):
             raise ResourceExhausted(f"{self._entry.max_queue} long prompts (max_queue) are waiting to be read")
-        stream = self._outbox.open(responder, bool(flags.get("stream", False)))
-        begin = partial(self._begin, stream, responder, prompt, params, _deadline(params, wire_timeout_us))
+        if inspect:
+            begin = partial(self._inspect, responder, prompt)
+        else:
+            stream = self._outbox.open(responder, bool(flags.get("stream", False)))
+            begin = partial(self._begin, stream, responder, prompt, params, _deadline(params, wire_timeout_us))
         if long:
             self._reader.submit(begin).add_done_callback(lambda _: self._unread.release())
         else:
             begin()
+
+    def _inspect(self, responder: _Responder, prompt: Prompt) -> None:
+        """Answer with what the tokenizer makes of a prompt: its tokens, and its text where it came as token ids."""
+        try:
+            ids = self._codec.encode(prompt)
+            text = self._codec.decode(ids) if prompt.token_ids is not None else None
+            responder.describe({}, "")
+            responder.send(json.dumps({"tokens": len(ids), "text": text}), "", 0, final=True)
+        except EngineError as error:
+            responder.fail(error)
+        except Exception as error:  # a prompt that breaks the tokenizer must be answered all the same
+            responder.fail(Internal(f"{type(error).__name__}: {error}"))
 
     def _begin(
         self, stream: Stream, responder: _Responder, prompt: Prompt, params: SamplingParams, deadline: float
@@ -144,7 +160,8 @@ class TritonPythonModel:
     def _heartbeat(self) -> str:
         load = self._engine.load()
         return json.dumps({"running": load.running, "waiting": load.waiting, "slots": self._entry.slots,
-                           "step_age_s": round(load.step_age_s, 3), "busy": load.busy})  # fmt: skip
+                           "step_age_s": round(load.step_age_s, 3), "busy": load.busy,
+                           "digest": self._entry.digest})  # fmt: skip
 
 
 def _deadline(params: SamplingParams, wire_timeout_us: Any) -> float:

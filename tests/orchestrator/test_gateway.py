@@ -68,7 +68,7 @@ async def test_a_bug_is_an_internal_error_with_its_cause(stack: Stack, monkeypat
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("orchestrator.triton._payload", broken)
+    monkeypatch.setattr("orchestrator.triton.client.payload", broken)
     with pytest.raises(InternalError) as caught:
         await consume(stack)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)

@@ -25,7 +25,8 @@ from orchestrator.errors import (
     UpstreamUnavailable,
 )
 from orchestrator.sse import EventParser
-from orchestrator.triton import Attendance, Deadlines, Heartbeat, Triton, _pieces
+from orchestrator.triton import Attendance, Deadlines, Heartbeat, Triton
+from orchestrator.triton.wire import pieces
 
 from .conftest import until
 from .fake_triton import FakeTriton, Step, answer, event, failure
@@ -246,7 +247,7 @@ def test_chunks_split_at_any_byte(texts: list[str], data: st.DataObject) -> None
     cuts = data.draw(st.lists(st.integers(1, len(wire) - 1), max_size=10, unique=True).map(sorted))
     parser = EventParser()
     parts = [wire[a:b] for a, b in zip([0, *cuts], [*cuts, len(wire)], strict=True)]
-    assert [piece.text for part in parts for piece in _pieces(parser, part)] == [*texts, ""]
+    assert [piece.text for part in parts for piece in pieces(parser, part)] == [*texts, ""]
 
 
 async def test_bytes_one_by_one_over_the_socket(triton: Triton, fake: FakeTriton) -> None:

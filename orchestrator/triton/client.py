@@ -1,0 +1,267 @@
+"""The only module that talks to Triton (HTTP/1.1, KServe v2 and its `generate` extension).
+
+HTTP costs the gateway a third of what gRPC does for a stream, and a hang-up reaches the backend as fast, because our
+backend writes at least every 250 ms. Triton's errors are translated here, once: nobody else sees an aiohttp exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import aiohttp
+
+from orchestrator.domain import Chunk, GenerateRequest
+from orchestrator.errors import DeadlineExceeded, ModelNotFound, TruthGPTError, UpstreamError, UpstreamUnavailable
+from orchestrator.sse import EventParser
+from orchestrator.triton.attendance import Attendance, Deadlines
+from orchestrator.triton.wire import decode, error_of, payload, pieces, read_body, sampling, scalar
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What the stub process says of itself. `step_age_s`: age of the engine's step in progress, seconds.
+
+    `digest` names the entry that it has loaded; empty where the backend does not say.
+    """
+
+    running: int
+    waiting: int
+    slots: int
+    step_age_s: float
+    busy: bool
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the gateway needs of a model's config.pbtxt. `max_len` counts tokens; None when the entry does not say."""
+
+    task: str
+    chat: bool
+    max_len: int | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Triton's answer as it came: status, lower-case headers, body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model's tokenizer says of a prompt: its number of tokens, and the text of one given as token ids."""
+
+    tokens: int
+    text: str | None
+
+
+class Triton:
+    """One Triton server. Must be made inside a running event loop; `close()` it when done."""
+
+    def __init__(self, url: str, deadlines: Deadlines, default_max_tokens: int | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._deadlines = deadlines
+        self._default_max_tokens = default_max_tokens
+        # No limit of its own: admission bounds the streams, and a heartbeat must never wait for a connection.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+            timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=deadlines.connect_s, sock_read=None),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def stream(self, request: GenerateRequest, attendance: Attendance) -> AsyncGenerator[Chunk, None]:
+        """The answer, chunk by chunk; the last one has a finish reason. Closing the iterator cancels it in the backend.
+
+        Raises InvalidRequest, Overloaded, DeadlineExceeded, UpstreamUnavailable, UpstreamError, Cancelled, or what
+        `attendance.fail()` was given.
+        """
+        now = asyncio.get_running_loop().time
+        # from acceptance: a prompt that waited for its turn behind others of its request does not get it anew
+        whole_s = min(self._deadlines.request_s, request.timeout_s or self._deadlines.request_s)
+        total_at = now() + whole_s - (time.monotonic() - request.accepted_at)
+        deadline = first_at = min(total_at, now() + self._deadlines.first_token_s)
+        wanted = request.max_tokens or self._default_max_tokens
+        response = await self._open(request, wanted, whole_s, attendance, deadline)
+        try:
+            parser, tokens, prompt_tokens, finished = EventParser(), 0, 0, False
+            while not finished:
+                try:
+                    data = await self._read(response, attendance, deadline)
+                except DeadlineExceeded as error:
+                    if deadline < total_at and deadline != first_at:
+                        raise UpstreamUnavailable(f"no token for {self._deadlines.token_gap_s} s") from error
+                    raise
+                for piece in pieces(parser, data):
+                    tokens += piece.tokens
+                    prompt_tokens = prompt_tokens or piece.prompt_tokens
+                    finished = piece.finish_reason is not None
+                    if piece.text or finished:  # what has neither only keeps the connection alive
+                        yield Chunk(piece.text, tokens, prompt_tokens, piece.finish_reason)
+                        tokens, deadline = 0, min(total_at, now() + self._deadlines.token_gap_s)
+                    if finished:
+                        break
+            # The answer is complete: only the connection's reuse depends on reading the stream to its end.
+            with contextlib.suppress(TruthGPTError):
+                while await self._read(response, attendance, deadline):
+                    continue
+        finally:
+            # A response read to its end has given its connection back; any other one is hung up on.
+            response.close()
+
+    async def _open(
+        self, request: GenerateRequest, max_tokens: int | None, whole_s: float, attendance: Attendance, deadline: float
+    ) -> aiohttp.ClientResponse:
+        body = json.dumps(payload(request, max_tokens, whole_s)).encode()
+        headers = {"content-type": "application/json"}
+        if request.traceparent:
+            headers["traceparent"] = request.traceparent
+        url = f"{self.url}/{self._model_path(request.model, 'generate_stream')}"
+        response = await self._within(lambda: self._session.post(url, data=body, headers=headers), attendance, deadline)
+        try:
+            if response.status == 200 and response.content_type == "text/event-stream":
+                return response
+            # An early failure is a plain body, even with status 200, or one event with status 400: the body decides.
+            text = await self._within(lambda: read_body(response), attendance, deadline)
+        except BaseException:
+            response.close()
+            raise
+        error = error_of(text, response.status)
+        if isinstance(error, ModelNotFound):  # it was served a moment ago: it is being reloaded or removed
+            raise UpstreamUnavailable(str(error)) from error
+        if max_tokens and request.max_tokens is None and error.param == "max_tokens":
+            # The gateway's default is more than the prompt leaves room for: the model's own default is all the room.
+            return await self._open(request, None, whole_s, attendance, deadline)
+        raise error
+
+    async def _read(self, response: aiohttp.ClientResponse, attendance: Attendance, deadline: float) -> bytes:
+        return await self._within(response.content.readany, attendance, deadline)
+
+    async def _within(self, call: Callable[[], Awaitable[_T]], attendance: Attendance, deadline: float) -> _T:
+        """Await something of Triton's until it stalls or the request's deadline passes; translate what goes wrong."""
+        now = asyncio.get_running_loop().time
+        try:
+            if now() >= deadline:
+                raise DeadlineExceeded
+            return await attendance.wait(call, min(now() + self._deadlines.stall_s, deadline))
+        except TimeoutError as error:
+            if now() >= deadline:
+                raise DeadlineExceeded from error
+            raise UpstreamUnavailable(f"Triton sent nothing for {self._deadlines.stall_s} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise UpstreamUnavailable(f"the connection to Triton failed: {error!r}") from error
+
+    async def heartbeat(self, model: str) -> Heartbeat:
+        """Ask a model's stub process how it is. Raises TruthGPTError when it does not answer properly in time."""
+        answer = await self._call(
+            "POST", self._model_path(model, "generate"), {"text_input": "", "parameters": {"heartbeat": True}}
+        )
+        try:
+            beat = json.loads(scalar(answer["text_output"]))
+            return Heartbeat(
+                running=int(beat["running"]),
+                waiting=int(beat["waiting"]),
+                slots=int(beat["slots"]),
+                step_age_s=float(beat["step_age_s"]),
+                busy=bool(beat["busy"]),
+                digest=str(beat.get("digest", "")),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UpstreamError(f"the heartbeat of {model} makes no sense") from error
+
+    async def prompt(self, request: GenerateRequest, timeout_s: float) -> Prompt:
+        """Ask the model's tokenizer about a prompt. Raises InvalidRequest, UpstreamUnavailable, UpstreamError."""
+        body = {
+            "text_input": request.text or "",
+            "sampling_parameters": json.dumps(sampling(request)),
+            "parameters": {"inspect": True},
+        }
+        answer = await self._call("POST", self._model_path(request.model, "generate"), body, timeout_s)
+        try:
+            said = json.loads(scalar(answer["text_output"]))
+            return Prompt(int(said["tokens"]), said.get("text"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UpstreamError(f"{request.model} says nothing of a prompt that makes sense") from error
+
+    async def index(self) -> dict[str, tuple[str, str]]:
+        """Model name -> (newest version, state); state is READY, LOADING, UNLOADING, UNAVAILABLE or empty."""
+        rows = await self._call("POST", "v2/repository/index", {})
+        try:
+            models: dict[str, tuple[str, str]] = {}
+            for row in rows:
+                version, state = str(row.get("version", "")), str(row.get("state", ""))
+                known = models.get(row["name"])
+                # One row a version. A version that is ready beats an older one that was unloaded.
+                if known is None or _rank(version, state) > _rank(*known):
+                    models[row["name"]] = (version, state)
+            return models
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UpstreamError("the repository index makes no sense") from error
+
+    async def model_config(self, model: str) -> ModelConfig:
+        """The parameters in a model's config.pbtxt."""
+        answer = await self._call("GET", self._model_path(model, "config"), None)
+        try:
+            values = {name: str(value["string_value"]) for name, value in answer.get("parameters", {}).items()}
+            length = values.get("max_len", "")
+            return ModelConfig(
+                values.get("task", "text_generation"), values.get("chat") == "true", int(length) if length else None
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UpstreamError(f"the configuration of {model} makes no sense") from error
+
+    async def load(self, model: str, timeout_s: float) -> None:
+        """Load or reload a model. Raises UpstreamError with Triton's reason when it does not load."""
+        await self._call("POST", f"v2/repository/models/{quote(model, safe='')}/load", {}, timeout_s)
+
+    async def unload(self, model: str, timeout_s: float) -> None:
+        """Unload a model; Triton returns before its running requests have ended."""
+        await self._call("POST", f"v2/repository/models/{quote(model, safe='')}/unload", {}, timeout_s)
+
+    def _model_path(self, model: str, what: str) -> str:
+        return f"v2/models/{quote(model, safe='')}/{what}"
+
+    async def fetch(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply:
+        """One unary exchange as it is, errors of Triton's included. Raises UpstreamUnavailable, UpstreamError."""
+        url = f"{self.url}/{path.lstrip('/')}"
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(method, url, data=body, headers=headers) as response,
+            ):
+                text = await read_body(response)
+                return Reply(response.status, {k.lower(): v for k, v in response.headers.items()}, text)
+        except TimeoutError as error:
+            raise UpstreamUnavailable(f"Triton did not answer {url} within {timeout_s} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise UpstreamUnavailable(f"the connection to Triton failed: {error!r}") from error
+
+    async def _call(self, method: str, path: str, body: object, timeout_s: float | None = None) -> Any:
+        """One unary call: the decoded JSON of its answer, an empty object for an empty one."""
+        data = None if body is None else json.dumps(body).encode()
+        reply = await self.fetch(method, path, data, {}, timeout_s or self._deadlines.heartbeat_s)
+        answer = decode(reply.body) if reply.body else {}
+        if reply.status != 200 or (isinstance(answer, dict) and "error" in answer):
+            raise error_of(reply.body, reply.status)
+        return answer
+
+
+def _rank(version: str, state: str) -> tuple[bool, int]:
+    return state == "READY", int(version) if version.isdecimal() else -1
