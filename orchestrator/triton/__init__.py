@@ -1,0 +1,8 @@
+"""Everything that talks to Triton; nobody else does."""
+
+from __future__ import annotations
+
+from orchestrator.triton.attendance import Attendance, Deadlines
+from orchestrator.triton.client import Heartbeat, ModelConfig, Prompt, Reply, Triton
+
+__all__ = ["Attendance", "Deadlines", "Heartbeat", "ModelConfig", "Prompt", "Reply", "Triton"]
