@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,3 +259,26 @@ def test_tritonclient_http_reads_health_metadata_and_statistics(stack: Stack):
         assert client.get_inference_statistics(stack.model)["model_stats"][0]["inference_count"] > 0
     finally:
         client.close()
+
+
+def test_a_prompt_is_inspected_without_generating(stack: Stack):
+    """inspect counts the prompt's tokens, gives the text of token ids, and refuses what generating would refuse."""
+
+    def inspect(**fields: object) -> Any:
+        return generate(stack, **{"text_input": "", **fields, "parameters": {"inspect": True}})[1][0]
+
+    def said(**fields: object) -> Any:
+        return json.loads(inspect(**fields)["text_output"])
+
+    assert said(text_input="one two three") == {"tokens": 3, "text": None}
+    assert said(sampling_parameters=json.dumps({"prompt_token_ids": [0, 2]})) == {"tokens": 2, "text": "one three"}
+    messages = [{"role": "user", "content": "one two"}]
+    assert said(sampling_parameters=json.dumps({"messages": messages}))["tokens"] == 2
+    assert said(text_input="one " * 20_000)["tokens"] == 20_000
+    assert "vocabulary" in inspect(sampling_parameters=json.dumps({"prompt_token_ids": [99]}))["error"]
+
+
+def test_the_heartbeat_names_what_is_loaded(stack: Stack):
+    """The digest is that of the manifest in the repository."""
+    manifest = stack.repository / "counting" / "1" / "manifest.json"
+    assert stack.load()["digest"] == hashlib.sha256(manifest.read_bytes()).hexdigest()[:32]
