@@ -1,4 +1,4 @@
-"""The composition root: settings -> objects -> ASGI application -> server. `python -m orchestrator.app` serves.
+"""The composition root: settings -> objects -> ASGI application. `python -m orchestrator.app` serves it.
 
 Knows everyone, and nobody knows it. Starts and stays live while Triton is away; ready once its models answer.
 """
@@ -6,13 +6,7 @@ Knows everyone, and nobody knows it. Starts and stays live while Triton is away;
 from __future__ import annotations
 
 import asyncio
-import logging
-import signal
-import socket
 import sys
-from types import FrameType
-
-import uvicorn
 
 from orchestrator import logs
 from orchestrator.admission import Admission
@@ -23,14 +17,9 @@ from orchestrator.api.openai_request import Defaults
 from orchestrator.api.probes import Probes
 from orchestrator.gateway import Gateway
 from orchestrator.health import Health
-from orchestrator.settings import Settings, SettingsError
+from orchestrator.settings import Settings
 from orchestrator.store import Store
 from orchestrator.triton import Deadlines, Triton
-
-log = logging.getLogger(__name__)
-
-IN_BAND_S = 1.0  # for the last error events to be written once the drain is over
-IDLE_CONNECTION_S = 75
 
 
 class Application:
@@ -93,78 +82,7 @@ class Application:
                 return
 
 
-class Server(uvicorn.Server):
-    """uvicorn, but a signal drains first: the port stays open and says 503 until the last running request has ended."""
-
-    def __init__(self, application: Application, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._application = application
-        self._draining: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
-        if self.started:
-            settings = self._application.settings
-            log.info("listening on http://%s:%d", settings.host, settings.http_port)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._loop is None or self._draining is not None:  # not started yet, or told twice: stop now
-            self.should_exit = True
-        else:
-            self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
-
-    def _begin_drain(self, reason: str) -> None:
-        if self._draining is None:
-            log.info("%s: draining", reason)
-            self._draining = asyncio.create_task(self._drain(), name="drain")
-
-    async def _drain(self) -> None:
-        gateway = self._application.gateway
-        try:
-            if gateway is not None:
-                await gateway.drain(self._application.settings.drain_s)
-        finally:
-            self.should_exit = True
-
-
-def build(settings: Settings) -> Server:
-    """The server of these settings, not yet running."""
-    application = Application(settings)
-    config = uvicorn.Config(
-        application,
-        host=settings.host,
-        port=settings.http_port,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=IDLE_CONNECTION_S,
-        timeout_graceful_shutdown=int(IN_BAND_S) + 1,
-        backlog=2048,
-    )
-    return Server(application, config)
-
-
-def main() -> int:
-    """Serve until SIGTERM or SIGINT; 0 after a drain."""
-    try:
-        settings = Settings.load()
-    except SettingsError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    logs.configure(settings.log_level, settings.debug)
-    for warning in settings.warnings:
-        log.warning("%s", warning)
-    server = build(settings)
-    server.run()
-    return 0 if server.started else 1
-
-
 if __name__ == "__main__":
+    from orchestrator.worker import main
+
     sys.exit(main())

@@ -14,10 +14,12 @@ from typing import Any
 import aiohttp
 import pytest
 
-from orchestrator.app import Application, Server, build
+from orchestrator.app import Application
 from orchestrator.domain import Record
 from orchestrator.gateway import Gateway
+from orchestrator.server import Server
 from orchestrator.settings import Settings
+from orchestrator.worker import build
 
 from .fake_triton import FakeTriton
 
