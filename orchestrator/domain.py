@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 TASKS = ("text_generation", "sentiment_analysis", "translation", "summarization", "embeddings")
@@ -126,10 +127,54 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Tensor:
+    """One named array in row-major order, by KServe v2's datatypes. `shape` counts elements in each dimension.
+
+    A BYTES tensor has its `elements`; every other datatype has `data`, its elements' little-endian bytes.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes = field(default=b"", repr=False)
+    elements: tuple[bytes, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferRequest:
+    """Run a model that is no generation model once. `accepted_at` is monotonic seconds.
+
+    `outputs` names the tensors that are wanted, empty for all; a number other than 0 asks for that many top classes of
+    the tensor instead of the tensor.
+    """
+
+    id: str
+    model: str
+    accepted_at: float
+    inputs: tuple[Tensor, ...]
+    outputs: Mapping[str, int] = field(default_factory=dict)
+    parameters: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    timeout_s: float | None = None
+    task: str = "text_generation"
+    cache: CachePolicy = CachePolicy()
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True)
+class InferResult:
+    """What the model answered, with the version that did."""
+
+    model: str
+    version: str
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Model:
     """A served model as callers may see it. `created` is Unix time in seconds; `max_len` counts tokens.
 
-    `digest` names what is loaded: a model that was exported again has another one.
+    `digest` names what is loaded: a model that was exported again has another one. `generates`: it is one of our
+    generation models; any other is only inferred with.
     """
 
     name: str
@@ -140,6 +185,7 @@ class Model:
     chat: bool = False
     max_len: int | None = None
     digest: str = ""
+    generates: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
