@@ -1,57 +1,240 @@
-"""Redis: the pool, its health, and the one place where key names are made.
+"""Redis: its connections, its health, and the one place where key names are made.
 
-Redis away never fails a request and never changes readiness: it is reported, and whoever uses it says what happens
-without it.
+Redis away never changes readiness: it is reported, and whoever uses it says what happens without it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import hashlib
 import logging
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import quote
 
 import redis.asyncio
-import redis.exceptions
 
+from orchestrator.redis_connection import Address, Argument, Connection, StoreAway, StoreError
 from orchestrator.settings import mask_url
+
+__all__ = ["Script", "Store", "StoreAway", "StoreError"]
 
 log = logging.getLogger(__name__)
 
-PING_INTERVAL_S = 1.0
+WATCH_S = 0.25  # between two pings, and between two attempts to connect
+
+REGISTRY = "truthgpt:registry"  # hash: "key:<id>" and "limits:<subject>" -> JSON, "ttl:<task>" -> seconds
+REGISTRY_VERSION = "truthgpt:registry:version"  # counter, raised with every change of the registry
+BREAKERS = "truthgpt:breakers"  # hash: model -> JSON
+EVENTS = "truthgpt:events"  # channel of JSON objects
+
+_PLAIN = re.compile(r"[A-Za-z0-9._:-]+").fullmatch
+
+
+def limits_key(tenant: str, subject: str, endpoint: str) -> str:
+    """Hash: what one caller has used at one endpoint. Raises ValueError, as all these do, for an empty name."""
+    return f"{_tenant(tenant)}:l:{_part(subject)}:{quote(endpoint, safe='')}"
+
+
+def leases_key(tenant: str, subject: str) -> str:
+    """Sorted set: the running requests of one caller."""
+    return f"{_tenant(tenant)}:n:{_part(subject)}"
+
+
+def answer_key(tenant: str, digest: str) -> str:
+    """A cached answer."""
+    return f"{_tenant(tenant)}:c:{_part(digest)}"
+
+
+def flight_key(tenant: str, digest: str) -> str:
+    """Which worker is generating this answer now."""
+    return f"{_tenant(tenant)}:f:{_part(digest)}"
+
+
+def stats_key(tenant: str) -> str:
+    """Hash: the cache's counters of one tenant."""
+    return f"{_tenant(tenant)}:s"
+
+
+def worker_channel(worker: str) -> str:
+    """Channel on which one worker is asked for the answers it is generating."""
+    return f"truthgpt:worker:{_part(worker)}"
+
+
+def _tenant(tenant: str) -> str:
+    # The braces are Redis Cluster's hash tag: all keys of one request are in one slot.
+    return f"truthgpt:{{{_part(tenant)}}}"
+
+
+def _part(text: str) -> str:
+    """A part of a key; other characters are percent-encoded, so that no part can pretend to be two."""
+    if not text:
+        raise ValueError("a part of a key is empty")
+    return text if _PLAIN(text) else quote(text, safe=":")
+
+
+class Script:
+    """A Lua script and the SHA-1 by which Redis knows it (EVALSHA)."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
 class Store:
-    """One Redis. `timeout_s` bounds every call, connecting included."""
+    """One Redis. `timeout_s` bounds every call; `url` is redis://, rediss:// or unix:// as redis-py reads it.
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    One connection carries all commands and a second one the subscriptions; they come and go together. `up` is False at
+    once after a deadline passed or a connection was lost, and True again after Redis has answered a ping.
+    """
+
+    def __init__(self, url: str, timeout_s: float, worker: str | None = None) -> None:
         self.url = mask_url(url)
-        self._timeout_s = timeout_s
-        # No retries: a call past its deadline is a miss. The socket's time-outs free what a stalled server holds.
-        self._redis = redis.asyncio.Redis.from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=None
-        )
+        self.worker = worker or secrets.token_hex(8)
         self.up = False
+        self.on_up: list[Callable[[], None]] = []  # called whenever Redis is up (again), subscriptions included
+        self._address = address_of(url)
+        self._timeout_s = timeout_s
+        self._commands: Connection | None = None
+        self._listener: Connection | None = None
+        self._handlers: dict[bytes, list[Callable[[bytes], None]]] = {}
+        self._told: bool | None = None
+
+    async def call(self, *args: Argument, timeout_s: float | None = None) -> Any:
+        """One command; its reply as bytes, int, None or a list of such.
+
+        Raises StoreAway (at once while not up) and StoreError. Should `timeout_s` pass, Redis is away for everyone.
+        """
+        if not self.up or self._commands is None:
+            raise StoreAway("Redis is away")
+        return await self._commands.send(*args, timeout_s=timeout_s)
+
+    async def run_script(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+        """Run a script in one round trip; in two, each with its deadline, when Redis does not know it yet.
+
+        Raises as `call` does.
+        """
+        try:
+            return await self.call("EVALSHA", script.sha, len(keys), *keys, *args)
+        except StoreError as error:
+            if not str(error).startswith("NOSCRIPT"):
+                raise
+        return await self.call("EVAL", script.text, len(keys), *keys, *args)
+
+    def publish(self, channel: str, payload: bytes) -> None:
+        """Send a message with the next write. Best effort: never waits, never raises; lost while Redis is away."""
+        if not self.up or self._commands is None:
+            return
+        try:
+            self._commands.send_only("PUBLISH", channel, payload)
+        except StoreAway as error:
+            log.debug("a message to %s is lost: %s", channel, error)
+
+    def subscribe(self, channel: str, handler: Callable[[bytes], None]) -> Callable[[], None]:
+        """Call `handler(payload)` on the loop for every message from now on; what is returned ends that.
+
+        Subscriptions outlive reconnections; what was published meanwhile is lost. What a handler raises is logged.
+        """
+        name = channel.encode()
+        self._handlers.setdefault(name, []).append(handler)
+        if len(self._handlers[name]) == 1:
+            self._tell_listener("SUBSCRIBE", name)
+
+        def unsubscribe() -> None:
+            handlers = self._handlers.get(name, [])
+            if handler in handlers:
+                handlers.remove(handler)
+                if not handlers:
+                    del self._handlers[name]
+                    self._tell_listener("UNSUBSCRIBE", name)
+
+        return unsubscribe
 
     async def run(self) -> None:
-        """Ping every second until cancelled, then close the pool."""
-        try:
-            while True:
-                up = await self.ping()
-                if up != self.up:
-                    log.log(
-                        logging.INFO if up else logging.WARNING, "Redis %s %s", self.url, "is up" if up else "is away"
-                    )
-                self.up = up
-                await asyncio.sleep(PING_INTERVAL_S)
-        finally:
-            self.up = False
-            with contextlib.suppress(redis.exceptions.RedisError, OSError):  # closing a connection that is already gone
-                await self._redis.aclose()
+        """Keep the connections until cancelled. Logs one line whenever Redis comes or goes."""
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            try:
+                await self._session()
+            except (StoreAway, StoreError) as error:
+                self._tell(False, str(error))
+            # At once after a long session: a hiccup costs little. Else at most every WATCH_S.
+            await asyncio.sleep(max(0.0, began + WATCH_S - loop.time()))
 
-    async def ping(self) -> bool:
-        """Whether Redis answers within the deadline."""
+    async def _session(self) -> None:
+        """From connecting until a connection is lost. Raises StoreAway or StoreError with the reason, always."""
+        commands = listener = None
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return bool(await self._redis.ping())
-        except (redis.exceptions.RedisError, OSError):  # TimeoutError is an OSError
-            return False
+            commands = await Connection.open(self._address, self._timeout_s, on_lost=self._went)
+            listener = self._listener = await Connection.open(
+                self._address, self._timeout_s, on_message=self._dispatch, on_lost=self._went
+            )
+            for channel in list(self._handlers):
+                await listener.send("SUBSCRIBE", channel)
+            await commands.send("PING")
+            self._commands, self.up = commands, True
+            self._tell(True)
+            for hook in self.on_up:
+                _guarded(hook)
+            while True:
+                lost, _ = await asyncio.wait(
+                    (commands.lost, listener.lost), timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                if lost:
+                    raise StoreAway(lost.pop().result())
+                for connection in (commands, listener):
+                    if connection.idle:  # else its commands' own deadlines watch it
+                        await connection.send("PING")
+        finally:
+            self.up, self._commands, self._listener = False, None, None
+            for opened in (commands, listener):
+                if opened is not None:
+                    opened.close()
+
+    def _went(self) -> None:
+        self.up = False
+
+    def _tell_listener(self, command: str, channel: bytes) -> None:
+        if self._listener is not None:
+            try:
+                self._listener.send_only(command, channel)
+            except StoreAway as error:
+                self._listener.close(str(error))  # the next session subscribes to everything anew
+
+    def _dispatch(self, channel: bytes, payload: bytes) -> None:
+        for handler in tuple(self._handlers.get(channel, ())):
+            _guarded(handler, payload)
+
+    def _tell(self, up: bool, reason: str = "") -> None:
+        if up != self._told:
+            self._told = up
+            if up:
+                log.info("Redis %s is up", self.url)
+            else:
+                log.warning("Redis %s is away: %s", self.url, reason)
+
+
+def _guarded(function: Callable[..., None], *args: Any) -> None:
+    try:
+        function(*args)
+    except Exception:  # whatever a subscriber does wrong is no reason to lose Redis for everybody else
+        log.exception("a handler of Redis's messages failed")
+
+
+def address_of(url: str) -> Address:
+    """Where and how to connect, as redis-py reads the URL, options of its query included.
+
+    Raises ValueError for what it does not understand, OSError for a certificate that cannot be read.
+    """
+    try:
+        made = redis.asyncio.ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
+    except TypeError as error:  # an option that no connection has
+        raise ValueError(f"{mask_url(url)}: {error}") from error
+    tls = made.ssl_context.get() if isinstance(made, redis.asyncio.SSLConnection) else None
+    common = {"username": made.username, "password": made.password, "db": made.db or 0}
+    if isinstance(made, redis.asyncio.UnixDomainSocketConnection):
+        return Address(path=made.path, **common)
+    return Address(host=made.host, port=made.port, tls=tls, **common)

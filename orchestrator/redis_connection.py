@@ -1,0 +1,232 @@
+"""One pipelined connection to Redis (RESP2): what is sent in one tick of the loop leaves in one write.
+
+Every command has a deadline. A reply that is late cannot be told from one that never comes, and those behind it could
+no longer be matched: a deadline that passes ends the connection for everyone on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import ssl
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, cast
+
+import hiredis
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 1.0  # nobody waits for a connection, so that it may take longer than a command
+MAX_PENDING = 10_000
+LOOK_AGAIN_S = 0.001
+
+Argument = bytes | str | int | float
+OnMessage = Callable[[bytes, bytes], None]
+
+
+class StoreAway(Exception):
+    """Redis did not answer within the deadline, or is known to be away. Whoever calls says what then happens."""
+
+
+class StoreError(Exception):
+    """Redis answered with an error; its text begins with Redis's code, such as NOSCRIPT or OOM."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a Redis listens and how to enter: a Unix socket's `path`, else `host` and `port`, with `tls` or without."""
+
+    path: str | None = None
+    host: str = "localhost"
+    port: int = 6379
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    db: int = 0
+
+
+class _Pending:
+    """A command without its reply. Nobody waits for it where `reply` is None."""
+
+    __slots__ = ("reply", "timeout_s", "deadline")
+
+    def __init__(self, reply: asyncio.Future[Any] | None, timeout_s: float) -> None:
+        self.reply, self.timeout_s = reply, timeout_s
+        self.deadline = float("inf")  # it runs from when the command is written
+
+
+class Connection(asyncio.Protocol):
+    """A connection that is open, authenticated and in its database until `lost` is done. Make it with `open`."""
+
+    def __init__(
+        self, timeout_s: float, on_message: OnMessage | None = None, on_lost: Callable[[], None] | None = None
+    ):
+        self._loop = asyncio.get_running_loop()
+        self.lost: asyncio.Future[str] = self._loop.create_future()  # why it ended
+        self._timeout_s, self._on_message, self._on_lost = timeout_s, on_message, on_lost
+        self._reader = hiredis.Reader(replyError=StoreError)
+        self._transport: asyncio.Transport  # from connection_made on, which is before anybody else has this object
+        self._pending: deque[_Pending] = deque()
+        self._unsent: list[bytes] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._grace_until: float | None = None
+        self._refused = False
+
+    @classmethod
+    async def open(
+        cls,
+        address: Address,
+        timeout_s: float,
+        on_message: OnMessage | None = None,
+        on_lost: Callable[[], None] | None = None,
+    ) -> Connection:
+        """Connect, authenticate and select the database, within CONNECT_S altogether.
+
+        `timeout_s` is the deadline of later commands. `on_message(channel, payload)` gets what is published to
+        channels subscribed to here; `on_lost()` is called in the moment the connection ends. Raises StoreAway, and
+        StoreError where Redis refuses the password or the database.
+        """
+        loop = asyncio.get_running_loop()
+
+        def factory() -> Connection:
+            return cls(timeout_s, on_message, on_lost)
+
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                if address.path is not None:
+                    _, connection = await loop.create_unix_connection(factory, address.path)
+                else:
+                    _, connection = await loop.create_connection(factory, address.host, address.port, ssl=address.tls)
+        except TimeoutError as error:
+            raise StoreAway(f"no connection within {CONNECT_S:g} s") from error
+        except OSError as error:
+            raise StoreAway(str(error)) from error
+        try:
+            if address.password is not None:
+                user = [address.username] if address.username is not None else []
+                await connection.send("AUTH", *user, address.password, timeout_s=CONNECT_S)
+            if address.db:
+                await connection.send("SELECT", address.db, timeout_s=CONNECT_S)
+        except BaseException:
+            connection.close("not let in")
+            raise
+        return connection
+
+    def send(self, *command: Argument, timeout_s: float | None = None) -> asyncio.Future[Any]:
+        """Send a command with the next write; the future has its reply (bytes, int, None or a list of such).
+
+        The future raises StoreAway or StoreError; cancelling it drops the reply. Raises StoreAway when the connection
+        has ended or MAX_PENDING commands wait for their replies.
+        """
+        reply: asyncio.Future[Any] = self._loop.create_future()
+        self._submit(command, _Pending(reply, timeout_s or self._timeout_s))
+        return reply
+
+    def send_only(self, *command: Argument) -> None:
+        """Send a command whose reply nobody waits for. Raises as `send` does."""
+        self._submit(command, _Pending(None, self._timeout_s))
+
+    @property
+    def idle(self) -> bool:
+        """Whether every command has been answered."""
+        return not self._pending
+
+    def close(self, reason: str = "closed") -> None:
+        """End it now: everything pending fails with StoreAway(reason). A second time does nothing."""
+        if self.lost.done():
+            return
+        self.lost.set_result(reason)
+        self._transport.abort()  # what a stalled server does not read would keep a polite close waiting
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._on_lost is not None:
+            self._on_lost()
+        pending, self._pending = self._pending, deque()
+        for command in pending:
+            if command.reply is not None and not command.reply.done():
+                command.reply.set_exception(StoreAway(reason))
+
+    def _submit(self, command: tuple[Argument, ...], pending: _Pending) -> None:
+        if self.lost.done():
+            raise StoreAway(self.lost.result())
+        if len(self._pending) >= MAX_PENDING:
+            raise StoreAway(f"{MAX_PENDING} commands are waiting for Redis")
+        packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub knows tuples of one only
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent.append(packed)
+        self._pending.append(pending)
+
+    def _flush(self) -> None:
+        if self.lost.done():
+            return
+        now, soonest = self._loop.time(), float("inf")
+        for pending in islice(reversed(self._pending), len(self._unsent)):
+            pending.deadline = now + pending.timeout_s
+            soonest = min(soonest, pending.deadline)
+        self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
+        if self._timer is None or soonest < self._timer.when():
+            self._watch(soonest)
+
+    def _watch(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._check)
+
+    def _check(self) -> None:
+        """One timer for all: it stands at some deadline and is not moved when that reply comes."""
+        self._timer = None
+        now, soonest = self._loop.time(), min((pending.deadline for pending in self._pending), default=float("inf"))
+        if soonest > now:
+            self._grace_until = None
+            if soonest < float("inf"):
+                self._watch(soonest)
+            return
+        # Late may be this process and not Redis: what has arrived, or still has to leave, gets its turn first.
+        if self._grace_until is None:
+            self._grace_until = now + self._timeout_s
+        if now <= self._grace_until and self._socket_has_work():
+            self._watch(now + LOOK_AGAIN_S)
+        else:
+            self.close("no answer within the deadline")
+
+    def _socket_has_work(self) -> bool:
+        wanted = select.POLLIN | (select.POLLOUT if self._transport.get_write_buffer_size() else 0)
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), wanted)
+        return bool(poll.poll(0))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        try:
+            while (reply := self._reader.gets()) is not False:  # False: no complete reply any more
+                if self._on_message is not None and type(reply) is list and reply[0] == b"message":
+                    self._on_message(reply[1], reply[2])
+                elif self._pending:
+                    self._settle(self._pending.popleft(), reply)
+                else:
+                    self.close(f"an answer to nothing: {reply!r}")
+        except hiredis.ProtocolError as error:
+            self.close(f"not Redis's protocol: {error}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.close(f"connection lost: {exc}" if exc else "connection lost")
+
+    def _settle(self, pending: _Pending, reply: Any) -> None:
+        if pending.reply is None:
+            if isinstance(reply, StoreError) and not self._refused:
+                self._refused = True  # once a connection: it may concern every request
+                log.warning("Redis refused a command that nobody waits for: %s", reply)
+        elif not pending.reply.done():  # done: its caller hung up
+            if isinstance(reply, StoreError):
+                pending.reply.set_exception(reply)
+            else:
+                pending.reply.set_result(reply)
