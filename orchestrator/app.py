@@ -10,10 +10,10 @@ import sys
 
 from orchestrator import logs
 from orchestrator.admission import Admission
+from orchestrator.api.fields import Defaults
 from orchestrator.api.http import Receive, Scope, Send
 from orchestrator.api.middleware import FrontDoor
 from orchestrator.api.openai import OpenAI
-from orchestrator.api.openai_request import Defaults
 from orchestrator.api.probes import Probes
 from orchestrator.gateway import Gateway
 from orchestrator.health import Health

@@ -13,9 +13,10 @@ from typing import Any, Self
 
 from orchestrator import sse
 from orchestrator.api import errors as table
+from orchestrator.api.fields import Defaults
 from orchestrator.api.http import Exchange
 from orchestrator.api.middleware import Routes
-from orchestrator.api.openai_request import Call, Defaults, chat, completion
+from orchestrator.api.openai_request import Call, chat, completion
 from orchestrator.domain import Chunk, Model, Usage
 from orchestrator.errors import InternalError, ModelNotFound, TruthGPTError, UpstreamError
 from orchestrator.gateway import Gateway

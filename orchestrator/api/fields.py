@@ -1,0 +1,116 @@
+"""Checks of a body's fields, shared by the edges: each raises InvalidRequest that names the field and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.domain import Message
+from orchestrator.errors import InvalidRequest, Text
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# Keys that clients send back with an assistant's turn; only empty ones are taken.
+_TURN_KEYS = {"refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content"}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request that does not say gets."""
+
+    temperature: float
+
+
+def prompt(value: object, at: str) -> dict[str, Any]:
+    """One prompt as the field of GenerateRequest that it fills."""
+    if not value:
+        raise InvalidRequest(Text(f"{at} must not be empty.", f"{at} no puede estar vacío."), at)
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, list) and all(is_int(token) and 0 <= token < 2**31 for token in value):
+        return {"token_ids": tuple(value)}
+    raise wrong(at, "a string or a list of token ids", "un texto o una lista de identificadores de token")
+
+
+def messages(value: object) -> tuple[Message, ...]:
+    """A conversation of at least one turn."""
+    if not isinstance(value, list) or not value:
+        raise wrong("messages", "a list of at least one message", "una lista de al menos un mensaje")
+    return tuple(_message(turn, f"messages[{index}]") for index, turn in enumerate(value))
+
+
+def _message(turn: object, at: str) -> Message:
+    if not isinstance(turn, dict):
+        raise wrong(at, "an object", "un objeto")
+    role = turn.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise wrong(f"{at}.role", f"one of {', '.join(_ROLES)}", f"uno de {', '.join(_ROLES)}")
+    for name, value in turn.items():
+        if name in ("role", "content", "name") or (name in _TURN_KEYS and not value):
+            continue
+        shown = f"{at}.{name[:100]}"
+        raise InvalidRequest(Text(f"{shown} is not supported here.", f"{shown} no está disponible aquí."), shown)
+    content = turn.get("content")
+    if isinstance(content, list):
+        texts = [part["text"] for part in content if isinstance(part, dict) and _is_text_part(part)]
+        if len(texts) == len(content):
+            content = "".join(texts)
+    if not isinstance(content, str):
+        raise wrong(f"{at}.content", "a string or a list of text parts", "un texto o una lista de partes de texto")
+    return Message(_ROLES[role], content)
+
+
+def _is_text_part(part: dict[str, Any]) -> bool:
+    return set(part) == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str)
+
+
+def stop(fields: dict[str, Any]) -> tuple[str, ...]:
+    value = fields.get("stop", [])
+    stops = [value] if isinstance(value, str) else value
+    good = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not good or not all(isinstance(item, str) and 0 < len(item) <= MAX_STOP_CHARS for item in stops):
+        raise wrong(
+            "stop",
+            f"a string or a list of at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters",
+            f"un texto o una lista de hasta {MAX_STOPS} textos de 1 a {MAX_STOP_CHARS} caracteres",
+        )
+    return tuple(stops)
+
+
+def top_p(fields: dict[str, Any]) -> float:
+    value = number(fields, "top_p", 0.0, 1.0, 1.0)
+    return value or 1e-6  # 0 keeps the likeliest token alone, and the backend's range is open there
+
+
+def number(fields: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise wrong(name, f"a number from {low:g} to {high:g}", f"un número de {low:g} a {high:g}")
+    return float(value)
+
+
+def integer(fields: dict[str, Any], name: str, low: int, high: int) -> int | None:
+    value = fields.get(name)
+    if value is not None and not (is_int(value) and low <= value <= high):
+        raise wrong(name, f"an integer from {low} to {high}", f"un entero de {low} a {high}")
+    return value
+
+
+def boolean(fields: dict[str, Any], name: str, shown: str | None = None) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise wrong(shown or name, "true or false", "true o false")
+    return bool(value)
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def required(name: str) -> InvalidRequest:
+    return InvalidRequest(Text(f"{name} is required.", f"Falta {name}."), name)
+
+
+def wrong(name: str, expected_en: str, expected_es: str) -> InvalidRequest:
+    return InvalidRequest(Text(f"{name} must be {expected_en}.", f"{name} debe ser {expected_es}."), name)
