@@ -37,10 +37,14 @@ def binary() -> Path:
 
 
 class EmbeddedRedis:
-    """Redis with its append-only file under `home`; it survives restarts of the stack."""
+    """Redis with its append-only file under `home`: what it knows survives restarts of the stack.
 
-    def __init__(self, home: Path) -> None:
-        self._home, self._data = home, home / "redis"
+    It stays below `max_bytes` of memory by dropping what was not used for longest among the entries that end by
+    themselves; API keys never do.
+    """
+
+    def __init__(self, home: Path, *, max_bytes: int) -> None:
+        self._home, self._data, self._max_bytes = home, home / "redis", max_bytes
         run = home / "run"
         self._run = alias.folder(home) if len(os.fsencode(run / "redis.sock")) > SOCKET_PATH_LIMIT_BYTES else run
 
@@ -57,7 +61,12 @@ class EmbeddedRedis:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         argv = [
             str(binary()), "--port", "0", "--unixsocket", str(self._run / "redis.sock"), "--unixsocketperm", "700",
-            "--dir", str(self._data), "--appendonly", "yes", "--save", "", "--daemonize", "no",
+            "--dir", str(self._data), "--save", "", "--daemonize", "no",
+            # At most a second of writes is lost when the machine goes down, none when Redis does.
+            "--appendonly", "yes", "--appendfsync", "everysec",
+            "--auto-aof-rewrite-percentage", "100", "--auto-aof-rewrite-min-size", "16mb",
+            # Not volatile-ttl: a full cache would push out running requests' leases, which end soonest, first.
+            "--maxmemory", str(self._max_bytes), "--maxmemory-policy", "volatile-lru", "--maxmemory-samples", "10",
         ]  # fmt: skip
         # The home is how a later `up` knows the process again.
         env = {"PATH": os.environ.get("PATH", ""), "TRUTHGPT_HOME": str(self._home)}

@@ -86,7 +86,7 @@ class Supervisor:
         url = self._settings.redis_url
         if url is None:
             self._report("starting Redis")
-            self._redis = EmbeddedRedis(self._home)
+            self._redis = EmbeddedRedis(self._home, max_bytes=self._settings.redis_max_bytes)
             self._children["redis"] = await self._redis.start(self._logs / "redis.log")
             url = self._redis.url
         self._redis_url = url
