@@ -15,6 +15,7 @@ from orchestrator.api.http import Receive, Scope, Send
 from orchestrator.api.middleware import FrontDoor
 from orchestrator.api.openai import OpenAI
 from orchestrator.api.probes import Probes
+from orchestrator.domain import Caller
 from orchestrator.gateway import Gateway
 from orchestrator.health import Health
 from orchestrator.settings import Settings
@@ -58,7 +59,11 @@ class Application:
         at_once = min(settings.max_batch_size, settings.max_concurrency)
         openai = OpenAI(gateway, Defaults(temperature=settings.temperature), settings.request_timeout_s, at_once)
         probes = Probes(gateway, url, lambda: store.up if store else None)
-        self._door = FrontDoor({**openai.routes, **probes.routes}, settings.body_limit_bytes)
+        self._door = FrontDoor(
+            {**openai.routes, **probes.routes},
+            settings.body_limit_bytes,
+            lambda headers, address: Caller(f"ip-{address}"),
+        )
         self._tasks = [asyncio.create_task(health.run(), name="health")]
         if store:
             self._tasks.append(asyncio.create_task(store.run(), name="store"))

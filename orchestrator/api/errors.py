@@ -44,8 +44,18 @@ TABLE: Mapping[type[TruthGPTError], Row] = {
     TruthGPTError: Row(500, "server_error", "internal_error"),
 }
 
+# What the edge refuses by itself, before any rule of the gateway's.
+NOT_FOUND = Row(404, "invalid_request_error", "not_found")
+METHOD_NOT_ALLOWED = Row(405, "invalid_request_error", "method_not_allowed")
+UNSUPPORTED_CODING = Row(415, "invalid_request_error", "unsupported_content_encoding")
+HEADERS_TOO_LARGE = Row(431, "invalid_request_error", "headers_too_large")
+
 NO_SUCH_PATH = Text("There is nothing at this path.", "No hay nada en esta ruta.")
 WRONG_METHOD = Text("This path does not take this method.", "Esta ruta no admite este método.")
+CODINGS_TAKEN = Text(
+    "Content-Encoding must be gzip, deflate or identity.", "Content-Encoding debe ser gzip, deflate o identity."
+)
+TOO_MANY_HEADERS = Text("The request has too many headers.", "La petición tiene demasiadas cabeceras.")
 
 
 def openai_body(row: Row, text: Text, language: str, param: str | None = None) -> dict[str, object]:
@@ -60,7 +70,7 @@ def body_of(error: TruthGPTError, language: str) -> dict[str, object]:
 
 def encode(body: dict[str, object], path: str) -> bytes:
     """Bytes of an error body in the form that the path's protocol has: KServe v2 wants `{"error": "<string>"}`."""
-    if path.startswith("/v2/"):
+    if path.startswith("/v2/") or path == "/v2":
         error = body["error"]
         body = {"error": error["message"] if isinstance(error, dict) else error}
     return json.dumps(body).encode()

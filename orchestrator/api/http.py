@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, 
 from typing import Any
 
 from orchestrator.api import errors as table
+from orchestrator.api.bodies import CODINGS, decompress, json_object
 from orchestrator.api.notes import note_headers
 from orchestrator.domain import Caller, Notes
-from orchestrator.errors import InvalidRequest, PayloadTooLarge, Text, TruthGPTError
+from orchestrator.errors import PayloadTooLarge, Text, TruthGPTError, Unauthenticated
 
 ASGIMessage = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -19,12 +20,19 @@ Receive = Callable[[], Awaitable[ASGIMessage]]
 Send = Callable[[ASGIMessage], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
 
-MAX_DEPTH = 64
 JSON_TYPE = b"application/json"
 
 
 class HangUp(Exception):
     """The client is gone: there is nobody to answer."""
+
+
+class Refused(Exception):
+    """What the edge itself refuses, before any rule of the gateway's: a path, a method, a coding, too many headers."""
+
+    def __init__(self, row: table.Row, text: Text, headers: Headers = ()) -> None:
+        super().__init__(text.en)
+        self.row, self.text, self.headers = row, text, headers
 
 
 class Exchange:
@@ -35,6 +43,7 @@ class Exchange:
         headers: dict[bytes, bytes], body_limit_bytes: int, traceparent: str | None,
     ) -> None:  # fmt: skip
         self.path: str = scope["path"]
+        self.template = self.path  # the route's, once it is found
         self.id, self.caller, self.accepted_at = id, caller, accepted_at
         self.headers, self.traceparent = headers, traceparent
         self.notes = Notes()
@@ -45,29 +54,20 @@ class Exchange:
         self._body_limit_bytes = body_limit_bytes
 
     async def json(self) -> dict[str, Any]:
-        """The body as a JSON object. Raises PayloadTooLarge before reading it all, InvalidRequest, or HangUp."""
+        """The body as a JSON object. Raises what `body()` raises, and InvalidRequest for what is none."""
+        return json_object(await self.body())
+
+    async def body(self) -> bytes:
+        """The body, decompressed. It and what it was sent as are within the size limit.
+
+        Raises PayloadTooLarge before reading it all, Refused for an unknown coding, InvalidRequest, or HangUp.
+        """
+        coding = self.headers.get(b"content-encoding", b"").strip().lower().decode("latin-1")
+        coding = {"": "identity", "x-gzip": "gzip"}.get(coding, coding)
+        if coding not in (*CODINGS, "identity"):
+            raise Refused(table.UNSUPPORTED_CODING, table.CODINGS_TAKEN, ((b"accept-encoding", b"gzip, deflate"),))
         body = await self._body()
-        try:
-            value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-            if b"\\u" in body:
-                # A lone surrogate is legal in JSON's grammar and is no text: it could not be written out as UTF-8.
-                json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeError as error:
-            raise InvalidRequest(
-                Text("The body is not valid UTF-8 text.", "El cuerpo no es texto UTF-8 válido.")
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(Text("The body is not valid JSON.", "El cuerpo no es JSON válido.")) from error
-        if not isinstance(value, dict):
-            raise InvalidRequest(Text("The body must be a JSON object.", "El cuerpo debe ser un objeto JSON."))
-        if _deeper_than(value, MAX_DEPTH):
-            raise InvalidRequest(
-                Text(
-                    f"The body is nested more than {MAX_DEPTH} levels deep.",
-                    f"El cuerpo tiene más de {MAX_DEPTH} niveles de anidamiento.",
-                )
-            )
-        return value
+        return body if coding == "identity" or not body else decompress(body, coding, self._body_limit_bytes)
 
     async def _body(self) -> bytes:
         declared = self.headers.get(b"content-length", b"0")
@@ -126,9 +126,16 @@ class Exchange:
         """An error before the response has begun."""
         body = table.encode(table.body_of(error, self.caller.language), self.path)
         headers = table.headers_of(error)
+        if isinstance(error, Unauthenticated):
+            headers.append((b"www-authenticate", b"Bearer"))
         if isinstance(error, PayloadTooLarge):  # the rest of the body is not read: the connection cannot be used again
             headers.append((b"connection", b"close"))
         await self.reply(table.TABLE[type(error)].status, body, headers=headers)
+
+    async def refuse(self, refused: Refused) -> None:
+        """A refusal of the edge's own; what is left of the body is not read."""
+        body = table.encode(table.openai_body(refused.row, refused.text, self.caller.language), self.path)
+        await self.reply(refused.row.status, body, headers=refused.headers)
 
     async def begin_events(self) -> None:
         """Start a stream of server-sent events."""
@@ -147,21 +154,3 @@ class Exchange:
         fixed = [(b"content-type", content_type), (b"x-request-id", self.id.encode())]
         noted = note_headers(self.notes)
         await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *noted, *headers]})
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _deeper_than(value: object, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent if isinstance(parent, list) else ())
-            if isinstance(child, (dict, list))
-        ]
-        if not level:
-            return False
-    return True

@@ -1,22 +1,31 @@
-"""The front door, plain ASGI: request id, language, caller, route, and every error that nobody else answered."""
+"""The front door, plain ASGI: request id, language, route, caller, and every error that nobody else answered."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from urllib.parse import quote
 
 from orchestrator.api import errors as table
-from orchestrator.api.http import Exchange, HangUp, Receive, Scope, Send
+from orchestrator.api.http import Exchange, HangUp, Receive, Refused, Scope, Send
+from orchestrator.api.routing import Router
 from orchestrator.domain import Caller
 from orchestrator.errors import InternalError, TruthGPTError
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Exchange], Awaitable[None]]
-Routes = Mapping[str, Mapping[str, Handler]]  # path -> method -> handler; a last segment {name} takes any one segment
+Routes = Mapping[str, Mapping[str, Handler]]  # path template -> method -> handler; {name} takes any one segment
+Identify = Callable[[dict[bytes, bytes], str], Caller]  # headers by lower-case name, the client's address
+
+# Probes and the API's description: no credential is asked for.
+OPEN = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/openapi.json"})
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 64 << 10
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 # W3C Trace Context, version 00: an all-zero trace or parent id is invalid
@@ -24,17 +33,21 @@ _TRACEPARENT = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9
 
 
 class FrontDoor:
-    """Routes a request to its handler. Whatever a handler raises is answered here, in the caller's language."""
+    """Routes a request to its handler, and finds out who asks. Whatever is raised is answered here, in the caller's
+    language.
 
-    def __init__(self, routes: Routes, body_limit_bytes: int) -> None:
-        self._exact = {path: methods for path, methods in routes.items() if "{" not in path}
-        self._open = {path.rpartition("/")[0]: methods for path, methods in routes.items() if path.endswith("}")}
-        self._names = {path.rpartition("/")[0]: path.rpartition("/")[2][1:-1] for path in routes if path.endswith("}")}
+    `identify` raises TruthGPTError for a caller who may not come in; the paths in OPEN need none.
+    """
+
+    def __init__(self, routes: Routes, body_limit_bytes: int, identify: Identify) -> None:
+        self._router = Router(routes)
         self._body_limit_bytes = body_limit_bytes
+        self._identify = identify
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         accepted_at = time.monotonic()
-        headers = dict(reversed(scope["headers"]))  # the first of a repeated header counts
+        fields = scope["headers"]
+        headers = dict(reversed(fields))  # the first of a repeated header counts
         exchange = Exchange(
             scope,
             receive,
@@ -47,9 +60,13 @@ class FrontDoor:
             traceparent=_traceparent(headers.get(b"traceparent")),
         )
         try:
-            await self._handle(exchange, scope["method"])
+            if len(fields) > MAX_HEADERS or sum(len(name) + len(value) for name, value in fields) > MAX_HEADER_BYTES:
+                raise Refused(table.HEADERS_TOO_LARGE, table.TOO_MANY_HEADERS, ((b"connection", b"close"),))
+            await self._handle(exchange, scope)
         except HangUp:
             log.debug("the client of %s hung up", exchange.id)
+        except Refused as refused:
+            await exchange.refuse(refused)
         except TruthGPTError as error:
             if isinstance(error, InternalError):
                 log.error("request %s failed: %s", exchange.id, error, exc_info=error)
@@ -58,28 +75,20 @@ class FrontDoor:
             log.exception("request %s failed", exchange.id)
             await self._fail(exchange, InternalError(type(error).__name__))
 
-    async def _handle(self, exchange: Exchange, method: str) -> None:
-        methods = self._exact.get(exchange.path)
-        if methods is None:
-            folder, _, segment = exchange.path.rpartition("/")
-            if segment and folder in self._open:
-                methods = self._open[folder]
-                exchange.params[self._names[folder]] = segment
-        if methods is None:
-            row, text, extra = table.Row(404, "invalid_request_error", "not_found"), table.NO_SUCH_PATH, []
-        else:
-            handler = methods.get("GET" if method == "HEAD" else method)
-            if handler is not None:
-                await handler(exchange)
-                return
+    async def _handle(self, exchange: Exchange, scope: Scope) -> None:
+        found = self._router.find((scope.get("raw_path") or quote(exchange.path).encode()).decode("latin-1"))
+        if found is None:
+            raise Refused(table.NOT_FOUND, table.NO_SUCH_PATH)
+        method, methods = scope["method"], found.target
+        handler = methods.get("GET" if method == "HEAD" else method)
+        if handler is None:
             allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])]).encode()
-            row, text, extra = (
-                table.Row(405, "invalid_request_error", "method_not_allowed"),
-                table.WRONG_METHOD,
-                [(b"allow", allowed)],
-            )
-        body = table.encode(table.openai_body(row, text, exchange.caller.language), exchange.path)
-        await exchange.reply(row.status, body, headers=extra)
+            raise Refused(table.METHOD_NOT_ALLOWED, table.WRONG_METHOD, ((b"allow", allowed),))
+        exchange.template, exchange.params = found.template, found.params
+        if found.template not in OPEN:
+            caller = self._identify(exchange.headers, (scope.get("client") or ("",))[0])
+            exchange.caller = dataclasses.replace(caller, language=exchange.caller.language)
+        await handler(exchange)
 
     async def _fail(self, exchange: Exchange, error: TruthGPTError) -> None:
         if not exchange.started:
