@@ -43,7 +43,7 @@ def leases_key(tenant: str, subject: str) -> str:
     return f"{_tenant(tenant)}:n:{_part(subject)}"
 
 
-def entry_key(tenant: str, digest: str) -> str:
+def answer_key(tenant: str, digest: str) -> str:
     """A cached answer."""
     return f"{_tenant(tenant)}:c:{_part(digest)}"
 
