@@ -22,6 +22,8 @@ Examples:
         "down": "orchestrator.cli.down:down",
         "status": "orchestrator.cli.status:status",
         "generate": "orchestrator.cli.generate:generate",
+        "batch": "orchestrator.cli.batch:batch",
+        "keys": "orchestrator.cli.keys:keys",
         "models": "orchestrator.cli.models:models",
         "config": "orchestrator.cli.config:config",
         "doctor": "orchestrator.cli.doctor:doctor",
