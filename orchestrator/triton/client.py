@@ -17,11 +17,12 @@ from urllib.parse import quote
 
 import aiohttp
 
-from orchestrator.domain import Chunk, GenerateRequest
+from orchestrator.domain import Chunk, GenerateRequest, InferRequest, InferResult
 from orchestrator.errors import DeadlineExceeded, ModelNotFound, TruthGPTError, UpstreamError, UpstreamUnavailable
 from orchestrator.sse import EventParser
 from orchestrator.triton.attendance import Attendance, Deadlines
-from orchestrator.triton.wire import decode, error_of, payload, pieces, read_body, sampling, scalar
+from orchestrator.triton.infer import describe, infer
+from orchestrator.triton.wire import Reply, decode, error_of, payload, pieces, read_body, sampling, scalar
 
 _T = TypeVar("_T")
 
@@ -48,15 +49,6 @@ class ModelConfig:
     task: str
     chat: bool
     max_len: int | None
-
-
-@dataclass(frozen=True)
-class Reply:
-    """Triton's answer as it came: status, lower-case headers, body."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
 
 
 @dataclass(frozen=True)
@@ -224,6 +216,14 @@ class Triton:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UpstreamError(f"the configuration of {model} makes no sense") from error
+
+    async def infer(self, request: InferRequest, attendance: Attendance) -> InferResult:
+        """Run a model that answers once; see infer.infer()."""
+        return await infer(self.fetch, request, attendance, self._deadlines.request_s)
+
+    async def describe(self, model: str, version: str, what: str) -> Any:
+        """Triton's JSON about a model; see infer.describe()."""
+        return await describe(self.fetch, model, version, what, self._deadlines.heartbeat_s)
 
     async def load(self, model: str, timeout_s: float) -> None:
         """Load or reload a model. Raises UpstreamError with Triton's reason when it does not load."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -29,6 +30,15 @@ _KIND = re.compile(
 _UNKNOWN_MODEL = re.compile(r"unknown model|is not found|no such file|does not exist", re.IGNORECASE)
 _AWAY = re.compile(r"not healthy|not ready|no available versions|unavailable|shutting down", re.IGNORECASE)
 BODY_LIMIT_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Triton's answer as it came: status, lower-case headers, body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
 def sampling(request: GenerateRequest) -> dict[str, object]:

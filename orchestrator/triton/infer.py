@@ -1,0 +1,129 @@
+"""Inference on models that answer once, and what Triton tells of a model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from orchestrator.domain import InferRequest, InferResult
+from orchestrator.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    Text,
+    TruthGPTError,
+    UpstreamError,
+    UpstreamUnavailable,
+)
+from orchestrator.tensors import pack, unpack
+from orchestrator.triton.attendance import Attendance
+from orchestrator.triton.wire import Reply, decode, error_of
+
+_HEADER_LENGTH = "inference-header-content-length"
+_REQUEST_ID = re.compile(r"^\[request id: [^\]]*\] ")
+_SLACK_S = 5.0  # the attendance ends a call in time; the connection's own time-out only has to come after it
+
+
+class Fetch(Protocol):
+    """One unary exchange with Triton: `Triton.fetch`."""
+
+    async def __call__(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply: ...
+
+
+async def infer(fetch: Fetch, request: InferRequest, attendance: Attendance, request_s: float) -> InferResult:
+    """Tensors go and come in their binary form. What Triton finds wrong with the request keeps Triton's own text.
+
+    Raises InvalidRequest, DeadlineExceeded, UpstreamUnavailable, UpstreamError, or what `attendance.fail()` was
+    given. Triton 2.51 goes on with a request whose caller has hung up: its answer is dropped.
+    """
+    whole_s = min(request_s, request.timeout_s or request_s)
+    left_s = whole_s - (time.monotonic() - request.accepted_at)
+    if left_s <= 0:
+        raise DeadlineExceeded
+    head, body = _request(request)
+    headers = {_HEADER_LENGTH: str(head), "content-type": "application/octet-stream"}
+    if request.traceparent:
+        headers["traceparent"] = request.traceparent
+    path = f"v2/models/{quote(request.model, safe='')}/infer"
+    try:
+        reply = await attendance.wait(
+            lambda: fetch("POST", path, body, headers, left_s + _SLACK_S),
+            asyncio.get_running_loop().time() + left_s,
+        )
+    except TimeoutError as error:
+        raise DeadlineExceeded from error
+    if reply.status != 200:
+        raise _error(reply)
+    return _result(request.model, reply)
+
+
+async def describe(fetch: Fetch, model: str, version: str, what: str, timeout_s: float) -> Any:
+    """Triton's JSON about a model: `what` is "" for its metadata, "config" or "stats"; no model: all of them.
+
+    Raises ModelNotFound for a model or version that is not served, UpstreamUnavailable, UpstreamError.
+    """
+    parts = ["v2", "models", quote(model, safe="")] if model else ["v2", "models"]
+    parts += [*(["versions", quote(version, safe="")] if version else []), *([what] if what else [])]
+    reply = await fetch("GET", "/".join(parts), None, {}, timeout_s)
+    if reply.status == 404:
+        raise ModelNotFound(model)
+    value = decode(reply.body)
+    if reply.status != 200 or value is None:
+        raise error_of(reply.body, reply.status)
+    return value
+
+
+def _request(request: InferRequest) -> tuple[int, bytes]:
+    """Length of the JSON in front, and the whole body."""
+    blobs = [pack(tensor) for tensor in request.inputs]
+    head: dict[str, Any] = {
+        "id": request.id,
+        "parameters": dict(request.parameters),
+        "inputs": [
+            {"name": t.name, "datatype": t.datatype, "shape": t.shape, "parameters": {"binary_data_size": len(blob)}}
+            for t, blob in zip(request.inputs, blobs, strict=True)
+        ],
+    }
+    if request.outputs:
+        head["outputs"] = [
+            {"name": name, "parameters": {"binary_data": True, **({"classification": classes} if classes else {})}}
+            for name, classes in request.outputs.items()
+        ]
+    else:
+        head["parameters"]["binary_data_output"] = True
+    encoded = json.dumps(head).encode()
+    return len(encoded), b"".join([encoded, *blobs])
+
+
+def _result(model: str, reply: Reply) -> InferResult:
+    length = reply.headers.get(_HEADER_LENGTH, str(len(reply.body)))
+    fields = decode(reply.body[: int(length)]) if length.isdecimal() else None
+    if isinstance(fields, dict) and "error" in fields:
+        raise _error(reply)
+    try:
+        outputs, at = [], int(length)
+        for row in fields["outputs"]:  # type: ignore[index]  # what is no dict is a TypeError, as below
+            size = int(row["parameters"]["binary_data_size"])
+            shape = tuple(int(one) for one in row["shape"])
+            outputs.append(unpack(str(row["name"]), str(row["datatype"]), shape, reply.body[at : at + size]))
+            at += size
+        return InferResult(model, str(fields["model_version"]), tuple(outputs))  # type: ignore[index]
+    except (KeyError, TypeError, ValueError, InvalidRequest) as error:
+        raise UpstreamError(f"the answer of {model} makes no sense") from error
+
+
+def _error(reply: Reply) -> TruthGPTError:
+    error = error_of(reply.body, reply.status)
+    if isinstance(error, ModelNotFound):  # it was served a moment ago: it is being reloaded or removed
+        return UpstreamUnavailable(str(error))
+    if type(error) is UpstreamError and reply.status == 400:
+        text = _REQUEST_ID.sub("", str(error)).strip()
+        return InvalidRequest(Text(text, f"El modelo rechazó la petición: {text}"))
+    return error
