@@ -14,11 +14,15 @@ _requests = logging.getLogger("orchestrator.requests")
 
 
 class JsonLines(logging.Formatter):
-    """`time` (RFC 3339, UTC), `level`, `logger`, `message`, and the fields of a Record. Tracebacks only in debug."""
+    """`time` (RFC 3339, UTC), `level`, `logger`, `message`, `worker` (its number), and the fields of a Record.
 
-    def __init__(self, debug: bool) -> None:
+    Tracebacks only in debug.
+    """
+
+    def __init__(self, debug: bool, worker: int | None = None) -> None:
         super().__init__()
         self._debug = debug
+        self._fixed = {} if worker is None else {"worker": worker}
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -27,6 +31,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **self._fixed,
         }
         line.update(getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[0] is not None:
@@ -37,10 +42,10 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def configure(level: str, debug: bool) -> None:
-    """Send every logger of the process to standard error as JSON lines."""
+def configure(level: str, debug: bool, worker: int | None = None) -> None:
+    """Send every logger of the process to standard error as JSON lines; a worker's have its number."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines(debug))
+    handler.setFormatter(JsonLines(debug, worker))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)

@@ -1,9 +1,11 @@
-"""The HTTP server: uvicorn, with a drain."""
+"""The HTTP server: uvicorn with bounds on what clients may do, and with a drain. Its sockets."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable
@@ -12,18 +14,24 @@ from typing import Any
 
 import uvicorn
 
+from orchestrator.hardening import Bounds, Config, Hardened
 from orchestrator.settings import Settings
 
 log = logging.getLogger(__name__)
 
-IN_BAND_S = 1.0  # for the last error events to be written once the drain is over
-IDLE_CONNECTION_S = 75
+IN_BAND_S = 2  # for the last error events to be written once the drain is over
+LOOK_S = 0.5
+BACKLOG = 2048
+
+
+class BindError(Exception):
+    """A port cannot be had; the message names the address and the reason."""
 
 
 class Server(uvicorn.Server):
     """uvicorn, but a signal drains first: the port stays open and says 503 until the last running request has ended."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, config: Config, drain: Callable[[], Awaitable[None]]) -> None:
         super().__init__(config)
         self._drain_requests = drain
         self._draining: asyncio.Task[None] | None = None
@@ -32,18 +40,18 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        if self.started:
-            log.info("listening on http://%s:%d", self.config.host, self.config.port)
+        self._look()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._loop is None or self._draining is not None:  # not started yet, or told twice: stop now
+        if self._loop is None or not self.started:
             self.should_exit = True
         else:
-            self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
+            self._loop.call_soon_threadsafe(self.drain, signal.Signals(sig).name)
 
-    def _begin_drain(self, reason: str) -> None:
+    def drain(self, reason: str) -> None:
+        """Begin to end; told again, it changes nothing (a terminal or an init system tells every process)."""
         if self._draining is None:
-            log.info("%s: draining", reason)
+            log.debug("%s: draining", reason)
             self._draining = asyncio.create_task(self._drain(), name="drain")
 
     async def _drain(self) -> None:
@@ -52,21 +60,72 @@ class Server(uvicorn.Server):
         finally:
             self.should_exit = True
 
+    def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for connection in tuple(self.server_state.connections):
+            if isinstance(connection, Hardened):
+                connection.look(now)
+        if self.server_state.connections or any(server.is_serving() for server in self.servers):
+            asyncio.get_running_loop().call_later(LOOK_S, self._look)
 
-def configure(application: Any, settings: Settings) -> uvicorn.Config:
-    """How uvicorn serves an ASGI application with these settings."""
-    return uvicorn.Config(
+
+def configure(application: Any, settings: Settings, **bounds: Any) -> Config:
+    """How uvicorn serves an ASGI application with these settings; `bounds` are fields of Bounds."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = {"connections": min(10_000, files * 8 // 10), "body_s": settings.request_timeout_s}
+    return Config(
         application,
-        host=settings.host,
-        port=settings.http_port,
+        Bounds(**{**room, **bounds}),
         loop="uvloop",
-        http="httptools",
-        ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=IDLE_CONNECTION_S,
-        timeout_graceful_shutdown=int(IN_BAND_S) + 1,
-        backlog=2048,
+        # who is not trusted must not be able to choose the address that limits are counted by
+        proxy_headers=settings.trusted_proxies is not None,
+        forwarded_allow_ips=settings.trusted_proxies or "",
+        timeout_graceful_shutdown=IN_BAND_S,
+        backlog=BACKLOG,
     )
+
+
+def raise_file_limit() -> None:
+    """As many open files as the system lets this process have: each connection is one, each request another."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def listen(host: str, port: int, count: int = 1) -> list[socket.socket]:
+    """Sockets that share one address; the kernel spreads connections over those that listen (SO_REUSEPORT).
+
+    Only the first one listens yet. It is had exclusively before it is shared: otherwise a second gateway would get half
+    of this one's connections. Raises BindError.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        for number in range(count):
+            # the protocol is named: asyncio switches Nagle's algorithm off only where it is
+            sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if number == 0:
+                sock.bind(address)
+                sock.listen(BACKLOG)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if number > 0:
+                sock.bind(sockets[0].getsockname())
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise BindError(f"cannot listen on {url(host, port)}: {(reason or str(error)).lower()}") from error
+    return sockets
+
+
+def url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,40 +1,106 @@
-"""A gateway process: the application under the server, until it is told to stop."""
+"""A worker: one process that serves the application on a socket which the gateway's parent made and keeps open.
+
+    python -m orchestrator.worker NUMBER LISTEN_FD CONTROL_FD
+
+Its settings are in the environment. On the control socket it says a line `alive` a second and `drained` when it has no
+request left, and is told `stop`; its end means that the parent is gone, and the worker ends too. SIGTERM drains.
+"""
 
 from __future__ import annotations
 
-import logging
+import asyncio
+import contextlib
+import ctypes
+import signal
+import socket
 import sys
+
+import uvloop
 
 from orchestrator import logs
 from orchestrator.app import Application
 from orchestrator.server import Server, configure
-from orchestrator.settings import Settings, SettingsError
+from orchestrator.settings import Settings
 
-log = logging.getLogger(__name__)
+ALIVE_S = 1.0
+_PR_SET_PDEATHSIG = 1
 
 
 def build(settings: Settings) -> Server:
-    """The server of these settings, not yet running."""
+    """The server of these settings, not yet running; drained, it ends."""
     application = Application(settings)
+    return Server(configure(application, settings), lambda: _drain(application))
 
-    async def drain() -> None:
-        if application.gateway is not None:
-            await application.gateway.drain(settings.drain_s)
 
-    return Server(configure(application, settings), drain)
+async def _drain(application: Application) -> None:
+    if application.gateway is not None:
+        await application.gateway.drain(application.settings.drain_s)
+
+
+class Worker:
+    """What a worker tells its parent and is told by it."""
+
+    def __init__(self, settings: Settings, control: socket.socket) -> None:
+        self._control = control
+        control.setblocking(False)
+        self._told = asyncio.Event()
+        self.application = Application(settings)
+        self.server = Server(configure(self.application, settings), self._drain)
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Until drained and told to stop, or until the parent is gone."""
+        listening = asyncio.create_task(self._listen())
+        saying = asyncio.create_task(self._say_alive())
+        try:
+            await self.server.serve([listener])
+        finally:
+            listening.cancel()
+            saying.cancel()
+
+    async def _drain(self) -> None:
+        await _drain(self.application)
+        # Others still have requests: until all have finished, this one goes on to say that it is draining.
+        self._say(b"drained\n")
+        await self._told.wait()
+
+    async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(ConnectionError):
+            if await loop.sock_recv(self._control, 64):
+                self._told.set()
+                self.server.should_exit = True
+                return
+        self.server.should_exit = self.server.force_exit = True
+
+    async def _say_alive(self) -> None:
+        while True:
+            if self.server.started:
+                self._say(b"alive\n")
+            await asyncio.sleep(ALIVE_S if self.server.started else 0.01)
+
+    def _say(self, line: bytes) -> None:
+        # A parent that is stopped does not read, and one that is gone ends this process by other means.
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            self._control.send(line)
 
 
 def main() -> int:
-    """Serve until SIGTERM or SIGINT; 0 after a drain."""
-    try:
-        settings = Settings.load()
-    except SettingsError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    logs.configure(settings.log_level, settings.debug)
-    for warning in settings.warnings:
-        log.warning("%s", warning)
-    server = build(settings)
-    server.run()
-    return 0 if server.started else 1
+    """Serve until told otherwise; 0 after a drain."""
+    # the kernel ends this process with its parent, even where it is too busy to notice
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    number, listen_fd, control_fd = map(int, sys.argv[1:])
+    settings = Settings.load()
+    logs.configure(settings.log_level, settings.debug, number)
+    listener, control = socket.socket(fileno=listen_fd), socket.socket(fileno=control_fd)
+
+    async def serve() -> bool:
+        worker = Worker(settings, control)
+        await worker.serve(listener)
+        return worker.server.started
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return 0 if runner.run(serve()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

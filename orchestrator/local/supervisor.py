@@ -24,6 +24,7 @@ from orchestrator.triton import Deadlines, Triton
 POLL_S = 0.4
 HEALTHY_AGAIN_S = 10.0  # after this long without a fault the back-off starts anew
 GATEWAY_SILENT_S = 10.0
+GATEWAY_END_S = 6.0  # more than its parent process waits for its workers once they have drained
 RELOAD_S = 8.0
 
 Report = Callable[[str], None]
@@ -106,7 +107,7 @@ class Supervisor:
     async def _start_gateway(self) -> None:
         given = {"home": self._home, "redis_url": self._redis_url, "model": self._model}
         env = {**os.environ, **self._settings.child_environ(**given)}
-        argv = [sys.executable, "-m", "orchestrator.app"]
+        argv = [sys.executable, "-m", "orchestrator.parent"]
         self._children["gateway"] = await Child.start("gateway", argv, env, self._logs / "gateway.log")
 
     async def _until(self, check: Callable[[], Awaitable[bool]], child: str, failure: str) -> bool:
@@ -288,7 +289,7 @@ class Supervisor:
     async def _shut_down(self) -> None:
         """In the order in which requests flow, so that nothing is cut off below a request that is being drained."""
         self._report("stopping")
-        for name, grace_s in (("gateway", self._settings.drain_s + 2.0), ("triton", 7.0), ("redis", 5.0)):
+        for name, grace_s in (("gateway", self._settings.drain_s + GATEWAY_END_S), ("triton", 7.0), ("redis", 5.0)):
             child = self._children.get(name)
             if name == "triton":
                 await self._triton.close()  # a server does not exit while a connection to it is open
