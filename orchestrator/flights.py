@@ -2,8 +2,8 @@
 
 A flight is a task of its own that belongs to none of its callers: each reads from the beginning at its own pace, any
 may leave, and when the last one has left the upstream is closed. The flight leads (asks the upstream, under a lock in
-Redis) or follows one in another process (relay.py). It can be joined until its answer is acknowledged as stored, so that
-nobody slips between the end of a flight and the entry in the cache. Without Redis it is shared within its process.
+Redis) or follows one in another process (relay.py). It can be joined until its answer is acknowledged as stored, so
+that nobody slips between the end of a flight and the entry in the cache. Without Redis it is shared in its process.
 """
 
 from __future__ import annotations
