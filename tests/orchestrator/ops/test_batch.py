@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import resource
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
@@ -309,9 +311,6 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
 
 def test_a_full_disk_costs_no_line(tmp_path: Path) -> None:
     """A line that could be written in part only is taken back, and the error says where what is done stays."""
-    import resource
-    import signal
-
     source = Source.open(write(tmp_path / "in", line("a"), line("b")))
     journal = Journal.open(tmp_path / "out", source, False, lambda row: None)
     row = answered(journal.id(1), "a", 200, "", {})
