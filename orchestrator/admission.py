@@ -24,7 +24,7 @@ class Admission:
         return self.in_flight >= self.limit
 
     @contextmanager
-    def reserve(self) -> Iterator[None]:
+    def permit(self) -> Iterator[None]:
         """Hold one place. Raises Draining after `close()`, GatewayFull when every place is taken."""
         if self.closed:
             raise Draining

@@ -10,17 +10,29 @@ import sys
 
 from orchestrator import logs
 from orchestrator.admission import Admission
+from orchestrator.api.credentials import credential_of
 from orchestrator.api.fields import Defaults
 from orchestrator.api.http import Receive, Scope, Send
 from orchestrator.api.middleware import FrontDoor
 from orchestrator.api.openai import OpenAI
 from orchestrator.api.probes import Probes
-from orchestrator.domain import Caller
+from orchestrator.auth import Auth
+from orchestrator.breaker import Breakers
+from orchestrator.cache import DEFAULT_TTL_S
+from orchestrator.domain import Caller, Limits
+from orchestrator.flights import Flights
 from orchestrator.gateway import Gateway
 from orchestrator.health import Health
+from orchestrator.limiter import Limiter
+from orchestrator.registry import Registry
+from orchestrator.retries import RetryBudget
+from orchestrator.sanitize import Rules
+from orchestrator.screening import Screen
 from orchestrator.settings import Settings
 from orchestrator.store import Store
+from orchestrator.tokens import Tokens
 from orchestrator.triton import Deadlines, Triton
+from orchestrator.upstream import Fallback, Upstream
 
 
 class Application:
@@ -44,29 +56,43 @@ class Application:
     async def start(self) -> None:
         """Assemble everything; needs a running loop."""
         settings = self.settings
-        deadlines = Deadlines(
-            stall_s=settings.stall_s,
-            first_token_s=settings.first_token_s,
-            request_s=settings.request_timeout_s,
-            heartbeat_s=settings.heartbeat_timeout_s,
-        )
-        url = f"http://127.0.0.1:{settings.triton_http_port}"
-        triton = self._triton = Triton(url, deadlines, default_max_tokens=settings.max_new_tokens)
+        triton = self._triton = connect(settings)
         health = Health(triton, interval_s=settings.heartbeat_interval_s, engine_stall_s=settings.engine_stall_s)
         store = Store(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
-        gateway = self.gateway = Gateway(triton, health, Admission(settings.max_concurrency), [logs.log_request])
+        registry = Registry(store, settings.keys_grace_s, DEFAULT_TTL_S)
+        auth = Auth(settings.auth, registry, default_limits(settings))
+        breakers = Breakers(settings.breaker_failures, settings.breaker_open_s, store)
+        health.on_ready.append(breakers.heard_again)
+        limiter = Limiter(store, settings.limits, settings.redis_loss, settings.workers)
+        flights = Flights(store, registry.ttl_of, settings.cache_entry_bytes) if store and settings.cache else None
+        fallback = Fallback(settings.fallback_model, settings.fallback_text)
+        retries = RetryBudget(settings.retries)
+        gateway = self.gateway = Gateway(
+            health=health,
+            admission=Admission(settings.max_concurrency),
+            screen=Screen(Rules(settings.sanitize, settings.max_input_chars), triton),
+            tokens=Tokens(triton, settings.max_new_tokens),
+            limiter=limiter,
+            flights=flights,
+            breakers=breakers,
+            upstream=Upstream(triton, health, breakers, retries, fallback, settings.max_output_chars),
+            sinks=[logs.log_request],
+        )
         # one request alone may not ask for more places than admission has
         at_once = min(settings.max_batch_size, settings.max_concurrency)
         openai = OpenAI(gateway, Defaults(temperature=settings.temperature), settings.request_timeout_s, at_once)
-        probes = Probes(gateway, url, lambda: store.up if store else None)
-        self._door = FrontDoor(
-            {**openai.routes, **probes.routes},
-            settings.body_limit_bytes,
-            lambda headers, address: Caller(f"ip-{address}"),
-        )
-        self._tasks = [asyncio.create_task(health.run(), name="health")]
+        probes = Probes(gateway, triton.url, lambda: store.up if store else None)
+
+        def identify(headers: dict[bytes, bytes], address: str) -> Caller:
+            return auth.caller(credential_of(headers), address)
+
+        self._door = FrontDoor({**openai.routes, **probes.routes}, settings.body_limit_bytes, identify)
+        running = {"health": health.run(), "limiter": limiter.run(), "registry": registry.run()}
         if store:
-            self._tasks.append(asyncio.create_task(store.run(), name="store"))
+            running["store"] = store.run()
+        if flights:
+            running["flights"] = flights.run()
+        self._tasks = [asyncio.create_task(work, name=name) for name, work in running.items()]
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -87,7 +113,32 @@ class Application:
                 return
 
 
+def connect(settings: Settings) -> Triton:
+    """The client of the Triton in these settings; needs a running loop."""
+    deadlines = Deadlines(
+        connect_s=settings.connect_s,
+        stall_s=settings.stall_s,
+        token_gap_s=settings.token_gap_s,
+        first_token_s=settings.first_token_s,
+        request_s=settings.request_timeout_s,
+        heartbeat_s=settings.heartbeat_timeout_s,
+    )
+    return Triton(f"http://127.0.0.1:{settings.triton_http_port}", deadlines, settings.max_new_tokens)
+
+
+def default_limits(settings: Settings) -> Limits:
+    """What a caller may do for whom nothing else is set."""
+    return Limits(
+        per_minute=settings.limit_per_minute,
+        per_hour=settings.limit_per_hour,
+        per_day=settings.limit_per_day,
+        tokens_per_minute=settings.limit_tokens_per_minute,
+        tokens_per_day=settings.limit_tokens_per_day,
+        concurrency=settings.limit_concurrency,
+    )
+
+
 if __name__ == "__main__":
-    from orchestrator.worker import main
+    from orchestrator.parent import main
 
     sys.exit(main())

@@ -126,6 +126,18 @@ class Usage:
         return Usage(self.prompt_tokens or chunk.prompt_tokens, self.completion_tokens + chunk.tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbedRequest:
+    """Turn texts into vectors. `accepted_at` is monotonic seconds."""
+
+    id: str
+    model: str
+    accepted_at: float
+    texts: tuple[str, ...] = field(repr=False)
+    task: str = "embeddings"
+    traceparent: str | None = None
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One named array in row-major order, by KServe v2's datatypes. `shape` counts elements in each dimension.

@@ -1,47 +1,110 @@
-"""The request path. No wire formats here, and no Triton ones."""
+"""The request path. No wire formats here, no Triton ones and no Redis commands."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from typing import Any
 
 from orchestrator.admission import Admission
-from orchestrator.domain import Caller, Chunk, GenerateRequest, Model, Record, Usage
+from orchestrator.breaker import Breakers
+from orchestrator.broadcast import Outcome
+from orchestrator.cache import ticket
+from orchestrator.domain import Caller, Chunk, EmbedRequest, GenerateRequest, InferRequest, InferResult, Model, Notes
 from orchestrator.errors import Draining, InternalError, InvalidRequest, Text, TruthGPTError
+from orchestrator.flights import Flights
 from orchestrator.health import Health, Served
-from orchestrator.triton import Triton
+from orchestrator.limiter import Limiter
+from orchestrator.passage import Passage, Prepared, Sink, within
+from orchestrator.screening import Screen
+from orchestrator.tokens import Tokens
+from orchestrator.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
-Sink = Callable[[Record], None]
-NO_TEMPLATE = Text(
-    "messages: this model has no chat template; use /v1/completions, or export it with --chat-template FILE.",
-    "messages: este modelo no tiene plantilla de chat; use /v1/completions o expórtelo con --chat-template FILE.",
-)
+NO_EMBEDDINGS = Text("There is no embedding model here.", "Aquí no hay ningún modelo de embeddings.")
+NOT_GENERATING = Text("This model does not generate text; use infer.", "Este modelo no genera texto; use infer.")
 
 
 class Gateway:
-    """Every operation takes a Caller, passes admission and leaves exactly one Record with each sink."""
+    """Every operation takes a Caller, passes `_pass` and leaves exactly one Record with each sink.
 
-    def __init__(self, triton: Triton, health: Health, admission: Admission, sinks: Sequence[Sink]) -> None:
-        self._triton, self._health, self._admission, self._sinks = triton, health, admission, tuple(sinks)
+    Each one is: admission -> sanitise -> fit -> limits and cache -> breaker -> Triton -> settle -> record.
+    """
 
-    async def generate(self, caller: Caller, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """The answer's chunks; the last one has a finish reason. Close the iterator to cancel. Raises TruthGPTError."""
-        tally = _Tally(caller, request)
+    def __init__(
+        self, health: Health, admission: Admission, screen: Screen, tokens: Tokens, limiter: Limiter,
+        flights: Flights | None, breakers: Breakers, upstream: Upstream, sinks: Sequence[Sink],
+    ) -> None:  # fmt: skip
+        self._health, self._admission, self._screen, self._tokens = health, admission, screen, tokens
+        self._limiter, self._flights, self._breakers, self._upstream = limiter, flights, breakers, upstream
+        self._sinks = tuple(sinks)
+
+    async def generate(self, caller: Caller, request: GenerateRequest, notes: Notes) -> AsyncGenerator[Chunk, None]:
+        """The answer's chunks; the last one has a finish reason. Close the iterator to cancel. Raises TruthGPTError.
+
+        `notes` are complete when the first chunk comes, and on an error.
+        """
+
+        async def prepare(model: Model, prepared: Prepared[GenerateRequest]) -> None:
+            if not model.generates:
+                raise InvalidRequest(NOT_GENERATING, "model")
+            prepared.request, notes.sanitized = await self._screen.generate(request)
+            prepared.tokens = await self._tokens.fit(model, prepared.request, caller.limits)
+            if self._flights is not None:
+                prepared.ticket = ticket(caller, model, prepared.request)
+
+        async with self._pass(caller, request, "generate", notes, prepare) as passage:
+            async with aclosing(self._answer(passage)) as chunks:
+                async for chunk in chunks:
+                    passage.tally.add(chunk)
+                    yield chunk
+
+    async def infer(self, caller: Caller, request: InferRequest, notes: Notes) -> InferResult:
+        """Run a model that does not generate, once. Raises TruthGPTError."""
+
+        async def prepare(model: Model, prepared: Prepared[InferRequest]) -> None:
+            prepared.request, notes.sanitized = self._screen.infer(request)
+
+        async with self._pass(caller, request, "infer", notes, prepare) as passage:
+            notes.cache = "bypass"
+            return await self._upstream.infer(passage.request)
+
+    async def embed(self, caller: Caller, request: EmbedRequest, notes: Notes) -> None:
+        """Turn texts into vectors: nothing that is served can, so far. Raises TruthGPTError."""
+
+        async def prepare(model: Model, prepared: Prepared[EmbedRequest]) -> None:
+            prepared.request, notes.sanitized = self._screen.embed(request)
+            raise InvalidRequest(NO_EMBEDDINGS, "model")
+
+        async with self._pass(caller, request, "embed", notes, prepare):
+            raise InternalError("no model embeds, and no request for it may come this far")
+
+    @asynccontextmanager
+    async def _pass(
+        self, caller: Caller, request: Any, endpoint: str, notes: Notes,
+        prepare: Callable[[Model, Prepared[Any]], Awaitable[None]],
+    ) -> AsyncIterator[Passage[Any]]:  # fmt: skip
+        """Let one request in, and settle and record it however it ends."""
+        passage: Passage[Any] = Passage(caller, request, endpoint, notes)
+        tally, refusal = passage.tally, None
         try:
-            with self._admission.reserve():
-                model = await self._health.model(request.model)
-                if request.messages is not None and not model.chat:
-                    raise InvalidRequest(NO_TEMPLATE, "messages")
-                with self._health.attend(model.name) as attendance:
-                    async with aclosing(self._triton.stream(request, attendance)) as chunks:
-                        async for chunk in chunks:
-                            tally.add(chunk)
-                            yield chunk
+            with self._admission.permit():
+                prepared: Prepared[Any] = Prepared(request)
+                try:
+                    await prepare(await self._health.find(request.model), prepared)
+                except TruthGPTError as error:  # first it counts in the caller's limits, as every request does
+                    refusal, prepared.ticket = error, None
+                entry = await self._limiter.enter(
+                    caller, endpoint, prepared.tokens, passage.lease, prepared.ticket, notes
+                )
+                passage.entry, passage.request, passage.ticket = entry, prepared.request, prepared.ticket
+                if refusal is not None:
+                    raise refusal
+                yield passage
         except (asyncio.CancelledError, GeneratorExit):
             tally.outcome = "ok" if tally.finish_reason else "cancelled"  # who leaves after the last chunk has it all
             raise
@@ -52,15 +115,43 @@ class Gateway:
             tally.outcome, tally.error = "error", InternalError.kind
             raise InternalError(f"{type(error).__name__} on the request path") from error
         finally:
-            self._settle(tally.record())
+            if passage.entry is not None:
+                self._limiter.leave(passage.entry, tally.charged)
+            self._record(passage)
+
+    async def _answer(self, passage: Passage[GenerateRequest]) -> AsyncGenerator[Chunk, None]:
+        """From the cache, from a flight that somebody else may have started, or from Triton."""
+        notes, request, flights = passage.notes, passage.request, self._flights
+        lookup = passage.entry.lookup if passage.entry is not None else None
+        if lookup is not None and lookup.answer is not None:
+            notes.cache = "hit"
+            yield lookup.answer.chunk()
+            return
+        if flights is None or passage.ticket is None or lookup is None or lookup.state == "bypass":
+            notes.cache, passage.tally.charge = "bypass", True
+            outcome = Outcome()
+            async with aclosing(self._upstream.generate(request, outcome)) as chunks:
+                async for chunk in chunks:
+                    notes.fallback = outcome.fallback
+                    yield chunk
+            return
+        # Who shares an answer may have more time for it than the one who asked first.
+        shared = request if request.timeout_s is None else replace(request, timeout_s=None)
+        flight = flights.join(passage.ticket, lookup, lambda out: self._upstream.generate(shared, out))
+        missed = notes.cache = "miss" if request.cache.lookup else "bypass"
+        async with aclosing(within(flight.chunks(), passage.deadline)) as chunks:
+            async for chunk in chunks:
+                notes.cache, notes.fallback = "hit" if flight.shared else missed, flight.outcome.fallback
+                passage.tally.charge = not flight.shared
+                yield chunk
 
     async def generate_all(
-        self, caller: Caller, requests: Sequence[GenerateRequest], at_once: int
+        self, caller: Caller, requests: Sequence[GenerateRequest], at_once: int, notes: Notes
     ) -> AsyncGenerator[tuple[int, Chunk], None]:
         """The answers to several requests, `at_once` of them at a time: a request's index and its chunk, as they come.
 
         Each request is one `generate()`. The first that fails ends the others and is raised; closing the iterator
-        cancels them all.
+        cancels them all. `notes` are those of the request that was let in last.
         """
         arrived: asyncio.Queue[tuple[int, Chunk] | asyncio.Task[None]] = asyncio.Queue()
         room = asyncio.Semaphore(at_once)  # chunks that may wait for the reader; a worker's end never has to wait
@@ -68,7 +159,7 @@ class Gateway:
 
         async def work() -> None:
             for index, request in rest:  # shared: whoever is free takes the next one
-                async with aclosing(self.generate(caller, request)) as chunks:
+                async with aclosing(self.generate(caller, request, notes)) as chunks:
                     async for chunk in chunks:
                         await room.acquire()
                         arrived.put_nowait((index, chunk))
@@ -90,6 +181,10 @@ class Gateway:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+
+    async def find(self, name: str) -> Model:
+        """A served model, ready or not. Raises ModelNotFound."""
+        return await self._health.find(name)
 
     @property
     def models(self) -> list[Model]:
@@ -114,9 +209,20 @@ class Gateway:
         return self._admission.closed
 
     @property
+    def breakers(self) -> dict[str, str]:
+        """State of each model's breaker: closed, half_open or open."""
+        return self._breakers.states()
+
+    @property
+    def limits_degraded(self) -> bool:
+        """Whether limits are decided without Redis."""
+        return self._limiter.degraded
+
+    @property
     def ready(self) -> bool:
         """Whether a request sent now would be taken and could be answered."""
-        return self._health.ready and not self._admission.closed and not self._admission.full
+        closed = all(self._breakers.state(served.model.name) != "open" for served in self._health.served())
+        return self._health.ready and closed and not self._admission.closed and not self._admission.full
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing more, let what runs end for up to `timeout_s` seconds, then end it with Draining."""
@@ -128,45 +234,10 @@ class Gateway:
             log.warning("%d requests did not end within %s s", self._admission.in_flight, timeout_s)
             self._health.fail_all(Draining())
 
-    def _settle(self, record: Record) -> None:
+    def _record(self, passage: Passage[Any]) -> None:
+        record = passage.record()
         for sink in self._sinks:
             try:
                 sink(record)
             except Exception:  # a broken sink may not fail a request nor keep the record from the other sinks
                 log.exception("a record could not be written")
-
-
-class _Tally:
-    """What is counted while a request runs."""
-
-    def __init__(self, caller: Caller, request: GenerateRequest) -> None:
-        self.caller, self.request = caller, request
-        self.outcome, self.error = "ok", None  # type: str, str | None
-        self.usage, self.finish_reason, self.ttft_s = Usage(), None, None  # type: Usage, str | None, float | None
-
-    def add(self, chunk: Chunk) -> None:
-        if self.ttft_s is None:
-            self.ttft_s = time.monotonic() - self.request.accepted_at
-        self.usage = self.usage.plus(chunk)
-        self.finish_reason = chunk.finish_reason
-
-    def record(self) -> Record:
-        duration_s = time.monotonic() - self.request.accepted_at
-        return Record(
-            id=self.request.id,
-            caller=self.caller.id,
-            tenant=self.caller.tenant,
-            operation="generate",
-            task=self.request.task,
-            model=self.request.model,
-            stream=self.request.stream,
-            outcome=self.outcome,
-            error=self.error,
-            finish_reason=self.finish_reason,
-            prompt_tokens=self.usage.prompt_tokens,
-            completion_tokens=self.usage.completion_tokens,
-            accepted=time.time() - duration_s,
-            ttft_s=self.ttft_s,
-            duration_s=duration_s,
-            traceparent=self.request.traceparent,
-        )

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from orchestrator.domain import Model
@@ -55,6 +55,7 @@ class Health:
         self._reading = asyncio.Lock()
         self._read_at = -ASK_AGAIN_S
         self.triton_up = False
+        self.on_ready: list[Callable[[str], None]] = []  # called with the name of a model that has turned ready
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -81,25 +82,28 @@ class Health:
         """Every served model by name."""
         return [self._served[name] for name in sorted(self._served)]
 
-    async def model(self, name: str) -> Model:
-        """A model that is ready now. Raises ModelNotFound, or UpstreamUnavailable when it does not answer."""
+    async def find(self, name: str) -> Model:
+        """A model that is served, ready or not. Raises ModelNotFound.
+
+        While Triton is away, one that was never seen is taken to exist: nobody can say that it does not.
+        """
         if name not in self._served:
             await self._look_again(name)
         served = self._served.get(name)
-        if served is None:
-            if not self.triton_up:
-                raise UpstreamUnavailable("Triton does not answer")
+        if served is not None:
+            return served.model
+        if self.triton_up:
             raise ModelNotFound(name)
-        if not served.model.ready:
-            raise UpstreamUnavailable(f"{name} is not ready: {served.reason}")
-        return served.model
+        return Model(name, "", 0, ready=False, chat=True)
 
     @contextlib.contextmanager
     def attend(self, name: str) -> Iterator[Attendance]:
-        """Tie a stream to its model's health for as long as the context lasts."""
+        """Tie a stream to its model's health for as long as the context lasts. Raises UpstreamUnavailable."""
         served = self._served.get(name)
         if served is None:
-            raise UpstreamUnavailable(f"{name} is gone")
+            raise UpstreamUnavailable(f"{name} is gone" if self.triton_up else "Triton does not answer")
+        if not served.model.ready:
+            raise UpstreamUnavailable(f"{name} is not ready: {served.reason}")
         attendance = Attendance()
         served.attending.add(attendance)
         try:
@@ -176,6 +180,8 @@ class Health:
             log.info("%s is ready", served.model.name)
             served.model = dataclasses.replace(served.model, ready=True)
             served.reason, served.since = "", time.monotonic()
+            for call in self.on_ready:
+                call(served.model.name)
 
     def _heard_since(self, served: Served, asked_at: float) -> bool:
         """Whether a stream was written to lately: the stub lives, the machine is only too busy for its heartbeat."""

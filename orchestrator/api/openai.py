@@ -16,7 +16,7 @@ from orchestrator.api import errors as table
 from orchestrator.api.fields import Defaults
 from orchestrator.api.http import Exchange
 from orchestrator.api.middleware import Routes
-from orchestrator.api.openai_request import Call, chat, completion
+from orchestrator.api.openai_request import Call, chat, completion, embeddings
 from orchestrator.domain import Chunk, Model, Usage
 from orchestrator.errors import InternalError, ModelNotFound, TruthGPTError, UpstreamError
 from orchestrator.gateway import Gateway
@@ -44,6 +44,7 @@ class OpenAI:
         return {
             "/v1/completions": {"POST": self.completions},
             "/v1/chat/completions": {"POST": self.chat_completions},
+            "/v1/embeddings": {"POST": self.embeddings},
             "/v1/models": {"GET": self.models},
             "/v1/models/{model}": {"GET": self.model},
         }
@@ -53,6 +54,11 @@ class OpenAI:
 
     async def chat_completions(self, exchange: Exchange) -> None:
         await self._generate(exchange, chat, _Chat)
+
+    async def embeddings(self, exchange: Exchange) -> None:
+        request = embeddings(await exchange.json(), exchange)
+        async with exchange.cancelled_by_hang_up(self._within_s):
+            await self._gateway.embed(exchange.caller, request, exchange.notes)
 
     async def models(self, exchange: Exchange) -> None:
         await exchange.reply_json(200, {"object": "list", "data": [_model(model) for model in self._gateway.models]})
@@ -70,7 +76,7 @@ class OpenAI:
         async with exchange.cancelled_by_hang_up(self._within_s):
             if len(call.requests) > 1:
                 return await self._generate_all(exchange, call, answer)
-            async with aclosing(self._gateway.generate(exchange.caller, call.request)) as chunks:
+            async with aclosing(self._gateway.generate(exchange.caller, call.request, exchange.notes)) as chunks:
                 if call.request.stream:
                     await _stream(exchange, answer, chunks)
                 else:
@@ -88,7 +94,7 @@ class OpenAI:
         reasons: list[str | None] = [None for _ in indexes]
         usages = [Usage() for _ in indexes]
         try:
-            pieces = self._gateway.generate_all(exchange.caller, call.requests, self._prompts_at_once)
+            pieces = self._gateway.generate_all(exchange.caller, call.requests, self._prompts_at_once, exchange.notes)
             async with aclosing(pieces) as chunks:
                 async for index, chunk in chunks:
                     usages[index], reasons[index] = usages[index].plus(chunk), chunk.finish_reason

@@ -9,7 +9,8 @@ from typing import Any
 
 from orchestrator.api.fields import Defaults, boolean, integer, messages, number, prompt, required, stop, top_p, wrong
 from orchestrator.api.http import Exchange
-from orchestrator.domain import GenerateRequest
+from orchestrator.api.policy import cache_policy, task
+from orchestrator.domain import EmbedRequest, GenerateRequest
 from orchestrator.errors import InvalidRequest, Text
 
 MAX_PROMPTS = 64
@@ -96,6 +97,29 @@ def chat(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> Call:
     return _call(fields, exchange, defaults, messages=turns)
 
 
+def embeddings(body: dict[str, Any], exchange: Exchange) -> EmbedRequest:
+    """`POST /v1/embeddings`. Raises InvalidRequest naming the parameter."""
+    fields = _known(body, {"model", "input", "encoding_format", "dimensions"}, {})
+    if not isinstance(fields.get("model"), str):
+        raise required("model") if "model" not in fields else wrong("model", "a string", "un texto")
+    given = fields.get("input")
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise wrong("input", "a string or a list of strings, none empty", "un texto o una lista de textos, no vacíos")
+    if len(texts) > MAX_PROMPTS:
+        raise wrong("input", f"at most {MAX_PROMPTS} texts", f"{MAX_PROMPTS} textos como máximo")
+    if fields.get("encoding_format", "float") not in ("float", "base64"):
+        raise wrong("encoding_format", "float or base64", "float o base64")
+    integer(fields, "dimensions", 1, 65_536)
+    return EmbedRequest(
+        id=exchange.id,
+        model=fields["model"],
+        accepted_at=exchange.accepted_at,
+        texts=tuple(texts),
+        traceparent=exchange.traceparent,
+    )
+
+
 def _known(body: dict[str, Any], names: set[str], neutral: Mapping[str, tuple[object, ...]]) -> dict[str, Any]:
     """The fields that matter and are not null. Refuses unknown names, and unsupported ones that ask for something."""
     fields = {}
@@ -148,6 +172,8 @@ def _call(fields: dict[str, Any], exchange: Exchange, defaults: Defaults, **prom
         seed=integer(fields, "seed", -(2**63), 2**63 - 1),
         stop=stop(fields),
         stream=stream,
+        task=task(exchange.headers, "text_generation"),
+        cache=cache_policy(exchange.headers),
         traceparent=exchange.traceparent,
         **prompt,
     )

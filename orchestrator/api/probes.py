@@ -39,6 +39,7 @@ class Probes:
             "draining": self._gateway.draining,
             "triton": self._gateway.triton_up,
             "models": {served.model.name: served.reason or "ready" for served in self._gateway.served},
+            "breakers": self._gateway.breakers,
         }
         await exchange.reply_json(200 if ready else 503, body, () if ready else ((b"retry-after", b"1"),))
 
@@ -63,6 +64,8 @@ class Probes:
                 "in_flight": gateway.in_flight,
                 "models": models,
                 "triton": {"url": self._triton_url, "up": gateway.triton_up},
+                "breakers": gateway.breakers,
+                "limits": {"degraded": gateway.limits_degraded},
                 "redis": {"configured": self._redis_up() is not None, "up": bool(self._redis_up())},
             },
         )

@@ -24,6 +24,7 @@ Examples:
         "generate": "orchestrator.cli.generate:generate",
         "batch": "orchestrator.cli.batch:batch",
         "keys": "orchestrator.cli.keys:keys",
+        "breaker": "orchestrator.cli.breaker:breaker",
         "models": "orchestrator.cli.models:models",
         "config": "orchestrator.cli.config:config",
         "doctor": "orchestrator.cli.doctor:doctor",

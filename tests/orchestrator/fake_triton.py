@@ -51,6 +51,7 @@ class FakeTriton:
         self.parameters: dict[str, str] = {"task": "text_generation", "chat": "true", "max_len": "64"}
         self.beat: dict[str, Any] = {"running": 0, "waiting": 0, "slots": 4, "step_age_s": 0.0, "busy": False}
         self.beat_error: str | None = None
+        self.words: dict[int, str] = {}
         self.stopped = False  # as after SIGSTOP: connections are accepted and nothing is answered
         self.port = 0
         self.requests: list[dict[str, Any]] = []
@@ -115,14 +116,14 @@ class FakeTriton:
             self.requests.append(json.loads(body))
             self.headers.append(headers)
             return await self._stream(reader, writer)
-        status, value = self._unary(path)
+        status, value = self._unary(path, body)
         data = b"" if value is None else json.dumps(value).encode()
         kind = "Content-Type: application/json\r\n"
         writer.write(f"HTTP/1.1 {status} X\r\n{kind}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         await writer.drain()
         return True
 
-    def _unary(self, path: str) -> tuple[int, Any]:
+    def _unary(self, path: str, body: bytes) -> tuple[int, Any]:
         if path == "/v2/repository/index":
             return 200, [{"name": name, "version": self.version, "state": state} for name, state in self.models.items()]
         if path.endswith("/config"):
@@ -130,13 +131,23 @@ class FakeTriton:
         if path.endswith("/generate"):
             if self.beat_error is not None:
                 return 400, {"error": self.beat_error}
-            return 200, {"model_name": "m", "model_version": "1", "text_output": json.dumps(self.beat)}
+            said = self.beat if b'"heartbeat"' in body else self._inspect(json.loads(body))
+            return 200, {"model_name": "m", "model_version": "1", "text_output": json.dumps(said)}
         if path.endswith(("/load", "/unload")):
             name = path.split("/")[-2]
             if name not in self.models:
                 return 400, {"error": f"failed to load '{name}', failed to poll from model repository"}
             return 200, None
         return 404, {"error": "no such path"}
+
+    def _inspect(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A tokenizer of one token a word, and of `words` for token ids."""
+        sampling = json.loads(body.get("sampling_parameters") or "{}")
+        if "prompt_token_ids" in sampling:
+            ids = sampling["prompt_token_ids"]
+            return {"tokens": len(ids), "text": " ".join(self.words.get(token, f"w{token}") for token in ids)}
+        texts = [body["text_input"], *(turn["content"] for turn in sampling.get("messages", []))]
+        return {"tokens": sum(len(text.split()) for text in texts), "text": None}
 
     async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         plain = self.refusals.pop(0) if self.refusals else self.plain

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.domain import Caller, Chunk, GenerateRequest, Message, Record
+from orchestrator.domain import Caller, Chunk, GenerateRequest, Message, Notes, Record
 from orchestrator.errors import Draining, GatewayFull, InternalError, InvalidRequest, ModelNotFound, UpstreamUnavailable
 
 from .conftest import Stack, serving, until
@@ -25,7 +25,7 @@ def request(**changes: Any) -> GenerateRequest:
 
 
 async def consume(stack: Stack, **changes: Any) -> str:
-    async with aclosing(stack.gateway.generate(CALLER, request(**changes))) as chunks:
+    async with aclosing(stack.gateway.generate(CALLER, request(**changes), Notes())) as chunks:
         return "".join([chunk.text async for chunk in chunks])
 
 
@@ -78,7 +78,7 @@ async def test_a_bug_is_an_internal_error_with_its_cause(stack: Stack, monkeypat
 async def test_closing_early_cancels_upstream_and_says_so(stack: Stack) -> None:
     """A caller who leaves mid-answer frees the slot and is recorded as cancelled, neither ok nor error."""
     stack.fake.script = [event("a"), math.inf]
-    chunks = stack.gateway.generate(CALLER, request())
+    chunks = stack.gateway.generate(CALLER, request(), Notes())
     await anext(chunks)
     await chunks.aclose()
     await until(lambda: stack.fake.hang_ups == 1)
@@ -106,16 +106,16 @@ async def test_several_requests_wait_for_a_reader_that_is_slow(stack: Stack, mon
     taken = 0
     generate = stack.gateway.generate
 
-    async def counted(caller: Caller, asked: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    async def counted(caller: Caller, asked: GenerateRequest, notes: Notes) -> AsyncGenerator[Chunk, None]:
         nonlocal taken
-        async with aclosing(generate(caller, asked)) as chunks:
+        async with aclosing(generate(caller, asked, notes)) as chunks:
             async for chunk in chunks:
                 taken += 1
                 yield chunk
 
     monkeypatch.setattr(stack.gateway, "generate", counted)
     requests = [request(id=f"r-{index}") for index in range(3)]
-    pieces = stack.gateway.generate_all(CALLER, requests, 2)
+    pieces = stack.gateway.generate_all(CALLER, requests, 2, Notes())
     await anext(pieces)
     await until(lambda: stack.fake.running == 0)  # both upstream streams lie ready in the sockets
     assert taken <= 1 + 2 + 2, "read, waiting in the queue, and held by each of the two workers"

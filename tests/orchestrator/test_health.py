@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from orchestrator.domain import Model
 from orchestrator.errors import Draining, ModelNotFound, UpstreamUnavailable
 from orchestrator.health import Health
 from orchestrator.triton import Deadlines, Triton
@@ -27,10 +28,17 @@ async def health(fake: FakeTriton) -> AsyncIterator[Health]:
     await triton.close()
 
 
+async def ready(health: Health, name: str) -> Model:
+    """A model that a request sent now could use. Raises as one on the request path would."""
+    model = await health.find(name)
+    with health.attend(name):
+        return model
+
+
 async def test_a_model_that_answers_is_ready(health: Health, fake: FakeTriton) -> None:
     """Nothing is ready before a heartbeat came back; then the model is, with what its entry says."""
     assert not health.ready
-    model = await health.model("m")
+    model = await ready(health, "m")
     assert (model.name, model.version, model.ready, model.chat, model.max_len) == ("m", "1", True, True, 64)
     assert health.ready
 
@@ -39,13 +47,13 @@ async def test_models_that_are_not_ready_in_the_index_are_not_served(health: Hea
     """Only READY rows count: an entry that was never loaded is 404."""
     fake.models["never"] = ""
     with pytest.raises(ModelNotFound):
-        await health.model("never")
+        await ready(health, "never")
 
 
 @pytest.mark.parametrize("fault", ["error", "stopped", "killed", "stalled"])
 async def test_faults_turn_it_unready_and_back(health: Health, fake: FakeTriton, fault: str) -> None:
     """A dead stub, a stopped or killed server and an engine stuck in a step: unready in time, ready again after."""
-    await health.model("m")
+    await ready(health, "m")
     port = fake.port
     began = time.monotonic()
     if fault == "error":
@@ -59,7 +67,7 @@ async def test_faults_turn_it_unready_and_back(health: Health, fake: FakeTriton,
     await until(lambda: not health.ready)
     assert time.monotonic() - began < 0.6
     with pytest.raises(UpstreamUnavailable):
-        await health.model("m")
+        await ready(health, "m")
     if fault == "killed":
         await fake.start(port)
     fake.beat_error, fake.stopped = None, False
@@ -70,7 +78,7 @@ async def test_faults_turn_it_unready_and_back(health: Health, fake: FakeTriton,
 async def test_a_long_idle_step_is_no_stall(health: Health, fake: FakeTriton) -> None:
     """An old step of an engine that is not busy says nothing."""
     fake.beat["step_age_s"] = 1000.0
-    assert (await health.model("m")).ready
+    assert (await ready(health, "m")).ready
     await asyncio.sleep(0.1)
     assert health.ready
 
@@ -78,7 +86,7 @@ async def test_a_long_idle_step_is_no_stall(health: Health, fake: FakeTriton) ->
 async def test_streams_fall_with_their_model(health: Health, fake: FakeTriton) -> None:
     """When a model turns unready its streams are failed at once, those of another model are not."""
     fake.models["other"] = "READY"
-    await health.model("m")
+    await ready(health, "m")
     with health.attend("m") as mine:
         fake.beat_error = "Stub process is not healthy"
         await until(lambda: mine.error is not None)
@@ -94,7 +102,7 @@ async def test_streams_fall_with_their_model(health: Health, fake: FakeTriton) -
 
 async def test_a_stream_that_is_written_to_outweighs_a_late_heartbeat(health: Health, fake: FakeTriton) -> None:
     """On a machine too busy for heartbeats, bytes on a stream prove the stub alive; once they stop, it is unready."""
-    await health.model("m")
+    await ready(health, "m")
     loop = asyncio.get_running_loop()
     with health.attend("m") as stream:
         fake.stopped = True
@@ -109,14 +117,14 @@ async def test_a_stream_that_is_written_to_outweighs_a_late_heartbeat(health: He
 
 async def test_unknown_models_are_looked_up_at_most_once_a_second(health: Health, fake: FakeTriton) -> None:
     """A model loaded a moment ago is found on demand, and a storm of unknown names does not reach Triton."""
-    await health.model("m")
+    await ready(health, "m")
     await asyncio.sleep(1.0)
     fake.models["new"] = "READY"
-    assert (await health.model("new")).ready
+    assert (await ready(health, "new")).ready
     calls = fake.calls.count("POST /v2/repository/index")
     for _ in range(50):
         with pytest.raises(ModelNotFound):
-            await health.model("ghost")
+            await ready(health, "ghost")
     assert fake.calls.count("POST /v2/repository/index") <= calls + 1
 
 
@@ -125,23 +133,23 @@ async def test_unloading_and_removal(health: Health, fake: FakeTriton, monkeypat
     monkeypatch.setattr("orchestrator.health.INDEX_INTERVAL_S", 0.05)
     monkeypatch.setattr("orchestrator.health.FORGET_S", 0.3)
     fake.models["other"] = "READY"
-    await health.model("m")
+    await ready(health, "m")
     await until(lambda: len(health.served()) == 2)
     await asyncio.sleep(2.1)  # the watch still sleeps its first long interval
     fake.models["m"] = "UNAVAILABLE"
     fake.beat_error = "Request for unknown model: 'm' is not found"
     await until(lambda: not health.ready)
     with pytest.raises(UpstreamUnavailable):
-        await health.model("m")
+        await ready(health, "m")
     fake.models["m"], fake.beat_error, fake.parameters["chat"] = "READY", None, "false"
     await until(lambda: health.ready)
-    assert not (await health.model("m")).chat, "the configuration is read anew after a reload"
+    assert not (await ready(health, "m")).chat, "the configuration is read anew after a reload"
     del fake.models["other"]
     await until(lambda: len(health.served()) == 1)
     fake.models["m"] = "UNAVAILABLE"
     await until(lambda: not health.served())
     with pytest.raises(ModelNotFound):
-        await health.model("m")
+        await ready(health, "m")
 
 
 async def test_triton_away_is_not_a_missing_model() -> None:
@@ -150,5 +158,5 @@ async def test_triton_away_is_not_a_missing_model() -> None:
         url = fake.url
     triton = Triton(url, Deadlines(heartbeat_s=0.3))
     with pytest.raises(UpstreamUnavailable, match="Triton does not answer"):
-        await Health(triton, interval_s=0.03, engine_stall_s=5.0).model("m")
+        await ready(Health(triton, interval_s=0.03, engine_stall_s=5.0), "m")
     await triton.close()

@@ -28,7 +28,7 @@ async def test_readiness_follows_the_stub(fake: FakeTriton) -> None:
     async with serving(fake) as stack:
         assert (await stack.get("/health/ready"))[:2] == (
             200,
-            {"ready": True, "draining": False, "triton": True, "models": {"m": "ready"}},
+            {"ready": True, "draining": False, "triton": True, "models": {"m": "ready"}, "breakers": {}},
         )
         fake.beat_error = "Stub process 'm' is not healthy."
         assert await until(lambda: not stack.gateway.ready) < 0.5

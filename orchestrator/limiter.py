@@ -1,0 +1,201 @@
+"""A request's one round trip to Redis: counted in the caller's limits and looked up in the cache, in one script.
+
+Without Redis the limits are as `loss` says, and the cache is what this process is generating at the moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from orchestrator.cache import CACHE_LUA, Lookup, Ticket, lookup_of
+from orchestrator.domain import Caller, Limits, Notes
+from orchestrator.errors import LimitsUnavailable, RateLimited
+from orchestrator.limits import (
+    LIMITS_LUA,
+    RENEW,
+    RENEW_S,
+    SETTLE,
+    Verdict,
+    nothing_to_settle,
+    reserve_args,
+    settle_args,
+    verdict,
+)
+from orchestrator.limits_local import LocalLimits
+from orchestrator.store import Script, Store, StoreAway, StoreError, leases_key, limits_key
+
+log = logging.getLogger(__name__)
+
+ENTER = Script(
+    LIMITS_LUA
+    + CACHE_LUA
+    + """
+local said = false
+if ARGV[1] ~= '' then
+  said = limits_reserve(KEYS[1], KEYS[2], ARGV[1])
+  if said[1] == 0 then return {said, false} end
+end
+if ARGV[2] == '' then return {said, false} end
+return {said, cache_enter(KEYS[3], KEYS[4], KEYS[5], ARGV[2])}
+"""
+)
+MAX_SETTLING = 10_000  # settlements under way; beyond it they are dropped, and what was reserved stays reserved
+
+
+@dataclass
+class Entry:
+    """A request that was let in. `verdict` is None where no limit applies, `lookup` None where nothing is cached."""
+
+    caller: Caller
+    endpoint: str
+    lease: str
+    verdict: Verdict | None = None
+    lookup: Lookup | None = None
+    local: bool = False  # counted in this process only
+
+
+class Limiter:
+    """`mode`: enforce, shadow or off; `loss`: fail_open, fail_closed or local; `workers` share a local limit."""
+
+    def __init__(
+        self, store: Store | None, mode: str, loss: str, workers: int, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store, self._mode, self._loss, self._workers, self._clock = store, mode, loss, workers, clock
+        self._local = LocalLimits()
+        self._leases: dict[str, str] = {}  # lease -> key of its caller's leases in Redis
+        self._own_leases: dict[str, str] = {}  # lease -> its caller, counted in this process
+        self._settling: set[asyncio.Task[None]] = set()
+        self.degraded = False  # the last request with limits was decided without Redis
+
+    async def enter(
+        self, caller: Caller, endpoint: str, tokens: int, lease: str, ticket: Ticket | None, notes: Notes
+    ) -> Entry:
+        """Count a request that may use `tokens`, look up its answer. Raises RateLimited, LimitsUnavailable."""
+        limits = Limits() if self._mode == "off" else caller.limits
+        entry = Entry(caller, endpoint, lease)
+        limited = limits != Limits()
+        if not limited and ticket is None:
+            return entry
+        try:
+            if limited and not nothing_to_settle(limits):
+                # A caller who leaves meanwhile would otherwise leave behind what was reserved.
+                asking = asyncio.create_task(self._ask(entry, limits, tokens, ticket))
+                try:
+                    await asyncio.shield(asking)
+                except asyncio.CancelledError:
+                    asking.add_done_callback(partial(self._abandon, entry))
+                    raise
+            else:
+                await self._ask(entry, limits if limited else None, tokens, ticket)
+        except (StoreAway, StoreError) as error:
+            if isinstance(error, StoreError):
+                log.error("Redis refuses the script of limits and cache: %s", error)
+            entry.lookup = None if ticket is None else Lookup.local()
+            if limited:
+                self._without_redis(entry, limits, tokens)
+        else:
+            self.degraded = self.degraded and not limited
+        self._judge(entry, notes)
+        return entry
+
+    def leave(self, entry: Entry, tokens: int) -> None:
+        """Settle: `tokens` were really used, and the caller's place is free again. Never waits."""
+        counted = entry.verdict
+        if counted is None or nothing_to_settle(entry.caller.limits):
+            return
+        if entry.local:
+            self._own_leases.pop(entry.lease, None)
+            self._local.settle(entry.caller.id, entry.endpoint, counted, tokens, entry.lease)
+            return
+        self._leases.pop(entry.lease, None)
+        if self._store is not None and len(self._settling) < MAX_SETTLING:
+            args = settle_args(counted, tokens, entry.lease)
+            self._spawn(self._settle(self._store, list(_keys(entry)), args))
+
+    async def run(self) -> None:
+        """Renew the leases of long requests until cancelled."""
+        while True:
+            await asyncio.sleep(RENEW_S)
+            for lease, subject in self._own_leases.items():
+                self._local.renew(subject, lease, self._clock())
+            by_key: dict[str, list[str]] = {}
+            for lease, key in self._leases.items():
+                by_key.setdefault(key, []).append(lease)
+            for key, leases in by_key.items():
+                try:
+                    if self._store is not None:
+                        await self._store.run_script(RENEW, [key], leases)
+                except (StoreAway, StoreError) as error:
+                    log.info("leases of running requests could not be renewed: %s", error)
+
+    async def _ask(self, entry: Entry, limits: Limits | None, tokens: int, ticket: Ticket | None) -> None:
+        store = self._store
+        if store is None:
+            raise StoreAway("no Redis is configured")
+        packed = b"" if limits is None else reserve_args(
+            limits, tokens=tokens, lease=entry.lease, enforce=self._mode == "enforce"
+        )  # fmt: skip
+        keys = [*_keys(entry), *(ticket.keys() if ticket else ())]
+        wanted = ticket.args(store.worker) if ticket else b""
+        said, found = await store.run_script(ENTER, keys, [packed, wanted])
+        if limits is not None:
+            entry.verdict = verdict(said, limits)
+            if limits.concurrency and entry.verdict.accepted:
+                self._leases[entry.lease] = _keys(entry)[1]
+        if found:
+            entry.lookup = lookup_of(found)
+
+    def _without_redis(self, entry: Entry, limits: Limits, tokens: int) -> None:
+        self.degraded = True
+        if self._store is not None:
+            if self._loss == "fail_closed":
+                raise LimitsUnavailable
+            if self._loss == "fail_open":
+                return
+        share = self._workers if self._store is not None or self._workers > 1 else 1
+        own = replace(limits, **{name: math.ceil(value / share) for name, value in vars(limits).items()})
+        enforce = self._mode == "enforce"
+        entry.local = True
+        entry.verdict = self._local.reserve(
+            entry.caller.id, entry.endpoint, own, tokens=tokens, lease=entry.lease, enforce=enforce, now=self._clock()
+        )
+        if own.concurrency and entry.verdict.accepted:
+            self._own_leases[entry.lease] = entry.caller.id
+
+    def _abandon(self, entry: Entry, asked: asyncio.Task[None]) -> None:
+        if not asked.cancelled() and asked.exception() is None:
+            self.leave(entry, 0)
+
+    def _judge(self, entry: Entry, notes: Notes) -> None:
+        said = entry.verdict
+        if said is None:
+            return
+        notes.windows = said.windows
+        if said.refused is not None:
+            if said.accepted:
+                notes.shadow = said.refused.name
+            else:
+                raise RateLimited(said.refused.name, said.refused.limit, said.retry_after_s)
+
+    async def _settle(self, store: Store, keys: list[str], args: list[bytes]) -> None:
+        try:
+            await store.run_script(SETTLE, keys, args)
+        except (StoreAway, StoreError) as error:  # what was reserved stays reserved until its window has passed
+            log.info("a request could not be settled: %s", error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+
+def _keys(entry: Entry) -> tuple[str, str]:
+    caller = entry.caller
+    return limits_key(caller.tenant, caller.id, entry.endpoint), leases_key(caller.tenant, caller.id)

@@ -1,0 +1,127 @@
+"""One request's way along the path: what is known of it at each stage, what is counted, and the record at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from orchestrator.cache import Ticket
+from orchestrator.domain import Caller, Chunk, EmbedRequest, GenerateRequest, InferRequest, Notes, Record, Usage
+from orchestrator.errors import DeadlineExceeded
+from orchestrator.flights import Flight
+from orchestrator.limiter import Entry
+
+Sink = Callable[[Record], None]
+Request = TypeVar("Request", GenerateRequest, InferRequest, EmbedRequest)
+
+
+@dataclass
+class Prepared(Generic[Request]):
+    """A request that may go on: sanitised, the tokens that it may use, and its place in the cache."""
+
+    request: Request
+    tokens: int = 0
+    ticket: Ticket | None = None
+
+
+@dataclass
+class Tally:
+    """What is counted while a request runs."""
+
+    accepted_at: float
+    outcome: str = "ok"
+    error: str | None = None
+    usage: Usage = Usage()
+    finish_reason: str | None = None
+    ttft_s: float | None = None
+    charge: bool = True
+
+    def add(self, chunk: Chunk) -> None:
+        if self.ttft_s is None:
+            self.ttft_s = time.monotonic() - self.accepted_at
+        self.usage = self.usage.plus(chunk)
+        self.finish_reason = chunk.finish_reason
+
+    @property
+    def charged(self) -> int:
+        """Tokens that count in the caller's limits: an answer that others paid for costs none."""
+        return self.usage.prompt_tokens + self.usage.completion_tokens if self.charge else 0
+
+
+@dataclass
+class Passage(Generic[Request]):
+    """`entry` is None until the request has been counted; `request` becomes the sanitised one then."""
+
+    caller: Caller
+    request: Request
+    endpoint: str
+    notes: Notes
+    entry: Entry | None = None
+    ticket: Ticket | None = None
+    tally: Tally = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tally = Tally(self.request.accepted_at, charge=False)
+        self._lease = os.urandom(12).hex()
+
+    @property
+    def lease(self) -> str:
+        """Unique to this request, whatever id its client gave it."""
+        return self._lease
+
+    @property
+    def deadline(self) -> float | None:
+        """Loop time at which the client's own patience ends."""
+        request = self.request
+        if isinstance(request, EmbedRequest) or request.timeout_s is None:
+            return None
+        return asyncio.get_running_loop().time() + request.timeout_s - (time.monotonic() - request.accepted_at)
+
+    def record(self) -> Record:
+        request, notes, tally = self.request, self.notes, self.tally
+        duration_s = time.monotonic() - request.accepted_at
+        return Record(
+            id=request.id,
+            caller=self.caller.id,
+            tenant=self.caller.tenant,
+            operation=self.endpoint,
+            task=request.task,
+            model=request.model,
+            stream=isinstance(request, GenerateRequest) and request.stream,
+            outcome=tally.outcome,
+            error=tally.error,
+            finish_reason=tally.finish_reason,
+            prompt_tokens=tally.usage.prompt_tokens,
+            completion_tokens=tally.usage.completion_tokens,
+            accepted=time.time() - duration_s,
+            ttft_s=tally.ttft_s,
+            duration_s=duration_s,
+            traceparent=request.traceparent,
+            cache=notes.cache,
+            fallback=notes.fallback,
+            sanitized=notes.sanitized,
+            shadow=notes.shadow,
+        )
+
+
+async def within(chunks: Flight, deadline: float | None) -> AsyncGenerator[Chunk, None]:
+    """The same chunks, as long as each comes before a loop time. Raises DeadlineExceeded."""
+    async with aclosing(chunks):
+        if deadline is None:
+            async for chunk in chunks:
+                yield chunk
+            return
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    chunk = await anext(chunks)
+            except StopAsyncIteration:
+                return
+            except TimeoutError as error:
+                raise DeadlineExceeded from error
+            yield chunk

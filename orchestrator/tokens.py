@@ -1,0 +1,62 @@
+"""How many tokens a request may use, and whether they fit its model. The gateway holds no tokenizer: the model's own
+one is asked, and only where the answer matters.
+"""
+
+from __future__ import annotations
+
+from orchestrator.domain import GenerateRequest, Limits, Model
+from orchestrator.errors import InvalidRequest, Text, Unavailable
+from orchestrator.triton import Triton
+
+COUNT_S = 5.0  # a prompt of a megabyte is read in about a second
+NO_TEMPLATE = Text(
+    "messages: this model has no chat template; use /v1/completions, or export it with --chat-template FILE.",
+    "messages: este modelo no tiene plantilla de chat; use /v1/completions o expórtelo con --chat-template FILE.",
+)
+
+
+class Tokens:
+    """`default_max_tokens` is what a request that does not say may generate."""
+
+    def __init__(self, triton: Triton, default_max_tokens: int) -> None:
+        self._triton, self._default = triton, default_max_tokens
+
+    async def fit(self, model: Model, request: GenerateRequest, limits: Limits) -> int:
+        """The most tokens that the request can use, prompt and answer; 0 where no limit counts them.
+
+        Raises InvalidRequest when it can never fit. What only the tokenizer can tell the model refuses itself.
+        """
+        if request.messages is not None and not model.chat:
+            raise InvalidRequest(NO_TEMPLATE, "messages")
+        room = model.max_len
+        if room is not None:
+            if request.max_tokens is not None and request.max_tokens >= room:
+                raise _too_long("max_tokens", request.max_tokens, room)
+            if request.token_ids is not None and len(request.token_ids) >= room:
+                raise _too_long("prompt", len(request.token_ids), room)
+        if not (limits.tokens_per_minute or limits.tokens_per_day):
+            return 0
+        prompt = await self._prompt(model, request)
+        most = prompt + (request.max_tokens or self._default)
+        return most if room is None else min(most, room)
+
+    async def _prompt(self, model: Model, request: GenerateRequest) -> int:
+        if request.token_ids is not None:
+            return len(request.token_ids)
+        try:
+            return (await self._triton.prompt(request, COUNT_S)).tokens
+        except Unavailable:
+            # A cached or a fallback answer may still come. No byte-level tokenizer makes more tokens than bytes.
+            texts = [request.text or ""] if request.messages is None else [turn.content for turn in request.messages]
+            size = sum(len(text.encode()) for text in texts) + 16 * len(texts)
+            return size if model.max_len is None else min(size, model.max_len)
+
+
+def _too_long(param: str, given: int, room: int) -> InvalidRequest:
+    return InvalidRequest(
+        Text(
+            f"{param}: {given} tokens leave no room in this model's context of {room} tokens.",
+            f"{param}: {given} tokens no dejan sitio en el contexto de {room} tokens de este modelo.",
+        ),
+        param,
+    )

@@ -1,0 +1,116 @@
+"""From a request to its model's answer: the breaker, retries before the first token, and the fallback."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from orchestrator.breaker import Breakers
+from orchestrator.broadcast import Outcome
+from orchestrator.domain import Chunk, GenerateRequest, InferRequest, InferResult
+from orchestrator.errors import DeadlineExceeded, Overloaded, TruthGPTError, Unavailable, UpstreamError
+from orchestrator.errors import UpstreamUnavailable as Away
+from orchestrator.health import Health
+from orchestrator.output import OutputGuard
+from orchestrator.retries import RetryBudget
+from orchestrator.triton import Triton
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """What answers in place of a model that cannot: another model first, then a fixed text. None: nothing does."""
+
+    model: str | None = None
+    text: str | None = None
+
+
+class Upstream:
+    """Asks Triton on behalf of the gateway."""
+
+    def __init__(
+        self, triton: Triton, health: Health, breakers: Breakers, retries: RetryBudget, fallback: Fallback,
+        max_output_chars: int,
+    ) -> None:  # fmt: skip
+        self._triton, self._health, self._breakers = triton, health, breakers
+        self._retries, self._fallback, self._max_output_chars = retries, fallback, max_output_chars
+
+    async def generate(self, request: GenerateRequest, outcome: Outcome) -> AsyncGenerator[Chunk, None]:
+        """The answer's chunks, checked and cut to the longest that is allowed; the last one has a finish reason.
+
+        `outcome.fallback` is set before the first chunk where not the model itself answers. Raises TruthGPTError.
+        """
+        guard = OutputGuard(self._max_output_chars)
+        async with aclosing(self._with_fallback(request, outcome)) as chunks:
+            async for given in chunks:
+                chunk = guard.feed(given)
+                if chunk.finish_reason is not None:
+                    guard.finish()
+                yield chunk
+                if guard.ended:
+                    return
+
+    async def _with_fallback(self, request: GenerateRequest, outcome: Outcome) -> AsyncGenerator[Chunk, None]:
+        started = False
+        try:
+            async with aclosing(self._with_retries(request)) as chunks:
+                async for chunk in chunks:
+                    started = True
+                    yield chunk
+            return
+        except (Unavailable, UpstreamError, DeadlineExceeded) as error:
+            if started or isinstance(error, Overloaded) or self._fallback == Fallback():
+                raise
+            failure = error
+        other = self._fallback.model
+        if other is not None and other != request.model:
+            try:
+                outcome.fallback = f"model={other}"
+                async with aclosing(self._with_retries(replace(request, model=other))) as chunks:
+                    async for chunk in chunks:
+                        started = True
+                        yield chunk
+                return
+            except TruthGPTError as error:
+                if started:
+                    raise
+                outcome.fallback = None
+                log.warning("the fallback model %s cannot answer either: %s", other, error)
+        if self._fallback.text is None:
+            raise failure
+        outcome.fallback = "text"
+        yield Chunk(self._fallback.text, finish_reason="stop")
+
+    async def _with_retries(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        self._retries.asked()
+        attempt = 1
+        while True:
+            started = False
+            try:
+                async with aclosing(self._once(request)) as chunks:
+                    async for chunk in chunks:
+                        started = True
+                        yield chunk
+                return
+            except Away as error:
+                if started or not self._retries.take(attempt):
+                    raise
+                log.info("request %s is tried again: %s", request.id, error)
+            await asyncio.sleep(self._retries.pause_s(attempt))
+            attempt += 1
+
+    async def _once(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        with self._breakers.guard(request.model) as guard, self._health.attend(request.model) as attendance:
+            async with aclosing(self._triton.stream(request, attendance)) as chunks:
+                async for chunk in chunks:
+                    guard.chunk(last=chunk.finish_reason is not None)
+                    yield chunk
+
+    async def infer(self, request: InferRequest) -> InferResult:
+        """Run a model that does not generate. Raises TruthGPTError."""
+        with self._breakers.guard(request.model), self._health.attend(request.model) as attendance:
+            return await self._triton.infer(request, attendance)
