@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -47,9 +48,9 @@ class Answer:
 
 
 class GatewayClient:
-    """One gateway. `timeout_s` bounds a whole call, streams included."""
+    """One gateway. `timeout_s` bounds a whole call, streams included; `api_key` goes with every request."""
 
-    def __init__(self, url: str, timeout_s: float = 10.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 10.0, api_key: str | None = None) -> None:
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             self._port = parts.port
@@ -58,7 +59,10 @@ class GatewayClient:
         except ValueError as error:
             hint = "give one such as http://127.0.0.1:8080"
             raise GatewayError(f"{url} is not the URL of a gateway", hint) from error
+        if api_key is not None and re.fullmatch(r"[\x21-\x7e]+", api_key) is None:
+            raise GatewayError("the API key has characters that no key has", "copy it again into TRUTHGPT_API_KEY")
         self.url = url
+        self.headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._scheme, self._host, self._prefix = parts.scheme, parts.hostname, parts.path.rstrip("/")
         self._timeout_s = timeout_s
 
@@ -135,7 +139,7 @@ class _Exchange:
         self._response: http.client.HTTPResponse | None = None
 
     def send(self, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        headers = {"content-type": "application/json"} if body is not None else {}
+        headers = {**self._client.headers, **({"content-type": "application/json"} if body is not None else {})}
         try:
             self._connection.connect()
             self._socket = self._connection.sock  # the connection lets go of it when the response is to close it
@@ -207,6 +211,8 @@ def _refusal(status: int, body: bytes, url: str, retry_after: str | None) -> Gat
     message = _message(_json(body)) or f"{url} answered with status {status}"
     hint = {
         400: "`truthgpt generate --help` describes the options",
+        401: "set TRUTHGPT_API_KEY to a valid key; make one with `truthgpt keys create --tenant NAME`",
+        403: "use a key of the scope that this needs; `truthgpt keys list` shows scopes",
         404: "`truthgpt models list` shows what there is",
         413: "send a shorter prompt",
         429: f"try again in {retry_after or 1} s",

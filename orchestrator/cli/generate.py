@@ -39,7 +39,7 @@ Examples:
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
               help="Give up after this long.  [default: request_timeout_s]")  # fmt: skip
 @json_option
-@settings_options("home")
+@settings_options("home", "api_key")
 def generate(
     settings: Settings, prompt: str, model: str | None, max_tokens: int | None, system: str | None, raw: bool,
     stream: bool, url: str | None, timeout_s: float | None, as_json: bool, **sampling: Any,
@@ -80,8 +80,8 @@ def _target(
     limit_s = settings.request_timeout_s if timeout_s is None else timeout_s
     if url is None:
         found = stack.require(settings)
-        return GatewayClient(found.http, limit_s), model or found.model
-    client = GatewayClient(url, limit_s)
+        return GatewayClient(found.http, limit_s, settings.api_key), model or found.model
+    client = GatewayClient(url, limit_s, settings.api_key)
     if model is None:
         served = client.models()
         if not served:

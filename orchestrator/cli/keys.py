@@ -53,7 +53,7 @@ def create(
     given = {name: value for name, value in limits.items() if value is not None}
     with connect(settings) as client:
         key, credential = Keyring(client).create(tenant, scope, given, expires_s, _printable(note))
-    _hand_over(key, credential, as_json)
+    _hand_over(settings, key, credential, as_json)
 
 
 _LIST_EPILOG = """\b
@@ -172,11 +172,13 @@ def rotate(settings: Settings, id: str, grace_s: int | None, as_json: bool) -> N
 
     with connect(settings) as client:
         key, credential = Keyring(client).rotate(id, float(grace_s or 0))
-    _hand_over(key, credential, as_json)
+    _hand_over(settings, key, credential, as_json)
 
 
-def _hand_over(key: Key, credential: str, as_json: bool) -> None:
+def _hand_over(settings: Settings, key: Key, credential: str, as_json: bool) -> None:
     """The only place where a secret is printed."""
+    from orchestrator.cli import stack
+
     if as_json:
         print_json({"id": key.id, "key": credential, "tenant": key.tenant, "scope": key.scope})
         return
@@ -186,8 +188,10 @@ def _hand_over(key: Key, credential: str, as_json: bool) -> None:
         click.echo(f"The key before it works until {when(key.old_until)}.")
     click.echo("It is not shown again. To use it:\n")
     click.echo(f"  export TRUTHGPT_API_KEY={credential}")
-    click.echo('  truthgpt generate "Hola"')
-    click.echo('  curl http://127.0.0.1:8080/v1/models -H "Authorization: Bearer $TRUTHGPT_API_KEY"')
+    click.echo(f'  truthgpt generate "Hola"{stack.flags(settings)}')
+    found = stack.running(settings)
+    url = found.http if found is not None else f"http://{settings.host}:{settings.http_port}"
+    click.echo(f'  curl {url}/v1/models -H "Authorization: Bearer $TRUTHGPT_API_KEY"')
 
 
 def _document(key: Key) -> dict[str, Any]:

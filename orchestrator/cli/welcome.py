@@ -27,26 +27,31 @@ TruthGPT serves {model}.
   Redis       {redis}
   logs        {logs}
 
-Try next, in another shell:
+{first_key}Try next, in another shell:
 {command} generate "What is TruthGPT?"{flags}
 
-curl -N {http}/v1/chat/completions -H 'content-type: application/json' \\
+curl -N {http}/v1/chat/completions -H 'content-type: application/json' \\{curl_key}
   -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hola, ¿cómo estás?"}}], "stream": true}}'
 
 Or in Python:
-from openai import OpenAI
-client = OpenAI(base_url="{http}/v1", api_key="none")
+{import_os}from openai import OpenAI
+client = OpenAI(base_url="{http}/v1", api_key={api_key})
 messages = [{{"role": "user", "content": "Tell me about TruthGPT"}}]
 for chunk in client.chat.completions.create(model="{model}", messages=messages, stream=True):
     print(chunk.choices[0].delta.content or "", end="", flush=True)
 
 To stop: {stop}
 """
+_FIRST_KEY = """\
+Every request needs an API key. Make the first one, and set it as the command says:
+{command} keys create --tenant NAME{flags}
+
+"""
 
 
 def present(settings: Settings, found: State, as_json: bool, hello: bool, detached: bool) -> bool:
     """Say hello if asked, then print the addresses. False when the stack did not answer the greeting."""
-    answered = _greet(found, show=not as_json) if hello else True
+    answered = _greet(settings, found, show=not as_json) if hello else True
     if as_json:
         print_json(stack.addresses(found))
         return answered
@@ -55,6 +60,13 @@ def present(settings: Settings, found: State, as_json: bool, hello: bool, detach
     down = f"{command} down{flags}"
     facts = stack.addresses(found) | {"model": found.model, "logs": settings.home.absolute() / "logs"}
     facts |= {"flags": flags, "command": command, "stop": down if detached else f"Ctrl-C, or `{down}`"}
+    keys = settings.auth == "keys"
+    facts |= {
+        "first_key": _FIRST_KEY.format(command=command, flags=flags) if keys and settings.api_key is None else "",
+        "curl_key": '\n  -H "authorization: Bearer $TRUTHGPT_API_KEY" \\' if keys else "",
+        "import_os": "import os\n" if keys else "",
+        "api_key": 'os.environ["TRUTHGPT_API_KEY"]' if keys else '"none"',
+    }  # fmt: skip
     click.echo(_TEXT.format(**facts), nl=False)
     return answered
 
@@ -68,10 +80,15 @@ def _command() -> str:
     return "truthgpt" if shutil.which("truthgpt") else str(path.absolute()) if near.startswith("..") else near
 
 
-def _greet(found: State, show: bool) -> bool:
+def _greet(settings: Settings, found: State, show: bool) -> bool:
     """Send one prompt and show the answer as it comes. An error is told; the stack goes on."""
-    client = GatewayClient(found.http, HELLO_TIMEOUT_S)
+    if settings.auth == "keys" and settings.api_key is None:  # no error: the first key is made once the stack runs
+        click.echo("no prompt was sent: it needs an API key, and TRUTHGPT_API_KEY is not set", err=True)
+        make = f"make one with `{_command()} keys create --tenant NAME{stack.flags(settings)}`"
+        click.echo(f"hint: {make}", err=True)
+        return True
     try:
+        client = GatewayClient(found.http, HELLO_TIMEOUT_S, settings.api_key)
         question = ask.Question(HELLO, found.model, chat=ask.has_chat(client, found.model), max_tokens=HELLO_TOKENS)
         if show:
             click.echo(f"> {HELLO}")

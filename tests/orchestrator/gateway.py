@@ -43,7 +43,7 @@ class _Server(ThreadingHTTPServer):
 class Gateway:
     """Serves `health` and `models`, and answers completions with `events`, `pause_s` apart; keeps what was asked.
 
-    With `cut_off` the connection is lost after the last event.
+    With `cut_off` the connection is lost after the last event. `credentials` has the Authorization of each request.
     """
 
     def __init__(self) -> None:
@@ -61,6 +61,7 @@ class Gateway:
         self.cut_off = False
         self.whole_event_a_chunk = True
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.credentials: list[str | None] = []
         self._server = _Server(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
@@ -92,6 +93,7 @@ class Gateway:
                 """Tests say what they want to see."""
 
             def do_GET(self) -> None:
+                gateway.credentials.append(self.headers["authorization"])
                 time.sleep(gateway.health_stall_s)
                 if self.path == "/v1/models":
                     return self._json(200, {"object": "list", "data": [{"id": gateway.row["name"]}]})
@@ -101,6 +103,7 @@ class Gateway:
 
             def do_POST(self) -> None:
                 length = int(self.headers["content-length"])
+                gateway.credentials.append(self.headers["authorization"])
                 gateway.asked.append((self.path, json.loads(self.rfile.read(length))))
                 time.sleep(gateway.stall_s)
                 if gateway.status != 200:

@@ -137,3 +137,24 @@ def test_the_timeout_ends_a_stalled_answer(place: Any, gateway: Any) -> None:
     gateway.stall_s = 3
     assert "did not answer in time" in place.refused("generate", "Hola", "--timeout", "0.3")
     eventually(lambda: gateway.asked)
+
+
+def test_the_api_key_is_sent(place: Any, gateway: Any) -> None:
+    """TRUTHGPT_API_KEY, or --api-key before it, goes with every request; without one no credential is sent."""
+    assert place.run("generate", "Hola").exit_code == 0 and set(gateway.credentials) == {None}
+    place.set(API_KEY="tg_one")
+    for flags, sent in (((), "Bearer tg_one"), (("--api-key", "tg_two"), "Bearer tg_two")):
+        gateway.credentials.clear()
+        assert place.run("generate", "Hola", "--url", gateway.url, *flags).exit_code == 0
+        assert set(gateway.credentials) == {sent} and len(gateway.credentials) == 3
+
+
+def test_a_refused_key_says_how_to_make_one(place: Any, gateway: Any) -> None:
+    """The hint of a 401 is the command that makes a key; a key that cannot be sent is told before and not shown."""
+    gateway.status, gateway.body = 401, b'{"error": {"message": "A valid API key is needed"}}'
+    stderr = place.refused("generate", "Hola")
+    assert "error: A valid API key is needed" in stderr and "truthgpt keys create" in stderr
+    gateway.asked.clear()
+    place.set(API_KEY="tg_\n\u00f1")
+    stderr = place.refused("generate", "Hola")
+    assert "characters that no key has" in stderr and "\u00f1" not in stderr and gateway.asked == []

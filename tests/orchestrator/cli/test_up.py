@@ -188,13 +188,15 @@ def test_the_greeting_is_asked_and_shown_before_the_hints(
 
 
 def test_the_python_that_is_shown_runs(place: Any, ready: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """The snippet after "Or in Python" can be pasted as it is and prints the answer."""
+    """The snippet after "Or in Python" can be pasted as it is and prints the answer, with the key that is needed."""
     gateway, found = ready
+    place.set(AUTH="keys", API_KEY="tg_one")
     welcome.present(Settings.load(), found, as_json=False, hello=False, detached=False)
     code = capsys.readouterr().out.split("Or in Python:\n")[1].split("\n\nTo stop")[0]
     gateway.events[-2] = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": null}]}\n\n'
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "¡Hola, mundo!"), done.stderr
+    assert gateway.credentials == ["Bearer tg_one"]
 
 
 def test_the_curl_that_is_shown_is_a_request_that_the_gateway_takes(
@@ -216,6 +218,29 @@ def test_json_is_the_addresses_and_nothing_else(place: Any, ready: Any, capsys: 
     document = json.loads(capsys.readouterr().out)
     assert set(document) == {"http", "grpc", "ops", "triton_http", "triton_grpc", "redis", "pid"}
     assert document["http"] == gateway.url and len(gateway.asked) == 1
+
+
+def test_without_a_key_the_first_one_is_explained(place: Any, ready: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where keys are needed and none is set, `up --hello` succeeds, sends nothing and says how to make a key."""
+    gateway, found = ready
+    place.set(AUTH="keys")
+    for as_json in (False, True):
+        assert welcome.present(Settings.load(), found, as_json=as_json, hello=True, detached=True)
+        output = capsys.readouterr()
+        assert "keys create --tenant" in output.err and gateway.asked == []
+        assert as_json or output.out.index("keys create --tenant") < output.out.index("Try next")
+
+
+def test_where_keys_are_needed_what_is_shown_sends_one(
+    place: Any, ready: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a key the greeting goes with it, and curl takes it from the environment; it is never shown."""
+    gateway, found = ready
+    place.set(AUTH="keys", API_KEY="tg_one")
+    assert welcome.present(Settings.load(), found, as_json=False, hello=True, detached=True)
+    output = capsys.readouterr().out
+    assert gateway.credentials[-1] == "Bearer tg_one" and "tg_one" not in output and "keys create" not in output
+    assert '-H "authorization: Bearer $TRUTHGPT_API_KEY" \\\n' in output
 
 
 def test_a_greeting_that_fails_is_told(place: Any, ready: Any, capsys: pytest.CaptureFixture[str]) -> None:
