@@ -129,14 +129,14 @@ class RateLimited(TruthGPTError):
 
 
 class ModelNotFound(TruthGPTError):
+    """`version` where it is only this version of the model that is not served."""
+
     kind = "not_found"
     param = "model"
 
-    def __init__(self, model: str) -> None:
-        shown = model[:100]
-        super().__init__(
-            Text(f"The model '{shown}' is not served here.", f"El modelo '{shown}' no está disponible aquí.")
-        )
+    def __init__(self, model: str, version: str | None = None) -> None:
+        shown = f"'{model[:100]}'" + (f" version {version[:20]}" if version is not None else "")
+        super().__init__(Text(f"The model {shown} is not served here.", f"El modelo {shown} no está disponible aquí."))
 
 
 class Unavailable(TruthGPTError):

@@ -56,7 +56,7 @@ def unpack(name: str, datatype: str, shape: tuple[int, ...], raw: bytes) -> Tens
 
 def check(tensor: Tensor) -> None:
     """Raises InvalidRequest unless the datatype is known, the shape possible, and the data as much as both say."""
-    name, shape, wanted = tensor.name, tensor.shape, count(tensor.shape)
+    name, shape = tensor.name, tensor.shape
     if tensor.datatype != "BYTES" and tensor.datatype not in SIZES:
         raise InvalidRequest(
             Text(f"invalid datatype for input '{name}'.", f"entrada '{name}': tipo de dato desconocido."), name
@@ -69,6 +69,7 @@ def check(tensor: Tensor) -> None:
             ),
             name,
         )
+    wanted = count(shape)  # not before: a product of very many sizes takes for ever
     if tensor.datatype == "BYTES":
         unit, have = ("elements", "elementos"), len(tensor.elements)
     else:

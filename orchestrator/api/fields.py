@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +108,19 @@ def boolean(fields: dict[str, Any], name: str, shown: str | None = None) -> bool
 
 def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def unknown(name: str, known: Iterable[str]) -> InvalidRequest:
+    """The refusal of a name that means nothing, with the nearest one that does."""
+    shown = name[:100]
+    near = difflib.get_close_matches(shown, list(known), n=1, cutoff=0.7)
+    return InvalidRequest(
+        Text(
+            f"Unknown parameter: {shown!r}." + (f" Did you mean {near[0]!r}?" if near else ""),
+            f"Parámetro desconocido: {shown!r}." + (f" ¿Quería decir {near[0]!r}?" if near else ""),
+        ),
+        shown,
+    )
 
 
 def required(name: str) -> InvalidRequest:

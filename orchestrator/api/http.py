@@ -21,6 +21,7 @@ Send = Callable[[ASGIMessage], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
 
 JSON_TYPE = b"application/json"
+SLOW_READER_S = 5.0  # what a client that does not read its answer gets beyond the request's own deadline
 
 
 class HangUp(Exception):

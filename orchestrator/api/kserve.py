@@ -1,0 +1,236 @@
+"""KServe v2 over HTTP with Triton's extensions: what a Triton client sends is answered here, by the gateway's rules.
+
+A generation model streams inside and cannot be asked by plain `infer` in Triton; here it can: its answer is collected.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from orchestrator import sse
+from orchestrator.api import errors as table
+from orchestrator.api import kserve_request, kserve_tensors, policy
+from orchestrator.api.admin import CONTROL
+from orchestrator.api.fields import Defaults
+from orchestrator.api.http import SLOW_READER_S, Exchange
+from orchestrator.api.kserve_request import Call
+from orchestrator.api.kserve_tensors import InferBody
+from orchestrator.api.middleware import Routes
+from orchestrator.domain import Chunk, InferRequest, Model, Tensor, Usage
+from orchestrator.errors import InternalError, ModelNotFound, PermissionDenied, Text, TruthGPTError, UpstreamError
+from orchestrator.gateway import Gateway
+
+log = logging.getLogger(__name__)
+
+# Model, version and "" (metadata), "config" or "stats" -> Triton's JSON; without a model that of all.
+Describe = Callable[[str, str, str], Awaitable[Any]]
+
+# Triton's names of what is offered at this edge.
+EXTENSIONS = (
+    "classification", "schedule_policy", "model_configuration", "binary_tensor_data", "parameters",
+    "statistics", "generate",
+)  # fmt: skip
+ADMIN_ONLY = Text(
+    "Model control, trace, log and shared-memory settings are offered on the admin port only, with an admin key.",
+    "El control de modelos y los ajustes de trazas, registro y memoria compartida solo se ofrecen en el puerto de "
+    "administración, con una clave de administrador.",
+)
+
+
+class KServe:
+    """The handlers. `request_timeout_s` bounds how long a client may take to read its answer."""
+
+    def __init__(self, gateway: Gateway, describe: Describe, defaults: Defaults, request_timeout_s: float) -> None:
+        self._gateway, self._describe, self._defaults = gateway, describe, defaults
+        self._within_s = request_timeout_s + SLOW_READER_S
+        version = importlib.metadata.version("truthgpt")
+        self._server = {"name": "truthgpt", "version": version, "extensions": EXTENSIONS}
+
+    @property
+    def routes(self) -> Routes:
+        of_model = {
+            "": {"GET": self.metadata},
+            "/ready": {"GET": self.ready},
+            "/config": {"GET": self.config},
+            "/stats": {"GET": self.statistics},
+            "/infer": {"POST": self.infer},
+            "/generate": {"POST": self.generate},
+            "/generate_stream": {"POST": self.generate_stream},
+        }
+        places = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+        return {
+            "/v2": {"GET": self.server},
+            "/v2/models/stats": {"GET": self.all_statistics},
+            **{place + path: methods for place in places for path, methods in of_model.items()},
+            **{path: dict.fromkeys(methods, _admin_only) for path, methods in CONTROL.items()},
+        }
+
+    async def server(self, exchange: Exchange) -> None:
+        await exchange.reply_json(200, self._server)
+
+    async def metadata(self, exchange: Exchange) -> None:
+        await self._describe_model(exchange, "")
+
+    async def config(self, exchange: Exchange) -> None:
+        await self._describe_model(exchange, "config")
+
+    async def statistics(self, exchange: Exchange) -> None:
+        await self._describe_model(exchange, "stats")
+
+    async def all_statistics(self, exchange: Exchange) -> None:
+        await exchange.reply_json(200, await self._describe("", "", "stats"))
+
+    async def ready(self, exchange: Exchange) -> None:
+        """200 while the model answers, else 400 as Triton says it: clients look at the status only."""
+        try:
+            model = await self._model(exchange)
+        except ModelNotFound:
+            model = None
+        if model is not None and model.ready:
+            return await exchange.reply(200, b"")
+        return await exchange.reply_json(400, {"error": "Model version not ready"})
+
+    async def generate(self, exchange: Exchange) -> None:
+        model = await self._model(exchange)
+        call = kserve_request.generate(await exchange.json(), exchange, model, self._defaults)
+        async with exchange.cancelled_by_hang_up(self._within_s):
+            whole = await self._collect(exchange, call)
+            await exchange.reply(200, _Answer(call, model).body(whole))
+
+    async def generate_stream(self, exchange: Exchange) -> None:
+        """Server-sent events, without [DONE]. The first one fixes the status; a later error is the last event."""
+        model = await self._model(exchange)
+        call = kserve_request.generate(await exchange.json(), exchange, model, self._defaults)
+        answer = _Answer(call, model)
+        async with exchange.cancelled_by_hang_up(self._within_s):
+            if call.request.stream:
+                async with aclosing(self._gateway.generate(exchange.caller, call.request, exchange.notes)) as chunks:
+                    return await _stream(exchange, answer, chunks)
+            whole = await self._collect(exchange, call)
+            await exchange.begin_events()
+            await exchange.end(sse.event(answer.body(whole)))
+
+    async def infer(self, exchange: Exchange) -> None:
+        model = await self._model(exchange)
+        body = kserve_tensors.read(await exchange.body(), exchange.headers)
+        head: dict[str, object] = {} if body.id is None else {"id": body.id}
+        if model.generates:
+            call = kserve_request.infer(body, exchange, model, self._defaults)
+            async with exchange.cancelled_by_hang_up(self._within_s):
+                whole = await self._collect(exchange, call)
+                head |= {"model_name": model.name, "model_version": model.version}
+                return await _reply(exchange, head, body, _tensors(call, whole))
+        request = InferRequest(
+            id=exchange.id,
+            model=model.name,
+            accepted_at=exchange.accepted_at,
+            inputs=body.inputs,
+            outputs={wanted.name: wanted.classes for wanted in body.outputs},
+            parameters=body.parameters,
+            task=policy.task(exchange.headers, model.task),
+            cache=policy.cache_policy(exchange.headers),
+            traceparent=exchange.traceparent,
+        )
+        async with exchange.cancelled_by_hang_up(self._within_s):
+            result = await self._gateway.infer(exchange.caller, request, exchange.notes)
+            head |= {"model_name": result.model, "model_version": result.version}
+            await _reply(exchange, head, body, result.outputs)
+
+    async def _describe_model(self, exchange: Exchange, what: str) -> None:
+        model = await self._model(exchange)
+        await exchange.reply_json(200, await self._describe(model.name, exchange.params.get("version", ""), what))
+
+    async def _model(self, exchange: Exchange) -> Model:
+        """The model of the path. Raises ModelNotFound also when another version of it is served."""
+        name, version = exchange.params["model"], exchange.params.get("version")
+        model = await self._gateway.find(name)
+        if version is not None and model.version and version != model.version:
+            raise ModelNotFound(name, version)
+        return model
+
+    async def _collect(self, exchange: Exchange, call: Call) -> Chunk:
+        """The whole answer as one chunk."""
+        parts, usage, reason = [], Usage(), None
+        async with aclosing(self._gateway.generate(exchange.caller, call.request, exchange.notes)) as chunks:
+            async for chunk in chunks:
+                parts.append(chunk.text)
+                usage, reason = usage.plus(chunk), chunk.finish_reason
+        if reason is None:
+            raise UpstreamError("the answer has no end")
+        return Chunk("".join(parts), usage.completion_tokens, usage.prompt_tokens, reason)
+
+
+async def _admin_only(exchange: Exchange) -> None:
+    raise PermissionDenied(ADMIN_ONLY)
+
+
+async def _stream(exchange: Exchange, answer: _Answer, chunks: AsyncIterator[Chunk]) -> None:
+    complete = False
+    try:
+        async for chunk in chunks:
+            if not exchange.started:
+                await exchange.begin_events()
+            await exchange.write(sse.event(answer.body(chunk)))
+            complete = chunk.finish_reason is not None
+        if not complete:
+            raise UpstreamError("the answer has no end")
+    except TruthGPTError as error:
+        if not exchange.started:  # it can still have its own status
+            raise
+        if isinstance(error, InternalError):
+            log.error("request %s failed in its stream: %s", exchange.id, error, exc_info=error)
+        body = table.encode(table.body_of(error, exchange.caller.language), exchange.path)
+        await exchange.end(sse.event(body))
+    else:
+        await exchange.end()
+
+
+class _Answer:
+    """Renders chunks as Triton's `generate` does: only the fields that were asked for, sorted by name."""
+
+    def __init__(self, call: Call, model: Model) -> None:
+        self._asked, self._prefix, self._prompt_tokens = call.outputs, call.prefix, 0
+        self._fixed = {"model_name": model.name, "model_version": model.version}
+        if call.id is not None:
+            self._fixed["id"] = call.id
+
+    def body(self, chunk: Chunk) -> bytes:
+        """The next chunk as JSON; the prompt, where it was asked for, stands in front of the first text."""
+        self._prompt_tokens = self._prompt_tokens or chunk.prompt_tokens
+        text, self._prefix = self._prefix + chunk.text, ""
+        values: dict[str, object] = {
+            "finish_reason": chunk.finish_reason or "",
+            "num_input_tokens": self._prompt_tokens,
+            "num_output_tokens": chunk.tokens,
+            "text_output": text,
+        }
+        fields = self._fixed | {name: value for name, value in values.items() if name in self._asked}
+        return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
+
+
+def _tensors(call: Call, whole: Chunk) -> list[Tensor]:
+    """The outputs that were asked for, each of one element."""
+    number = struct.Struct("<I").pack
+    every = (
+        Tensor("text_output", "BYTES", (1,), elements=((call.prefix + whole.text).encode(),)),
+        Tensor("finish_reason", "BYTES", (1,), elements=((whole.finish_reason or "").encode(),)),
+        Tensor("num_input_tokens", "UINT32", (1,), number(whole.prompt_tokens)),
+        Tensor("num_output_tokens", "UINT32", (1,), number(whole.tokens)),
+    )
+    return [tensor for tensor in every if tensor.name in call.outputs]
+
+
+async def _reply(exchange: Exchange, head: dict[str, object], asked: InferBody, tensors: Sequence[Tensor]) -> None:
+    """The tensors, each in the form that was asked for."""
+    own = {wanted.name: wanted.binary for wanted in asked.outputs}
+    body, json_length = kserve_tensors.write(head, tensors, lambda name: own.get(name, asked.binary))
+    if json_length is None:
+        return await exchange.reply(200, body)
+    headers = ((kserve_tensors.HEADER_LENGTH, b"%d" % json_length),)
+    await exchange.reply(200, body, b"application/octet-stream", headers)
