@@ -60,19 +60,19 @@ class Verdict:
 
 
 def limit_rows(limits: Limits) -> tuple[tuple[str, int], ...]:
-    """Name and limit of every window, in the order of the script."""
+    """Name and limit of every window, in the order of the script; no limit is above MOST."""
     return (
-        ("minute", limits.per_minute),
-        ("hour", limits.per_hour),
-        ("day", limits.per_day),
-        ("tokens_minute", limits.tokens_per_minute),
-        ("tokens_day", limits.tokens_per_day),
-        ("concurrency", limits.concurrency),
+        ("minute", min(limits.per_minute, MOST)),
+        ("hour", min(limits.per_hour, MOST)),
+        ("day", min(limits.per_day, MOST)),
+        ("tokens_minute", min(limits.tokens_per_minute, MOST)),
+        ("tokens_day", min(limits.tokens_per_day, MOST)),
+        ("concurrency", min(limits.concurrency, MOST)),
     )
 
 
 def _pack(limits: Limits, mode: int, tokens: int, lease: str, now_ms: int) -> bytes:
-    caps = [min(limit, MOST) for _, limit in limit_rows(limits)]
+    caps = [limit for _, limit in limit_rows(limits)]
     return _RESERVE.pack(now_ms, mode, min(tokens, MOST), *caps) + lease.encode()
 
 

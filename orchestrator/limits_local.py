@@ -36,13 +36,13 @@ class _Counts:
         self.sum += count - self.counts[at]
         self.counts[at] = count
 
-    def free_ms(self, step_ms: int, time_ms: int, excess: int = 1) -> int:
-        """Milliseconds until so much has left the window; 0 when it holds less."""
+    def free_ms(self, step_ms: int, seen_ms: int, excess: int = 1) -> int:
+        """Milliseconds from `seen_ms` until so much has left the window; 0 when it holds less."""
         freed = 0
         for age, count in zip(range(len(self.counts) - 1, -1, -1), self.counts, strict=True):
             freed += count
             if freed >= excess:
-                return (self.head - age + _BUCKETS) * step_ms - time_ms
+                return (self.head - age + _BUCKETS) * step_ms - seen_ms
         return 0
 
 
@@ -90,10 +90,11 @@ class LocalLimits:
     ) -> Verdict:
         """Count one request and its tokens in every window, or in none, as `limits_reserve` does."""
         known = self._subject(subject)
-        now_ms, tokens = int(now * 1000), min(tokens, MOST)
+        now_ms, tokens = round(now * 1000), min(tokens, MOST)
         place = known.endpoints.get(endpoint) or _Endpoint(now_ms, now_ms)
         time_ms = place.time(now_ms)
-        rows = [(name, min(limit, MOST)) for name, limit in limit_rows(limits) if limit > 0]
+        seen_ms = now_ms + place.offset_ms
+        rows = [(name, limit) for name, limit in limit_rows(limits) if limit > 0]
         refused, wait_ms = None, 0
         after: dict[str, _Counts] = {}
         for name, limit in rows:
@@ -105,7 +106,7 @@ class LocalLimits:
             window = after[name] = place.windows.get(name, _Counts(bucket)).at(bucket)
             excess = window.sum + cost - limit
             if excess > 0:
-                free_ms = window.free_ms(step_ms, time_ms, excess if cost <= limit else 1)
+                free_ms = window.free_ms(step_ms, seen_ms, excess if cost <= limit else 1)
                 if cost > limit:
                     free_ms = max(free_ms, 60 * step_ms)
                 if free_ms > wait_ms:
@@ -130,7 +131,7 @@ class LocalLimits:
         for name, limit in rows:
             if name in after:
                 windows.append(
-                    Window(name, limit, after[name].sum, after[name].free_ms(_STEPS_MS[name], time_ms) / 1000)
+                    Window(name, limit, after[name].sum, after[name].free_ms(_STEPS_MS[name], seen_ms) / 1000)
                 )
             else:
                 windows.append(Window(name, limit, len(known.leases), 1.0 if known.leases else 0.0))
@@ -164,7 +165,7 @@ class LocalLimits:
         """Keep the lease of a request that is still running; at least every RENEW_S seconds."""
         known = self._subjects.get(subject)
         if known is not None:
-            known.leases[lease] = int(now * 1000) + _LEASE_MS
+            known.leases[lease] = round(now * 1000) + _LEASE_MS
 
     def _subject(self, subject: str) -> _Subject:
         known = self._subjects.get(subject)

@@ -41,12 +41,12 @@ local function limits_forward(kept, bucket)
   return sum, body
 end
 
--- Milliseconds until the first count that is not 0 leaves the window; with `excess`, until so much has left.
-local function limits_free(body, bucket, step, time, excess)
+-- Milliseconds from `seen` until the first count leaves the window that is not 0; with `excess`, until so much has.
+local function limits_free(body, bucket, step, seen, excess)
   local at, freed = limits_find(body, "[^%z]"), 0
   while at do
     at = at - (at - 1) % 6
-    local free = (bucket - (#body - at - 5) / 6 + 61) * step - time
+    local free = (bucket - (#body - at - 5) / 6 + 61) * step - seen
     if not excess then return free end
     freed = freed + limits_unpack("<I6", body, at)
     if freed >= excess then return free end
@@ -75,7 +75,7 @@ local function limits_reserve(hash_key, lease_key, packed)
   local caps = {minute, hour, day, tokens_minute, tokens_day}
   local fields, steps = {"m", "h", "d", "tm", "td"}, {1000, 60000, 1440000, 1000, 1440000}
   local refused, wait, longest = 0, 0, 0
-  local time, last, offset, born, moved = now, now, 0, now, false
+  local time, seen, last, offset, born, moved = now, now, now, 0, now, false
   local buckets, sums, bodies = {}, {}, {}
 
   if minute + hour + day + tokens_minute + tokens_day > 0 then
@@ -84,8 +84,8 @@ local function limits_reserve(hash_key, lease_key, packed)
       last, offset, born = limits_unpack("<I6I6I6", kept[1])
       moved = now + offset < last - 60000
       if moved then offset = last - now end
-      time = now + offset
-      if time < last then time = last end
+      seen = now + offset
+      time = math.max(seen, last)
     end
     for i = 1, 5 do
       local limit, step = caps[i], steps[i]
@@ -94,8 +94,8 @@ local function limits_reserve(hash_key, lease_key, packed)
         local sum, body = limits_forward(kept[i + 1], bucket)
         if mode < 2 then cost = i < 4 and 1 or tokens end
         if sum + cost > limit then
-          local free = cost <= limit and limits_free(body, bucket, step, time, sum + cost - limit)
-            or math.max(60 * step, limits_free(body, bucket, step, time))
+          local free = cost <= limit and limits_free(body, bucket, step, seen, sum + cost - limit)
+            or math.max(60 * step, limits_free(body, bucket, step, seen))
           if free > wait then refused, wait = i, free end
         end
         buckets[i], sums[i], bodies[i] = bucket, sum, body
@@ -142,7 +142,7 @@ local function limits_reserve(hash_key, lease_key, packed)
   local reply, n = {accepted and 1 or 0, refused, wait, born, time, tokens}, 6
   for i = 1, 5 do
     if bodies[i] then
-      reply[n + 1], reply[n + 2] = sums[i], limits_free(bodies[i], buckets[i], steps[i], time)
+      reply[n + 1], reply[n + 2] = sums[i], limits_free(bodies[i], buckets[i], steps[i], seen)
       n = n + 2
     end
   end

@@ -46,7 +46,7 @@ def limit_headers(windows: Sequence[Window], refused: str | None = None) -> list
 
 
 def duration(seconds: float) -> str:
-    """A duration as OpenAI writes it: 12ms, 1.5s, 6m0s, 1h2m3s; rounded up to milliseconds, from a minute to seconds."""
+    """A duration as OpenAI writes it: 12ms, 1.5s, 6m0s, 1h2m3s; rounded up to milliseconds or seconds."""
     ms = math.ceil(seconds * 1000 - 1e-6)  # whole milliseconds stay what they are
     if ms <= 0:
         return "0s"

@@ -25,7 +25,7 @@ WINDOWS = (
 
 
 def test_all_windows() -> None:
-    """The policy names every window but concurrency, RateLimit the nearest to exhaustion, x-ratelimit-* one per unit."""
+    """The policy names all windows but concurrency, RateLimit the nearest to exhaustion, x-ratelimit-* one per unit."""
     assert limit_headers(WINDOWS) == [
         (
             b"ratelimit-policy",
