@@ -12,7 +12,7 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import redis.asyncio
 
@@ -56,6 +56,21 @@ def flight_key(tenant: str, digest: str) -> str:
 def stats_key(tenant: str) -> str:
     """Hash: the cache's counters of one tenant."""
     return f"{_tenant(tenant)}:s"
+
+
+def answer_pattern(tenant: str | None = None, digest: str = "") -> str:
+    """Glob for SCAN: the cached answers of one tenant, or of all, whose digest begins so."""
+    return f"{'truthgpt:{*}' if tenant is None else _tenant(tenant)}:c:{quote(digest)}*"
+
+
+def stats_pattern() -> str:
+    """Glob for SCAN: the counters of every tenant."""
+    return "truthgpt:{*}:s"
+
+
+def tenant_of(key: str) -> str:
+    """Whose a key is."""
+    return unquote(key.partition("{")[2].partition("}")[0])
 
 
 def worker_channel(worker: str) -> str:
