@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 from orchestrator import logs
 from orchestrator.admission import Admission
+from orchestrator.api.admin import Admin
 from orchestrator.api.credentials import credential_of
 from orchestrator.api.fields import Defaults
 from orchestrator.api.http import Receive, Scope, Send
+from orchestrator.api.kserve import KServe
 from orchestrator.api.middleware import FrontDoor
 from orchestrator.api.openai import OpenAI
 from orchestrator.api.probes import Probes
@@ -34,13 +38,14 @@ from orchestrator.tokens import Tokens
 from orchestrator.triton import Deadlines, Triton
 from orchestrator.upstream import Fallback, Upstream
 
+ADMIN_CALL_S = 600.0  # loading a model of many gigabytes
 
-class Application:
-    """The ASGI application: lifespan starts and stops the parts, everything else goes through the front door."""
+
+class _Application:
+    """An ASGI application: lifespan starts and stops the parts, everything else goes through the front door."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.gateway: Gateway | None = None
         self._door: FrontDoor | None = None
         self._triton: Triton | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -52,6 +57,37 @@ class Application:
             await self._door(scope, receive, send)
         else:
             raise RuntimeError(f"no {scope['type']} is served here")
+
+    async def start(self) -> None:
+        """Assemble everything; needs a running loop."""
+        raise NotImplementedError
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._triton is not None:
+            await self._triton.close()
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self.start()
+                await send({"type": "lifespan.startup.complete"})
+            elif message["type"] == "lifespan.shutdown":
+                await self.stop()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    def _run(self, **work: Coroutine[Any, Any, None]) -> None:
+        self._tasks = [asyncio.create_task(running, name=name) for name, running in work.items()]
+
+
+class Application(_Application):
+    """The public edge of one worker."""
+
+    gateway: Gateway | None = None
 
     async def start(self) -> None:
         """Assemble everything; needs a running loop."""
@@ -80,37 +116,40 @@ class Application:
         )
         # one request alone may not ask for more places than admission has
         at_once = min(settings.max_batch_size, settings.max_concurrency)
-        openai = OpenAI(gateway, Defaults(temperature=settings.temperature), settings.request_timeout_s, at_once)
+        defaults = Defaults(temperature=settings.temperature)
+        openai = OpenAI(gateway, defaults, settings.request_timeout_s, at_once)
+        kserve = KServe(gateway, triton.describe, defaults, settings.request_timeout_s)
         probes = Probes(gateway, triton.url, lambda: store.up if store else None)
 
         def identify(headers: dict[bytes, bytes], address: str) -> Caller:
             return auth.caller(credential_of(headers), address)
 
-        self._door = FrontDoor({**openai.routes, **probes.routes}, settings.body_limit_bytes, identify)
+        routes = {**openai.routes, **kserve.routes, **probes.routes}
+        self._door = FrontDoor(routes, settings.body_limit_bytes, identify)
         running = {"health": health.run(), "limiter": limiter.run(), "registry": registry.run()}
         if store:
             running["store"] = store.run()
         if flights:
             running["flights"] = flights.run()
-        self._tasks = [asyncio.create_task(work, name=name) for name, work in running.items()]
+        self._run(**running)
 
-    async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._triton is not None:
-            await self._triton.close()
 
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                await self.start()
-                await send({"type": "lifespan.startup.complete"})
-            elif message["type"] == "lifespan.shutdown":
-                await self.stop()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
+class AdminApplication(_Application):
+    """The admin edge: Triton's model control and settings, for admin keys alone."""
+
+    async def start(self) -> None:
+        """Assemble everything; needs a running loop."""
+        settings = self.settings
+        triton = self._triton = connect(settings)
+        store = Store(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
+        registry = Registry(store, settings.keys_grace_s, DEFAULT_TTL_S)
+        auth = Auth(settings.auth, registry, default_limits(settings))
+
+        def identify(headers: dict[bytes, bytes], address: str) -> Caller:
+            return auth.admin(credential_of(headers))
+
+        self._door = FrontDoor(Admin(triton.fetch, ADMIN_CALL_S).routes, settings.body_limit_bytes, identify)
+        self._run(registry=registry.run(), **({"store": store.run()} if store else {}))
 
 
 def connect(settings: Settings) -> Triton:

@@ -1,7 +1,7 @@
 """Which models are served and whether each one answers.
 
 Triton says ready for ever once its stub process is dead or stopped, so each model is asked itself: a heartbeat that the
-stub answers at once even under load. A model that turns unready takes its running streams with it: none waits for a
+stub answers at once even under load. Only a model of another backend is taken at Triton's word. A model that turns unready takes its running streams with it: none waits for a
 deadline.
 """
 
@@ -163,9 +163,16 @@ class Health:
     async def _beat_once(self, served: Served) -> None:
         asked_at = asyncio.get_running_loop().time()
         try:
-            served.beat = await self._triton.heartbeat(served.model.name)
-            if not served.configured or served.model.digest != (served.beat.digest or served.model.digest):
+            if not served.configured:
                 await self._configure(served)
+            if served.model.generates:
+                served.beat = await self._triton.heartbeat(served.model.name)
+                digest = served.beat.digest or served.model.digest
+                if digest != served.model.digest:  # another entry than the one whose parameters were read
+                    await self._configure(served)
+                    served.model = dataclasses.replace(served.model, digest=digest)
+            else:
+                await self._triton.model_ready(served.model.name)
         except TruthGPTError as error:
             if not (isinstance(error.__cause__, TimeoutError) and self._heard_since(served, asked_at)):
                 self._unready(served, str(error))
@@ -174,7 +181,7 @@ class Health:
             log.exception("the heartbeat of %s failed", served.model.name)
             self._unready(served, "its heartbeat failed")
             return
-        if served.beat.busy and served.beat.step_age_s > self._engine_stall_s:
+        if served.beat is not None and served.beat.busy and served.beat.step_age_s > self._engine_stall_s:
             self._unready(served, f"the engine has been in one step for {served.beat.step_age_s:.0f} s")
         elif not served.model.ready:
             log.info("%s is ready", served.model.name)
@@ -190,9 +197,10 @@ class Health:
 
     async def _configure(self, served: Served) -> None:
         config = await self._triton.model_config(served.model.name)
-        digest = served.beat.digest if served.beat is not None else ""
+        if not config.generates:
+            served.beat = None
         served.model = dataclasses.replace(
-            served.model, task=config.task, chat=config.chat, max_len=config.max_len, digest=digest
+            served.model, task=config.task, chat=config.chat, max_len=config.max_len, generates=config.generates
         )
         served.configured = True
 

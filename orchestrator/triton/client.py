@@ -25,6 +25,7 @@ from orchestrator.triton.infer import describe, infer
 from orchestrator.triton.wire import Reply, decode, error_of, payload, pieces, read_body, sampling, scalar
 
 _T = TypeVar("_T")
+OUR_BACKEND = "inflight"
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,15 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the gateway needs of a model's config.pbtxt. `max_len` counts tokens; None when the entry does not say."""
+    """What the gateway needs of a model's config.pbtxt. `max_len` counts tokens; None when the entry does not say.
+
+    `generates`: the model belongs to our backend, and so it streams text and has a heartbeat.
+    """
 
     task: str
     chat: bool
     max_len: int | None
+    generates: bool
 
 
 @dataclass(frozen=True)
@@ -212,10 +217,19 @@ class Triton:
             values = {name: str(value["string_value"]) for name, value in answer.get("parameters", {}).items()}
             length = values.get("max_len", "")
             return ModelConfig(
-                values.get("task", "text_generation"), values.get("chat") == "true", int(length) if length else None
+                task=values.get("task", "text_generation"),
+                chat=values.get("chat") == "true",
+                max_len=int(length) if length else None,
+                generates=answer.get("backend") == OUR_BACKEND,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UpstreamError(f"the configuration of {model} makes no sense") from error
+
+    async def model_ready(self, model: str) -> None:
+        """Raises UpstreamUnavailable unless Triton says that the model is ready."""
+        reply = await self.fetch("GET", self._model_path(model, "ready"), None, {}, self._deadlines.heartbeat_s)
+        if reply.status != 200:
+            raise UpstreamUnavailable(f"Triton says that {model} is not ready")
 
     async def infer(self, request: InferRequest, attendance: Attendance) -> InferResult:
         """Run a model that answers once; see infer.infer()."""

@@ -127,7 +127,11 @@ class FakeTriton:
         if path == "/v2/repository/index":
             return 200, [{"name": name, "version": self.version, "state": state} for name, state in self.models.items()]
         if path.endswith("/config"):
-            return 200, {"name": "m", "parameters": {k: {"string_value": v} for k, v in self.parameters.items()}}
+            return 200, {
+                "name": "m",
+                "backend": "inflight",
+                "parameters": {k: {"string_value": v} for k, v in self.parameters.items()},
+            }
         if path.endswith("/generate"):
             if self.beat_error is not None:
                 return 400, {"error": self.beat_error}
