@@ -11,8 +11,6 @@ from orchestrator.errors import KeysUnavailable, PermissionDenied, Unauthenticat
 from orchestrator.keys import Key
 from orchestrator.registry import Registry
 
-OPEN_TENANT = "open"
-
 
 class Auth:
     """`mode` keys: every caller needs a valid key. open: who has none is known by the address.
@@ -36,7 +34,7 @@ class Auth:
         if self._open:
             subject = keys.subject_of(address)
             limits = keys.merged(self._defaults, self._registry.limits_of(subject))
-            return Caller(subject, OPEN_TENANT, "inference", limits)
+            return Caller(subject, keys.OPEN_TENANT, "inference", limits)
         raise self._refusal("no credential" if credential is None else "unknown key", given=credential is not None)
 
     def admin(self, credential: str | None) -> Caller:

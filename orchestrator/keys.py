@@ -21,6 +21,7 @@ from typing import Any
 from orchestrator.domain import Limits
 
 SCOPES = ("inference", "admin")
+OPEN_TENANT = "open"  # of callers who are known by their address
 LIMIT_NAMES = tuple(item.name for item in dataclasses.fields(Limits))
 LIMIT_MAX = 10**12  # exact in a Lua number and in JSON
 CREDENTIAL_MAX_BYTES = 512
@@ -157,6 +158,15 @@ def subject_of(address: str) -> str:
         return "ip-" + (re.sub(r"[^A-Za-z0-9._-]", "-", address)[:61] or "unknown")
     # A socket that listens on both protocols shows IPv4 clients as ::ffff:192.0.2.1.
     return f"ip-{(found.ipv4_mapped or found) if isinstance(found, ipaddress.IPv6Address) else found}"
+
+
+def is_address(text: str) -> bool:
+    """Whether this names an address, as `192.0.2.1` or as the subject `ip-192.0.2.1`, and not a key."""
+    try:
+        ipaddress.ip_address(text.removeprefix("ip-").partition("%")[0])
+    except ValueError:
+        return text.startswith("ip-")
+    return True
 
 
 def parse_duration(text: str) -> int:

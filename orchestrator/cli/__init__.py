@@ -24,6 +24,7 @@ Examples:
         "generate": "orchestrator.cli.generate:generate",
         "batch": "orchestrator.cli.batch:batch",
         "keys": "orchestrator.cli.keys:keys",
+        "limits": "orchestrator.cli.limits:limits",
         "breaker": "orchestrator.cli.breaker:breaker",
         "models": "orchestrator.cli.models:models",
         "config": "orchestrator.cli.config:config",
