@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from orchestrator.errors import Text
 
 LINGER_S = 2.0  # for a refused client to read why, before the connection is reset under it
 STUCK_S = 10.0  # a closed connection whose client reads nothing of the rest for this long is reset
+_UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ MALFORMED = _invalid(400, "malformed_request", "This is not HTTP/1.1.", "Esto no
 TOO_SLOW = _invalid(
     408, "request_timeout", "The request took too long to arrive.", "La solicitud tardó demasiado en llegar."
 )
+NO_UPGRADE = _invalid(400, "no_upgrade", "Only HTTP/1.1 is spoken here.", "Aquí solo se habla HTTP/1.1.")
 LONG_TARGET = _invalid(414, "uri_too_long", "The request's URL is too long.", "La URL de la solicitud es muy larga.")
 LARGE_HEAD = _invalid(
     431,
@@ -76,6 +79,16 @@ LARGE_HEAD = _invalid(
 CROWDED = Refusal(
     503, "server_error", "too_many_connections", Text("Too many connections.", "Hay demasiadas conexiones.")
 )
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """A packet that begins with a head, with its Upgrade field renamed.
+
+    A server may ignore that field (RFC 9110, 7.8), and Java's client offers HTTP/2 with it; but the parser takes what
+    follows such a head for the other protocol, so that the body would be lost.
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nx-ignored-upgrade:", head) + end + rest
 
 
 class Config(uvicorn.Config):
@@ -115,12 +128,11 @@ class Hardened(HttpToolsProtocol):
         if self._refused is not None:
             return
         self._unset_keepalive_if_required()
+        if b"pgrade:" in data and not self._in_head and not self._in_body:
+            data = _without_upgrade(data)
         self._unparsed += len(data)
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # No other protocol is spoken here: the request is answered as it is, but the parser cannot go on.
-            self.cycle.keep_alive = False
         except httptools.HttpParserError:
             self._refuse(self._refused or MALFORMED)
             return
@@ -148,6 +160,8 @@ class Hardened(HttpToolsProtocol):
             self._stop_parsing(LARGE_HEAD)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            self._stop_parsing(NO_UPGRADE)
         super().on_headers_complete()
         self._unparsed = 0
         self._in_head, self._in_body = False, True
