@@ -25,6 +25,7 @@ Examples:
         "batch": "orchestrator.cli.batch:batch",
         "keys": "orchestrator.cli.keys:keys",
         "limits": "orchestrator.cli.limits:limits",
+        "cache": "orchestrator.cli.cache:cache",
         "breaker": "orchestrator.cli.breaker:breaker",
         "models": "orchestrator.cli.models:models",
         "config": "orchestrator.cli.config:config",
