@@ -159,8 +159,7 @@ class Limiter:
                 raise LimitsUnavailable
             if self._loss == "fail_open":
                 return
-        share = self._workers if self._store is not None or self._workers > 1 else 1
-        own = replace(limits, **{name: math.ceil(value / share) for name, value in vars(limits).items()})
+        own = replace(limits, **{name: math.ceil(value / self._workers) for name, value in vars(limits).items()})
         enforce = self._mode == "enforce"
         entry.local = True
         entry.verdict = self._local.reserve(

@@ -1,0 +1,169 @@
+"""Limits and cache in one round trip, and what is decided without Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.cache import Ticket
+from orchestrator.domain import Caller, Limits, Notes
+from orchestrator.errors import LimitsUnavailable, RateLimited
+from orchestrator.limiter import Limiter
+from orchestrator.store import Store, leases_key
+from tests.redis import RealRedis
+
+from .conftest import eventually, until
+
+TICKET = Ticket("k" * 64, "t", "m", "text_generation")
+CALLER = Caller("key1", "t", limits=Limits(per_minute=3))
+
+
+@pytest.fixture(scope="module")
+def server() -> object:
+    with RealRedis() as running:
+        yield running
+
+
+@asynccontextmanager
+async def connected(server: RealRedis, timeout_s: float = 0.5) -> AsyncIterator[Store]:
+    store = Store(server.url, timeout_s)
+    task = asyncio.create_task(store.run())
+    try:
+        await until(lambda: store.up)
+        yield store
+    finally:
+        if store.up:
+            await store.call("FLUSHALL")
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def enter(limiter: Limiter, caller: Caller = CALLER, tokens: int = 0, ticket: Ticket | None = None, n: int = 0):
+    notes = Notes()
+    return await limiter.enter(caller, "generate", tokens, f"lease{n}", ticket, notes), notes
+
+
+async def test_one_round_trip_counts_and_looks_up(server: RealRedis) -> None:
+    """One script call says how much is left and that nobody has this answer; a refusal looks nothing up."""
+    async with connected(server) as store:
+        limiter = Limiter(store, "enforce", "local", 1)
+        before = (await store.call("INFO", "stats")).decode()
+        entry, notes = await enter(limiter, ticket=TICKET)
+        after = (await store.call("INFO", "stats")).decode()
+        assert _processed(after) - _processed(before) <= 12, "the script's own calls and one EVAL"
+        assert entry.lookup is not None
+        assert entry.lookup.state == "lead"
+        assert [(w.name, w.limit, w.used) for w in notes.windows] == [("minute", 3, 1)]
+        for number in range(2):
+            await enter(limiter, n=number)
+        with pytest.raises(RateLimited) as refused:
+            await enter(limiter, ticket=TICKET)
+        assert (refused.value.window, refused.value.limit) == ("minute", 3)
+        assert 0 < (refused.value.retry_after_s or 0) <= 61
+        assert not limiter.degraded
+
+
+def _processed(info: str) -> int:
+    return int(next(line for line in info.splitlines() if line.startswith("total_commands_processed")).split(":")[1])
+
+
+async def test_who_has_no_limits_and_no_cache_asks_nothing(server: RealRedis) -> None:
+    """Neither limits nor a ticket: no round trip, and no headers."""
+    async with connected(server) as store:
+        entry, notes = await enter(Limiter(store, "enforce", "local", 1), Caller("x"))
+        assert (entry.verdict, entry.lookup, notes.windows) == (None, None, ())
+        off, _ = await enter(Limiter(store, "off", "local", 1))
+        assert off.verdict is None
+
+
+async def test_shadow_counts_and_refuses_nobody(server: RealRedis) -> None:
+    """In shadow mode the fourth of three passes and its notes name the limit."""
+    async with connected(server) as store:
+        limiter = Limiter(store, "shadow", "local", 1)
+        shadows = [(await enter(limiter, n=number))[1].shadow for number in range(4)]
+        assert shadows == [None, None, None, "minute"]
+
+
+async def test_tokens_are_settled_and_places_given_back(server: RealRedis) -> None:
+    """What was reserved is replaced by what was used, also when nothing was; the place is free again."""
+    caller = replace(CALLER, limits=Limits(tokens_per_minute=100, concurrency=1))
+    async with connected(server) as store:
+        limiter = Limiter(store, "enforce", "local", 1)
+        entry, _ = await enter(limiter, caller, tokens=90)
+        with pytest.raises(RateLimited):
+            await enter(limiter, caller, tokens=5, n=1)
+        limiter.leave(entry, 20)
+
+        async def left() -> bool:
+            return not await store.call("ZCARD", leases_key("t", "key1"))
+
+        await eventually(left)
+        again, notes = await enter(limiter, caller, tokens=80, n=2)
+        assert [(w.name, w.used) for w in notes.windows] == [("tokens_minute", 100), ("concurrency", 1)]
+        limiter.leave(again, 0)
+        await eventually(left)
+
+
+async def test_a_caller_who_leaves_while_it_is_counted_holds_no_place(server: RealRedis) -> None:
+    """Cancelled in the middle of the round trip, a request gives back what it had reserved."""
+    caller = replace(CALLER, limits=Limits(tokens_per_minute=100, concurrency=1))
+    async with connected(server) as store:
+        limiter = Limiter(store, "enforce", "local", 1)
+        task = asyncio.create_task(enter(limiter, caller, tokens=100))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+        async def free() -> bool:
+            try:
+                entry, _ = await enter(limiter, caller, tokens=100, n=9)
+            except RateLimited:
+                return False
+            limiter.leave(entry, 0)
+            return True
+
+        await eventually(free)
+
+
+@pytest.mark.parametrize("loss", ["fail_open", "fail_closed", "local"])
+async def test_without_redis(loss: str) -> None:
+    """A stalled Redis: all pass, none do, or this process's share counts; it is said until Redis is back."""
+    with RealRedis() as server:
+        async with connected(server, timeout_s=0.05) as store:
+            limiter = Limiter(store, "enforce", loss, 2)
+            await enter(limiter)
+            server.stop_answering()
+            if loss == "fail_closed":
+                with pytest.raises(LimitsUnavailable):
+                    await enter(limiter)
+            else:
+                passed = [await _passes(limiter) for _ in range(4)]
+                # three a minute over two workers are two for each
+                assert passed == ([True] * 4 if loss == "fail_open" else [True, True, False, False])
+            assert limiter.degraded
+            lookup = (await enter(limiter, Caller("y"), ticket=TICKET))[0].lookup
+            assert lookup is not None
+            assert lookup.state == "local"
+            server.go_on()
+            await until(lambda: store.up)
+            await enter(limiter)
+            assert not limiter.degraded
+
+
+async def _passes(limiter: Limiter) -> bool:
+    try:
+        await enter(limiter)
+    except RateLimited:
+        return False
+    return True
+
+
+async def test_no_redis_at_all_counts_in_this_process() -> None:
+    """A gateway that was given no Redis keeps its limits by itself, whatever redis_loss says."""
+    limiter = Limiter(None, "enforce", "fail_open", 1)
+    assert [await _passes(limiter) for _ in range(4)] == [True, True, True, False]
