@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
+import time
 from typing import Any
 
 from orchestrator import models
@@ -12,6 +13,8 @@ from orchestrator.local import redisserver, state, tritonserver
 from orchestrator.local.process import alive
 from orchestrator.ops import entrycheck
 from orchestrator.ops.finding import Deployment, Finding
+from orchestrator.ops.keyring import Keyring
+from orchestrator.ops.redis import NoRedis, connect
 from orchestrator.ops.stopping import lock_holder, servers
 from orchestrator.settings import mask_url
 
@@ -113,6 +116,23 @@ def _embedded() -> Finding:
     if done.returncode != 0:
         return Finding("redis", False, f"{binary} fails: {done.stderr.strip()[:200]}", hint)
     return Finding("redis", True, f"embedded, {binary}")
+
+
+def check_keys(deployment: Deployment) -> Finding:
+    """Where API keys are needed somebody has one."""
+    settings = deployment.settings
+    if settings.auth != "keys":
+        return Finding("keys", True, "no API key is needed (auth is open)")
+    if deployment.stack is None and settings.redis_url is None:
+        return Finding("keys", True, "API keys are looked at while the stack runs")
+    try:
+        with connect(settings) as client:
+            now = time.time()
+            active = sum(key.state(now) == "active" for key in Keyring(client).all())
+    except NoRedis:
+        return Finding("keys", True, "nobody can tell, see the check of Redis")
+    hint = "" if active else "make the first one with `truthgpt keys create --tenant NAME`"
+    return Finding("keys", True, f"active API keys: {active}", hint)
 
 
 def check_gateway(deployment: Deployment) -> Finding:

@@ -32,6 +32,7 @@ CHECKS = (
     Check("shared_memory", machine.check_shared_memory),
     Check("ports", machine.check_ports),
     Check("redis", stack.check_redis),
+    Check("keys", stack.check_keys),
     Check("model", stack.check_model),
     Check("entry", stack.check_entry, 120.0),  # hashes every byte of the weights
     Check("gateway", stack.check_gateway),

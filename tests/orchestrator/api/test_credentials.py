@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import keys
 from orchestrator.api.credentials import credential_of
 from orchestrator.errors import Unauthenticated
+from orchestrator.ops.keyring import Keyring
+from tests.redis import RealRedis
+
+from ..conftest import eventually, serving
+from ..fake_triton import FakeTriton
 
 
 @pytest.mark.parametrize(
@@ -49,3 +57,41 @@ def test_any_bytes_are_read(authorization: bytes, x_api_key: bytes) -> None:
     except Unauthenticated:
         return
     assert found is None or found.isascii()
+
+
+async def test_a_key_opens_the_gateway_until_it_is_revoked(fake: FakeTriton) -> None:
+    """Over HTTP: 401 without a key, 200 with one in either header, 401 within a second of its revocation; probes
+    need none, and while Redis is away a known key works and an unknown one gets 503 with Retry-After."""
+    with RealRedis() as server, redis.Redis.from_url(server.url) as client:
+        keyring = Keyring(client)
+        key, credential = keyring.create("acme")
+        _, other = keyring.create("acme")
+        unknown = keys.credential(keys.new_id(), keys.new_secret())
+        async with serving(fake, redis_url=server.url, redis_timeout_s=0.2, auth="keys") as stack:
+
+            async def status(**headers: str) -> int:
+                return (await stack.get("/v1/models", **headers))[0]
+
+            async def known() -> bool:
+                return await status(Authorization=f"Bearer {credential}") == 200
+
+            await eventually(known)
+            assert await status(**{"x-api-key": credential}) == 200
+            assert await status() == 401 and await status(Authorization=f"Bearer {unknown}") == 401
+            assert (await stack.get("/health/ready"))[0] == 200
+
+            async def refused() -> bool:
+                return await status(Authorization=f"Bearer {credential}") == 401
+
+            keyring.revoke(key.id)
+            began = time.monotonic()
+            await eventually(refused)
+            assert time.monotonic() - began < 1.0
+            server.stop_answering()
+
+            async def unsure() -> bool:
+                return await status(Authorization=f"Bearer {unknown}") == 503
+
+            await eventually(unsure)
+            assert "retry-after" in (await stack.get("/v1/models", Authorization=f"Bearer {unknown}"))[2]
+            assert await status(Authorization=f"Bearer {other}") == 200

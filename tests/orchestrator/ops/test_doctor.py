@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from orchestrator.local import redisserver, state, tritonserver
 from orchestrator.ops import checks_machine, checks_stack, doctor
 from orchestrator.ops.finding import Deployment, Finding, Limits, installed
+from orchestrator.ops.keyring import Keyring
 from orchestrator.settings import Settings
 from tests.orchestrator.gateway import write_state
+from tests.redis import RealRedis
 
 
 def deployment(**parts: Any) -> Deployment:
@@ -248,6 +251,23 @@ def test_a_redis_that_answers(place: Any, tmp_path: Path) -> None:
         found = checks_stack.check_redis(deployment())
         server.kill()
     assert found.ok and "answers" in found.detail
+
+
+def test_keys_that_nobody_has(place: Any) -> None:
+    """Where keys are needed and none is active a warning names the command; open, offline and no Redis are fine."""
+    assert checks_stack.check_keys(deployment()).ok and "open" in checks_stack.check_keys(deployment()).detail
+    place.set(AUTH="keys")
+    assert "while the stack runs" in checks_stack.check_keys(deployment()).detail
+    with RealRedis() as server, redis.Redis.from_url(server.url) as client:
+        place.set(REDIS_URL=server.url)
+        revoked, _ = Keyring(client).create("acme")
+        Keyring(client).revoke(revoked.id)
+        found = checks_stack.check_keys(deployment())
+        assert found.ok and "truthgpt keys create" in found.hint
+        Keyring(client).create("acme")
+        found = checks_stack.check_keys(deployment())
+        assert (found.ok, found.detail, found.hint) == (True, "active API keys: 1", "")
+    assert "see the check of Redis" in checks_stack.check_keys(deployment()).detail
 
 
 def test_an_embedded_redis_that_is_missing_or_broken(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
