@@ -39,6 +39,7 @@ from orchestrator.triton import Deadlines, Triton
 from orchestrator.upstream import Fallback, Upstream
 
 ADMIN_CALL_S = 600.0  # loading a model of many gigabytes
+KEYS_KNOWN_S = 1.0  # a gateway starts without Redis, too
 
 
 class _Application:
@@ -132,6 +133,8 @@ class Application(_Application):
         if flights:
             running["flights"] = flights.run()
         self._run(**running)
+        if store:
+            await registry.first_copy(KEYS_KNOWN_S)
 
 
 class AdminApplication(_Application):
@@ -150,6 +153,8 @@ class AdminApplication(_Application):
 
         self._door = FrontDoor(Admin(triton.fetch, ADMIN_CALL_S).routes, settings.body_limit_bytes, identify)
         self._run(registry=registry.run(), **({"store": store.run()} if store else {}))
+        if store:
+            await registry.first_copy(KEYS_KNOWN_S)
 
 
 def connect(settings: Settings) -> Triton:

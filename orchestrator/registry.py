@@ -50,14 +50,14 @@ class Registry:
         self._copy = _Copy()
         self._version: object = None
         self._malformed: set[bytes] = set()
-        self._wake = asyncio.Event()
+        self._wake, self._copied = asyncio.Event(), asyncio.Event()
         self._changed = True
         self.fresh_at: float | None = None  # when the copy was last known to agree with Redis
 
     @property
     def fresh(self) -> bool:
-        """Whether the copy agrees with Redis now, so that a key that is not in it does not exist."""
-        return self._age() <= FRESH_S
+        """Whether Redis answers and the copy agrees with it, so that a key that is not in it does not exist."""
+        return self._store is not None and self._store.up and self._age() <= FRESH_S
 
     @property
     def known(self) -> bool:
@@ -119,7 +119,16 @@ class Registry:
             log.warning("the registry cannot be read: %s", error)
             return False
         self.fresh_at = began
+        self._copied.set()
         return copying
+
+    async def first_copy(self, timeout_s: float) -> bool:
+        """Wait for the first copy; whether it came in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._copied.wait()
+        except TimeoutError:
+            return False
 
     async def _read(self, store: Store) -> _Copy:
         copy, cursor = _Copy(), b"0"
