@@ -35,7 +35,7 @@ Examples:
 @keys.command("create", cls=Command, epilog=_CREATE_EPILOG)
 @click.option("--tenant", required=True, type=NAME, metavar="T", help="Whose key: answers are cached per tenant.")
 @click.option("--scope", type=click.Choice(("inference", "admin")), default="inference", show_default=True,
-              help="admin may also load models, show every key's limits and reset breakers.")  # fmt: skip
+              help="admin may also use the admin API.")  # fmt: skip
 @limit_options(minimum=1)
 @click.option("--expires", "expires_s", type=DURATION, metavar="TIME", help="From now, such as 30d, 12h or 90m.  "
               "[default: never]")  # fmt: skip
