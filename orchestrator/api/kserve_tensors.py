@@ -65,7 +65,7 @@ def read(body: bytes, headers: Mapping[bytes, bytes]) -> InferBody:
     binary = parameters.pop("binary_data_output", False)
     if not isinstance(binary, bool):
         raise wrong("binary_data_output", "true or false", "true o false")
-    if "inputs" not in fields:
+    if fields.get("inputs") is None:
         raise required("inputs")
     inputs: dict[str, Tensor] = {}
     at = length
@@ -136,7 +136,7 @@ def _json_length(headers: Mapping[bytes, bytes], size: int) -> int:
 
 
 def _rows(fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    rows = fields.get(name) or []
+    rows = [] if fields.get(name) is None else fields[name]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise wrong(name, "a list of objects", "una lista de objetos")
     for row in rows:

@@ -29,14 +29,16 @@ class _Node(Generic[_T]):
 class Router(Generic[_T]):
     """Path templates such as `/v2/models/{model}/infer`; `{name}` takes any one segment that is not empty.
 
-    An exact path beats every template, and a literal segment beats a `{name}`. An encoded slash is part of its segment
-    and no path leads upwards: `.` and `..` are at no path.
+    An exact path beats every template; among templates a literal segment beats a `{name}`. An encoded slash is part of
+    its segment, and `.` and `..` are no segments: nothing leads upwards.
     """
 
     def __init__(self, routes: Mapping[str, _T]) -> None:
         self._exact = {path: Found(path, target) for path, target in routes.items() if "{" not in path}
         self._root = _Node[_T]()
         for path, target in routes.items():
+            if path in self._exact:
+                continue
             node, names = self._root, []
             for segment in path.split("/")[1:]:
                 if segment.startswith("{"):
