@@ -35,7 +35,7 @@ _BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # embeddings, overrides, iso
 _ASTRAL = re.compile(
     "(\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f)|[\U000e0000-\U000e007f"
     + "".join(chr(plane << 16 | low) for plane in range(1, 17) for low in (0xFFFE, 0xFFFF))
-    + "]"
+    + "]++"
 )
 # Combining marks are neither word characters nor spaces. UAX #15, section 13: no text needs more than 30 in a row, and
 # normalising takes quadratic time on more.
@@ -50,7 +50,6 @@ _UNTIDY = re.compile(rf"[{_H}][\n{_H}]")
 _FLAG = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 _EXTENDS = re.compile("[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")  # joiners, skin tones, tags
 _LONGEST = 64  # code points; what claims to be one longer character is cut anywhere
-_UNTIDY = re.compile(r"[^\S\n][^\S\n]|[^\S\n]\n|\n\n\n")
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,8 @@ def _tidy(text: str) -> tuple[str, frozenset[str]]:
         before, text = text, step(text)
         if text != before:
             changes.add(name)
-    text, removed = unsafe.remove(text)
-    return (_tidy_spaces(text) if removed else text), removed.union(changes)
+    text, removed = unsafe.remove(text, _tidy_spaces)
+    return text, removed.union(changes)
 
 
 def _first_marks(run: re.Match[str]) -> str:

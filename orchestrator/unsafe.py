@@ -10,6 +10,7 @@ Every pattern takes linear time: what repeats is possessive, and no match can be
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from html import unescape
 
 NAMES = ("script", "iframe", "object", "embed", "handler", "uri")
@@ -58,11 +59,11 @@ _URI = re.compile(
 _LONG_NUMBER = re.compile("(&#)0*+([0-9]{0,8})[0-9]*+")  # int() refuses thousands of digits
 
 
-def remove(text: str) -> tuple[str, frozenset[str]]:
+def remove(text: str, tidy: Callable[[str], str]) -> tuple[str, frozenset[str]]:
     """The text without anything dangerous, and which of NAMES were removed; a second call changes nothing.
 
-    A pass can leave a match only where text was built for that. After four passes such text loses every `<` and `:`,
-    without which nothing can match.
+    `tidy` puts the white space in order that removing leaves, and has been applied to `text`. Only text that was built
+    for it still has a match after one pass. After four it loses every `<` and `:`, without which nothing can match.
     """
     if "<" not in text and ":" not in text:
         return text, frozenset()
@@ -71,7 +72,8 @@ def remove(text: str) -> tuple[str, frozenset[str]]:
         before, text = text, _once(text, found)
         if text == before:
             return text, frozenset(found)
-    return text.translate({ord("<"): " ", ord(":"): " "}), frozenset(found)
+        text = tidy(text)
+    return tidy(text.translate({ord("<"): " ", ord(":"): " "})), frozenset(found)
 
 
 def _once(text: str, found: set[str]) -> str:
