@@ -25,17 +25,51 @@ ROOMS: dict[str, set[str]] = {
     "logs": {"domain"},
     "models": {"settings", "errors", "pbtxt"},
     "client": {"sse", "errors"},
-    "store": {"settings", "errors"},
-    "tensors": {"domain", "errors"},
+    "redis_connection": set(),
+    "store": {"settings", "redis_connection"},
     "triton": BASE | {"sse", "tensors"},
-    "admission": {"errors", "store"},
+    "tensors": {"domain", "errors"},
     "health": {"domain", "errors", "triton"},
-    "gateway": {"domain", "errors", "admission", "health", "triton"},
-    "api": {"domain", "errors", "sse", "tensors", "gateway"},
+    # one rule each
+    "admission": {"errors"},
+    "unsafe": set(),
+    "sanitize": {"errors", "unsafe"},
+    "output": {"domain", "errors"},
+    "retries": set(),
+    "breaker": {"errors", "store"},
+    "limits_lua": set(),
+    "limits": {"domain", "limits_lua", "store"},
+    "limits_local": {"domain", "limits"},
+    "cache": {"domain", "store"},
+    "broadcast": {"domain", "errors"},
+    "relay": {"domain", "errors", "broadcast", "store"},
+    "flights": {"domain", "errors", "broadcast", "cache", "relay", "store"},
+    "keys": {"domain"},
+    "registry": {"keys", "store"},
+    "auth": {"domain", "errors", "keys", "registry"},
+    "tokens": {"domain", "errors", "triton"},
+    "screening": {"domain", "sanitize", "tokens", "triton"},
+    "limiter": {"domain", "errors", "cache", "limits", "limits_local", "store"},
+    "upstream": {"domain", "errors", "breaker", "broadcast", "health", "output", "retries", "triton"},
+    "passage": {"domain", "errors", "cache", "flights", "limiter"},
+    # the path and its edges
+    "gateway": {
+        "domain", "errors", "admission", "breaker", "broadcast", "cache", "flights", "health", "limiter", "passage",
+        "screening", "tokens", "upstream",
+    },
+    "api": {"domain", "errors", "sse", "gateway", "tensors"},
+    # processes
+    "hardening": {"errors"},
+    "server": {"settings", "hardening"},
+    "worker": {"settings", "logs", "app", "server"},
+    "parent": {"settings", "logs", "server", "app"},
     "local": {"settings", "errors", "models", "pbtxt", "client", "triton"},
-    "ops": {"settings", "errors", "triton", "store", "models", "pbtxt", "client", "local"},
-}
-ROOMS["app"] = set(ROOMS) - {"local", "ops", "client", "models", "pbtxt"}
+    "ops": {
+        "settings", "errors", "domain", "triton", "store", "models", "pbtxt", "client", "local", "sse", "keys", "cache",
+        "limits",
+    },
+}  # fmt: skip
+ROOMS["app"] = set(ROOMS) - {"local", "ops", "client", "models", "pbtxt", "server", "hardening", "worker"}
 ROOMS["cli"] = {*ROOMS}
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "tokenizers", "safetensors", "numpy"}
@@ -111,7 +145,7 @@ def test_one_module_talks_to_each_server(path: Path) -> None:
     names = {name.split(".")[0] for name, _ in imports(path)}
     if own not in ("triton", "client", "local", "ops", "cli"):
         assert not names & {"aiohttp", "tritonclient", "grpc", "httpx", "requests", "urllib3"}
-    if own not in ("store", "local", "ops", "cli"):
+    if own not in ("store", "redis_connection", "local", "ops", "cli"):
         assert "redis" not in names
 
 
