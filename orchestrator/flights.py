@@ -18,7 +18,7 @@ from typing import Any
 from orchestrator.broadcast import Broadcast, Outcome
 from orchestrator.cache import ENTER, LEAVE, RENEW, Answer, Lookup, Ticket, encode, lookup_of
 from orchestrator.domain import Chunk, Usage
-from orchestrator.errors import Cancelled, InternalError, TruthGPTError
+from orchestrator.errors import Draining, InternalError, TruthGPTError
 from orchestrator.relay import Followed, Relay, Times
 from orchestrator.store import Script, Store, StoreAway, StoreError
 
@@ -141,16 +141,23 @@ class Flights:
                         run.renewed = now
                         self._spawn(self._renew(run.ticket))
         finally:
+            self._relay.close()
             hush()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def idle(self) -> None:
+        """Wait until no flight runs; some may have readers in other processes only."""
+        while tasks := [run.task for run in self._running.values() if run.task is not None]:
+            await asyncio.wait(tasks)
+
     async def _fly(self, run: _Run, lookup: Lookup) -> None:
-        error: TruthGPTError | None = Cancelled("nobody reads this answer any more")
+        error: TruthGPTError | None = Draining()  # who still reads when this is cancelled
         try:
             if not await self._followed(run, lookup):
                 run.leads, cast = True, run.cast
+                cast.outcome.fallback = None  # a leader that is gone may have spoken of one
                 async with aclosing(run.start(cast.outcome)) as upstream:
                     async for chunk in upstream:
                         cast.add(chunk)

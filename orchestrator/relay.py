@@ -73,8 +73,9 @@ class Relay:
         """
         ear = self._ears[key] = asyncio.Queue()
         number = 0  # of the leader's broadcast, once it is known
-        heard = said = time.monotonic()
-        away: float | None = None  # since when Redis is
+        said = time.monotonic()
+        # Counted in ticks: a time in which this process itself stood still says nothing about others.
+        silent_s = away_s = 0.0
         self._say(leader, want=key, number=number, start=0)
         try:
             while True:
@@ -83,7 +84,7 @@ class Relay:
                 if message is not None:
                     if number not in (0, message["number"]):
                         continue  # of an answer that was followed here before
-                    heard, number = now, message["number"]
+                    silent_s, number = 0.0, message["number"]
                     if message.get("gone"):
                         if cast.chunks:
                             raise UpstreamUnavailable("the other worker no longer has the answer that it began")
@@ -93,16 +94,18 @@ class Relay:
                 elif not self._store.up:
                     if not cast.chunks:
                         return Followed.AWAY
-                    away = away or now
-                    if now - away > self._times.patience_s:
+                    away_s += self._times.tick_s
+                    if away_s > self._times.patience_s:
                         raise UpstreamUnavailable("Redis went away in the middle of another worker's answer")
-                    heard, said = now, 0.0  # nobody can be heard; ask at once when it is back
+                    silent_s = said = 0.0  # nobody can be heard; ask at once when it is back
                     continue
-                elif now - heard > self._times.silence_s:
-                    if cast.chunks:
-                        raise UpstreamUnavailable("the worker that made this answer is gone")
-                    return Followed.SILENT
-                away = None
+                else:
+                    silent_s += self._times.tick_s
+                    if silent_s > self._times.silence_s:
+                        if cast.chunks:
+                            raise UpstreamUnavailable("the worker that made this answer is gone")
+                        return Followed.SILENT
+                away_s = 0.0
                 if now - said > self._times.beat_s:
                     said = now
                     self._say(leader, want=key, number=number, start=len(cast.chunks))
@@ -128,14 +131,24 @@ class Relay:
 
     def beat(self) -> None:
         """Say to every follower that its answer is still made; forget those that are silent. Called every `beat_s`."""
-        now = time.monotonic()
         for follower in list(self._sending.values()):
+            follower.silent_s += self._times.beat_s
             if not self._store.up:
-                follower.heard = now  # nobody can be heard
-            elif now - follower.heard > self._times.silence_s:
+                follower.silent_s = 0.0  # nobody can be heard
+            elif follower.silent_s > self._times.silence_s:
                 self._forget(follower)
             else:
                 follower.flush()
+
+    def close(self) -> None:
+        """Send every follower the rest of its answer if that has ended, else send it away: this process stops."""
+        for follower in self._sending.values():
+            if follower.cast.ended:
+                follower.flush()
+            else:
+                follower.stop()
+                follower.say({"number": follower.cast.number, "gone": True})
+        self._sending.clear()
 
     def _follower(self, key: str, message: dict[str, Any]) -> _Follower | None:
         """Who sent this, if it follows an answer of ours; who does not know the answer's number yet is known too."""
@@ -155,8 +168,7 @@ class Relay:
             follower = _Follower(cast, worker, lambda part: self._say(worker, key=key, **part), self._times.coalesce_s)
             self._sending[follower.id] = follower
             cast.join(follower)
-        follower.heard = time.monotonic()
-        follower.sent = message["start"]
+        follower.silent_s, follower.sent = 0.0, message["start"]
         follower.flush()
 
     def _forget(self, follower: _Follower) -> None:
@@ -189,8 +201,8 @@ class _Follower:
 
     def __init__(self, cast: Broadcast, worker: str, say: Callable[[dict[str, Any]], None], coalesce_s: float) -> None:
         self.id = cast.number, worker
-        self.cast, self.sent, self.heard = cast, 0, 0.0
-        self._say, self._coalesce_s = say, coalesce_s
+        self.cast, self.sent, self.silent_s = cast, 0, 0.0
+        self.say, self._coalesce_s = say, coalesce_s
         self._timer: asyncio.TimerHandle | None = None
         self._flushed = 0.0
 
@@ -209,7 +221,7 @@ class _Follower:
             part = _part(cast.chunks, self.sent)
             whole = self.sent + len(part) >= len(cast.chunks)
             ended = cast.ended and whole
-            self._say({
+            self.say({
                 "number": cast.number, "start": self.sent, "chunks": part, "fallback": cast.outcome.fallback,
                 "ended": ended, "error": pack_error(cast.error) if ended and cast.error else None,
             })  # fmt: skip
@@ -236,8 +248,8 @@ async def _next(ear: asyncio.Queue[dict[str, Any]], timeout_s: float) -> dict[st
     try:
         async with asyncio.timeout(timeout_s):
             return await ear.get()
-    except TimeoutError:
-        return None
+    except TimeoutError:  # it may have come in the same moment
+        return None if ear.empty() else ear.get_nowait()
 
 
 def pack_error(error: TruthGPTError) -> dict[str, Any]:

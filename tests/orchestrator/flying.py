@@ -181,7 +181,7 @@ async def main(url: str, first_s: float, pause_s: float) -> None:
             async for chunk in chunks:
                 yield chunk
 
-    async with replica(url) as worker:
+    async with replica(url, times=Times()) as worker:
         tasks = set()
 
         async def ask(command: dict[str, Any]) -> None:

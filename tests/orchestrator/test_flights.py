@@ -7,16 +7,17 @@ import random
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.cache import Lookup
 from orchestrator.domain import CachePolicy
-from orchestrator.errors import EmptyAnswer, InternalError, Overloaded, UpstreamUnavailable
+from orchestrator.errors import Draining, EmptyAnswer, InternalError, Overloaded, UpstreamUnavailable
 from tests.redis import RealRedis
 
 from .conftest import until
-from .flying import WORDS, Child, Replica, Upstream, read, replica
+from .flying import QUICK, WORDS, Child, Replica, Upstream, read, replica
 
 ANSWER = "".join(WORDS)
 
@@ -317,12 +318,14 @@ async def test_a_hundred_over_two_processes_make_one_call(server: RealRedis, one
     """A hundred identical requests over two processes, half of them while the answer streams, make one call."""
     async with AsyncExitStack() as stack:
         children = [
-            await stack.enter_async_context(Child.started(server.url, first_s=0.15, pause_s=0.1)) for _ in range(2)
+            await stack.enter_async_context(Child.started(server.url, first_s=0.1, pause_s=0.15)) for _ in range(2)
         ]
         asked = [asyncio.create_task(child.ask()) for child in children for _ in range(25)]
         await locked(one, 1)
-        await asyncio.sleep(0.3)  # the first chunks are there, the last one is not
-        assert len(await locks(one)) == 1
+        flight = await one.join()
+        await anext(flight)
+        assert flight.shared and len(await locks(one)) == 1  # the answer streams
+        await flight.aclose()
         asked += [asyncio.create_task(child.ask()) for child in children for _ in range(25)]
         assert await asyncio.gather(*asked) == [ANSWER] * 100
         assert sum([await child.calls() for child in children]) == 1
@@ -355,6 +358,46 @@ async def test_the_leading_process_is_killed_in_the_middle(server: RealRedis, on
         doomed.cancel()
     one.upstream.go()
     assert await one.ask() == ANSWER and one.upstream.calls == 1
+
+
+@pytest.mark.parametrize("started", [False, True])
+async def test_a_worker_that_stops_sends_its_followers_away(server: RealRedis, one: Replica, started: bool) -> None:
+    """At once, not after a silence: before the first chunk another leads, in the middle it is an error."""
+    slow = replace(QUICK, silence_s=60.0)
+    upstream = Upstream()
+    async with replica(server.url, times=slow) as other:
+        other.upstream.go()
+        async with replica(server.url, upstream, slow) as leader:
+            first = await leader.join()
+            flight = await other.join()
+            if started:
+                upstream.first.set()
+                await anext(flight)
+            else:
+                await until(lambda: bool(leader.flights._relay._sending))
+        with pytest.raises(Draining):
+            await read(first)
+        if started:
+            with pytest.raises(UpstreamUnavailable):
+                await asyncio.wait_for(read(flight), 2.0)
+        else:
+            assert await asyncio.wait_for(read(flight), 2.0) == ANSWER and not flight.shared
+        assert upstream.closed == 1
+
+
+async def test_idle_waits_for_readers_of_other_processes(two: tuple[Replica, Replica]) -> None:
+    """A worker whose own callers have all left still has something to do."""
+    here, there = two
+    first = await here.join()
+    flight = await there.join()
+    await until(lambda: bool(here.flights._relay._sending))
+    await first.aclose()
+    idle = asyncio.create_task(here.flights.idle())
+    await asyncio.sleep(0.02)
+    assert not idle.done()
+    here.upstream.go()
+    assert await read(flight) == ANSWER
+    await asyncio.wait_for(idle, 2.0)
 
 
 @pytest.mark.parametrize("lost", ["stalled", "restarted"])
