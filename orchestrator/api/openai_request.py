@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.api.fields import Defaults, boolean, integer, messages, number, prompt, required, stop, top_p, wrong
+from orchestrator.api.fields import (
+    Defaults,
+    boolean,
+    integer,
+    messages,
+    number,
+    prompt,
+    required,
+    stop,
+    top_p,
+    unknown,
+    wrong,
+)
 from orchestrator.api.http import Exchange
 from orchestrator.api.policy import cache_policy, task
 from orchestrator.domain import EmbedRequest, GenerateRequest
@@ -131,15 +142,7 @@ def _known(body: dict[str, Any], names: set[str], neutral: Mapping[str, tuple[ob
             if value is not None and not any(type(value) is type(one) and value == one for one in neutral[name]):
                 raise InvalidRequest(Text(f"{name} is not supported here.", f"{name} no está disponible aquí."), name)
         elif name not in _IGNORED:
-            shown = name[:100]
-            near = difflib.get_close_matches(shown, [*names, *neutral], n=1, cutoff=0.7)
-            raise InvalidRequest(
-                Text(
-                    f"Unknown parameter: {shown!r}." + (f" Did you mean {near[0]!r}?" if near else ""),
-                    f"Parámetro desconocido: {shown!r}." + (f" ¿Quería decir {near[0]!r}?" if near else ""),
-                ),
-                shown,
-            )
+            raise unknown(name, (*names, *neutral))
     return fields
 
 
