@@ -73,7 +73,8 @@ class Connection(asyncio.Protocol):
         self._pending: deque[_Pending] = deque()
         self._unsent: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._grace_until: float | None = None
+        self._late: _Pending | None = None  # the oldest command when a deadline was first seen to have passed
+        self._grace_until = 0.0
         self._refused = False
 
     @classmethod
@@ -183,13 +184,12 @@ class Connection(asyncio.Protocol):
         self._timer = None
         now, soonest = self._loop.time(), min((pending.deadline for pending in self._pending), default=float("inf"))
         if soonest > now:
-            self._grace_until = None
             if soonest < float("inf"):
                 self._watch(soonest)
             return
         # Late may be this process and not Redis: what has arrived, or still has to leave, gets its turn first.
-        if self._grace_until is None:
-            self._grace_until = now + self._timeout_s
+        if self._late is not self._pending[0]:
+            self._late, self._grace_until = self._pending[0], now + self._timeout_s
         if now <= self._grace_until and self._socket_has_work():
             self._watch(now + LOOK_AGAIN_S)
         else:

@@ -195,14 +195,11 @@ class Store:
             for hook in self.on_up:
                 _guarded(hook)
             while True:
-                lost, _ = await asyncio.wait(
-                    (commands.lost, listener.lost), timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED
-                )
-                if lost:
-                    raise StoreAway(lost.pop().result())
+                losses = (commands.lost, listener.lost)
+                await asyncio.wait(losses, timeout=WATCH_S, return_when=asyncio.FIRST_COMPLETED)
                 for connection in (commands, listener):
-                    if connection.idle:  # else its commands' own deadlines watch it
-                        await connection.send("PING")
+                    if connection.idle:  # else the deadlines of its commands watch it
+                        await connection.send("PING")  # raises with the reason where the connection is lost
         finally:
             self.up, self._commands, self._listener = False, None, None
             for opened in (commands, listener):

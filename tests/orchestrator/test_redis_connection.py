@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+import socket
 import ssl
 import subprocess
 import time
@@ -119,7 +120,9 @@ async def test_a_deadline_ends_the_connection_for_everyone(server: RealRedis) ->
     server.stop_answering()
     try:
         began = time.monotonic()
-        pending = [connection.send("ECHO", number, timeout_s=PATIENT_S if number else None) for number in range(50)]
+        pending = [connection.send("ECHO", number, timeout_s=PATIENT_S) for number in range(50)]
+        await asyncio.sleep(0)
+        pending.append(connection.send("ECHO", "in a hurry"))
         results = await asyncio.gather(*pending, return_exceptions=True)
         took = time.monotonic() - began
         assert all(isinstance(result, StoreAway) for result in results)
@@ -132,18 +135,31 @@ async def test_a_deadline_ends_the_connection_for_everyone(server: RealRedis) ->
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-@pytest.mark.parametrize("blocked", ["before the write", "after the write"])
+@pytest.mark.parametrize("blocked", ["before the write", "after the write", "before the reply is read"])
 def test_a_late_loop_is_not_redis_fault(server: RealRedis, run: Run, blocked: str) -> None:
     """Whoever blocks the loop past the deadline delays the reply, and does not make Redis be away."""
 
     async def scenario() -> None:
-        async with connected(server, timeout_s=0.05) as connection:
-            for number in range(3):
-                reply = connection.send("ECHO", number)
-                if blocked == "after the write":
-                    await asyncio.sleep(0)
-                time.sleep(0.1)  # noqa: ASYNC251  blocking the loop is the point
-                assert await reply == str(number).encode()
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+
+        def read_slowly() -> None:
+            ours.recv(1)
+            time.sleep(0.1)
+
+        with ours, theirs:
+            loop.add_reader(ours, read_slowly)
+            async with connected(server, timeout_s=0.05) as connection:
+                for number in range(3):
+                    reply = connection.send("ECHO", number)
+                    if blocked != "before the write":
+                        await asyncio.sleep(0)
+                    if blocked == "before the reply is read":
+                        theirs.send(b"x")
+                    else:
+                        time.sleep(0.1)  # noqa: ASYNC251  blocking the loop is the point
+                    assert await reply == str(number).encode()
+            loop.remove_reader(ours)
 
     run(scenario())
 
