@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import zlib
+from collections.abc import Callable
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.api.middleware import _language
+from orchestrator.api.http import Exchange
+from orchestrator.api.middleware import FrontDoor, _language
+from orchestrator.domain import Caller
+from orchestrator.errors import Unauthenticated
 
 from ..conftest import Stack, serving
 from ..fake_triton import FakeTriton
@@ -79,8 +86,9 @@ async def test_unknown_paths_and_methods(stack: Stack) -> None:
         assert (status, body["error"]["code"]) == (404, "not_found"), path
     status, body, headers = await stack.get("/v1/completions", **{"accept-language": "es"})
     assert (status, headers["allow"], body["error"]["message"]) == (405, "POST", "Esta ruta no admite este método.")
-    status, body, _ = await stack.get("/v2/models/m")
-    assert (status, body) == (404, {"error": "There is nothing at this path."})
+    for path in ("/v2/", "/v2/models", "/v2/models/m/tokens"):
+        assert (await stack.get(path))[:2] == (404, {"error": "There is nothing at this path."})
+    assert (await stack.get("/v2/models/m/infer"))[:2] == (405, {"error": "This path does not take this method."})
     async with stack.http.head(stack.url + "/health/live") as response:
         assert response.status == 200
 
@@ -120,6 +128,89 @@ async def test_body_cap(fake: FakeTriton) -> None:
 
         async with aclosing(endless()) as data, stack.http.post(stack.url + "/v1/completions", data=data) as response:
             assert response.status == 413
+
+
+@pytest.mark.parametrize("pack", [("gzip", gzip.compress), ("deflate", zlib.compress), ("GZIP", gzip.compress)])
+async def test_compressed_bodies(stack: Stack, pack: tuple[str, Callable[[bytes], bytes]]) -> None:
+    """A gzip or deflate body is read as what it was before, on either edge, and one that is none is 400."""
+    coding, compress = pack
+    for path, body in (("/v1/completions", BODY), ("/v2/models/m/generate", {"text_input": "Hola"})):
+        packed = compress(json.dumps(body).encode())
+        assert (await stack.post(path, packed, **{"content-encoding": coding}))[0] == 200
+        assert (await stack.post(path, packed[:-9], **{"content-encoding": coding}))[0] == 400
+    assert [request["text_input"] for request in stack.fake.requests] == ["Hola", "Hola"]
+
+
+async def test_a_bomb_is_413_and_an_unknown_coding_415(stack: Stack) -> None:
+    """The limit holds for what a body unpacks to; what cannot be unpacked is refused with what can."""
+    bomb = gzip.compress(bytes(stack.server.config.app.settings.body_limit_bytes + 1))
+    status, body, _ = await stack.post("/v1/completions", bomb, **{"content-encoding": "gzip"})
+    assert (status, body["error"]["code"]) == (413, "payload_too_large")
+    for coding in ("br", "gzip, gzip", "\xff"):
+        status, body, headers = await stack.post("/v2/models/m/infer", b"{}", **{"content-encoding": coding})
+        assert (status, list(body), headers["accept-encoding"]) == (415, ["error"], "gzip, deflate")
+
+
+async def test_too_many_headers(stack: Stack) -> None:
+    """More than 100 fields, or more than 64 KiB of them, is 431, whatever they ask for."""
+    door = stack.server.config.app._door
+    for headers in ([(b"x", b"y")] * 101, [(b"x", b"y" * (64 << 10))]):
+        status, _, body = await ask(door, "/v1/models", headers)
+        assert (status, body["error"]["code"]) == (431, "headers_too_large")
+    assert (await ask(door, "/v1/models", [(b"x", b"y")] * 100))[0] == 200
+
+
+async def ask(door: FrontDoor, path: str, headers: list[tuple[bytes, bytes]]) -> tuple[int, dict[bytes, bytes], Any]:
+    """One GET without a server in between: status, headers, decoded body."""
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "headers": headers, "client": ("192.0.2.7", 1)}
+    await door(scope, receive, send)
+    return sent[0]["status"], dict(sent[0]["headers"]), json.loads(sent[1]["body"])
+
+
+async def test_who_may_come_in() -> None:
+    """Every path asks who it is but the probes and those that are not there; the caller reaches the handler."""
+    asked: list[tuple[bytes | None, str]] = []
+    seen: list[Caller] = []
+
+    def identify(headers: dict[bytes, bytes], address: str) -> Caller:
+        asked.append((headers.get(b"x-api-key"), address))
+        if headers.get(b"x-api-key") != b"good":
+            raise Unauthenticated
+        return Caller("k1", tenant="t1")
+
+    async def handler(exchange: Exchange) -> None:
+        seen.append(exchange.caller)
+        await exchange.reply_json(200, {})
+
+    door = FrontDoor({path: {"GET": handler} for path in ("/v1/x", "/v2/{a}", "/health/live")}, 1000, identify)
+    assert (await ask(door, "/health/live", []))[0] == 200
+    assert (await ask(door, "/nothing", []))[0] == 404
+    assert asked == []
+    for path in ("/v1/x", "/v2/health"):
+        status, headers, body = await ask(door, path, [(b"accept-language", b"es")])
+        assert (status, headers[b"www-authenticate"]) == (401, b"Bearer")
+        assert "Se necesita una clave" in json.dumps(body, ensure_ascii=False)
+    assert (await ask(door, "/v1/x", [(b"x-api-key", b"good"), (b"accept-language", b"es")]))[0] == 200
+    assert asked == [(None, "192.0.2.7"), (None, "192.0.2.7"), (b"good", "192.0.2.7")]
+    assert seen == [Caller("anonymous"), Caller("k1", tenant="t1", language="es")]
+
+
+async def test_where_keys_are_asked_for(fake: FakeTriton) -> None:
+    """With auth=keys the real application answers 401 without a key on every edge, and its probes without one."""
+    async with serving(fake, auth="keys", environment="staging") as stack:
+        for path in ("/v1/models", "/v2", "/v2/models/m", "/v2/models/m/ready", "/v2/models/stats"):
+            status, _, headers = await stack.get(path)
+            assert (status, headers["www-authenticate"]) == (401, "Bearer"), path
+        for path in ("/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready"):
+            assert (await stack.get(path))[0] == 200, path
 
 
 async def test_a_declared_giant_is_refused_before_it_is_sent(stack: Stack) -> None:
