@@ -10,6 +10,7 @@ import asyncio
 import logging
 import select
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ class Connection(asyncio.Protocol):
         self._pending: deque[_Pending] = deque()
         self._unsent: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._late: _Pending | None = None  # the oldest command when a deadline was first seen to have passed
         self._grace_until = 0.0
         self._refused = False
@@ -165,33 +167,33 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         if self.lost.done():
             return
-        now, soonest = self._loop.time(), float("inf")
+        now, soonest = time.monotonic(), float("inf")  # uvloop's own time stands still while callbacks run
         for pending in islice(reversed(self._pending), len(self._unsent)):
             pending.deadline = now + pending.timeout_s
             soonest = min(soonest, pending.deadline)
         self._transport.write(b"".join(self._unsent))
         self._unsent.clear()
-        if self._timer is None or soonest < self._timer.when():
-            self._watch(soonest)
+        if self._timer is None or soonest < self._timer_at:
+            self._watch(soonest, now)
 
-    def _watch(self, when: float) -> None:
+    def _watch(self, when: float, now: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._check)
+        self._timer, self._timer_at = self._loop.call_later(when - now, self._check), when
 
     def _check(self) -> None:
         """One timer for all: it stands at some deadline and is not moved when that reply comes."""
         self._timer = None
-        now, soonest = self._loop.time(), min((pending.deadline for pending in self._pending), default=float("inf"))
+        now, soonest = time.monotonic(), min((pending.deadline for pending in self._pending), default=float("inf"))
         if soonest > now:
             if soonest < float("inf"):
-                self._watch(soonest)
+                self._watch(soonest, now)
             return
         # Late may be this process and not Redis: what has arrived, or still has to leave, gets its turn first.
         if self._late is not self._pending[0]:
             self._late, self._grace_until = self._pending[0], now + self._timeout_s
         if now <= self._grace_until and self._socket_has_work():
-            self._watch(now + LOOK_AGAIN_S)
+            self._watch(now + LOOK_AGAIN_S, now)
         else:
             self.close("no answer within the deadline")
 

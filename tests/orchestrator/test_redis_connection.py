@@ -135,7 +135,7 @@ async def test_a_deadline_ends_the_connection_for_everyone(server: RealRedis) ->
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-@pytest.mark.parametrize("blocked", ["before the write", "after the write", "before the reply is read"])
+@pytest.mark.parametrize("blocked", ["before the write", "in its tick", "after the write", "before the reply is read"])
 def test_a_late_loop_is_not_redis_fault(server: RealRedis, run: Run, blocked: str) -> None:
     """Whoever blocks the loop past the deadline delays the reply, and does not make Redis be away."""
 
@@ -151,13 +151,16 @@ def test_a_late_loop_is_not_redis_fault(server: RealRedis, run: Run, blocked: st
             loop.add_reader(ours, read_slowly)
             async with connected(server, timeout_s=0.05) as connection:
                 for number in range(3):
+                    if blocked == "in its tick":
+                        loop.call_soon(time.sleep, 0.1)
                     reply = connection.send("ECHO", number)
-                    if blocked != "before the write":
-                        await asyncio.sleep(0)
+                    if blocked == "before the write":
+                        time.sleep(0.1)  # noqa: ASYNC251  blocking the loop is the point
+                    await asyncio.sleep(0)
+                    if blocked == "after the write":
+                        time.sleep(0.1)  # noqa: ASYNC251
                     if blocked == "before the reply is read":
                         theirs.send(b"x")
-                    else:
-                        time.sleep(0.1)  # noqa: ASYNC251  blocking the loop is the point
                     assert await reply == str(number).encode()
             loop.remove_reader(ours)
 
