@@ -66,8 +66,10 @@ class RealRedis:
     def start(self) -> None:
         """Start it and wait until it accepts commands. Raises AssertionError when it ends or takes too long."""
         assert self._process is None, "already running"
+        # A test run that is killed takes its servers along, where the system has a command for that.
+        leash = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         argv = [
-            str(binary()), "--port", "0", "--unixsocket", str(self.path), "--dir", str(self.path.parent), "--save", "",
+            *leash, str(binary()), "--port", "0", "--unixsocket", str(self.path), "--dir", str(self.path.parent), "--save", "",
             *self._options,
         ]  # fmt: skip
         with (self.path.parent / "log").open("ab") as log:
