@@ -52,6 +52,7 @@ class FakeTriton:
         self.beat: dict[str, Any] = {"running": 0, "waiting": 0, "slots": 4, "step_age_s": 0.0, "busy": False}
         self.beat_error: str | None = None
         self.words: dict[int, str] = {}
+        self.other_backends: set[str] = set()  # models that are only inferred with
         self.stopped = False  # as after SIGSTOP: connections are accepted and nothing is answered
         self.port = 0
         self.requests: list[dict[str, Any]] = []
@@ -127,11 +128,16 @@ class FakeTriton:
         if path == "/v2/repository/index":
             return 200, [{"name": name, "version": self.version, "state": state} for name, state in self.models.items()]
         if path.endswith("/config"):
+            name = path.split("/")[-2]
             return 200, {
-                "name": "m",
-                "backend": "inflight",
+                "name": name,
+                "backend": "python" if name in self.other_backends else "inflight",
                 "parameters": {k: {"string_value": v} for k, v in self.parameters.items()},
             }
+        if path.endswith("/ready"):
+            return 200, None
+        if path.endswith("/infer"):
+            return 200, {"model_name": path.split("/")[-2], "model_version": "1", "outputs": []}
         if path.endswith("/generate"):
             if self.beat_error is not None:
                 return 400, {"error": self.beat_error}

@@ -1,0 +1,201 @@
+"""There is one request path: every operation of every edge goes through all of its stages, in order, and leaves one
+record.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from orchestrator.api.admin import CONTROL
+from orchestrator.domain import Record
+from orchestrator.ops.keyring import Keyring
+from tests.redis import RealRedis
+
+from .conftest import Stack, serving, until
+from .fake_triton import FakeTriton
+
+TEXT_INPUTS = {"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["Hola"]}]}
+NUMBERS = {"inputs": [{"name": "x", "datatype": "INT32", "shape": [1], "data": [1]}]}
+# Every route that works for a caller: its body, or several where it has several operations behind it.
+OPERATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "/v1/completions": [
+        ("generate", {"model": "m", "prompt": "Hola"}),
+        ("generate", {"model": "m", "prompt": "Hola", "stream": True}),
+        ("generate", {"model": "m", "prompt": [1, 2]}),
+    ],
+    "/v1/chat/completions": [
+        ("generate", {"model": "m", "messages": [{"role": "user", "content": "Hola"}]}),
+        ("generate", {"model": "m", "messages": [{"role": "user", "content": "Hola"}], "stream": True}),
+    ],
+    "/v1/embeddings": [("embed", {"model": "m", "input": "Hola"})],
+    **{
+        f"/v2/models/m{version}/{what}": [("generate", body)]
+        for version in ("", "/versions/1")
+        for what, body in (
+            ("generate", {"text_input": "Hola"}),
+            ("generate_stream", {"text_input": "Hola", "stream": True}),
+            ("infer", TEXT_INPUTS),
+        )
+    },
+    "/v2/models/plain/infer": [("infer", NUMBERS)],
+}
+STAGES = ["permit", "sanitise", "fit", "limits and cache", "breaker", "triton", "settle", "record"]
+
+
+@pytest.fixture
+def server() -> Iterator[RealRedis]:
+    with RealRedis() as running:
+        yield running
+
+
+class Trail:
+    """Notes which stage of the path is entered, by wrapping the real parts' methods."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stages: list[str] = []
+        gateway = stack.gateway
+        upstream = gateway._upstream
+        self._wrap(gateway._admission, "permit", "permit")
+        for name in ("generate", "infer", "embed"):
+            self._wrap(gateway._screen, name, "sanitise")
+        self._wrap(gateway._tokens, "fit", "fit")
+        self._wrap(gateway._limiter, "enter", "limits and cache")
+        self._wrap(upstream._breakers, "guard", "breaker")
+        self._wrap(upstream._triton, "stream", "triton")
+        self._wrap(upstream._triton, "infer", "triton")
+        self._wrap(gateway._limiter, "leave", "settle")
+        gateway._sinks = (*gateway._sinks, self._sink)
+
+    def _wrap(self, part: Any, name: str, stage: str) -> None:
+        method: Callable[..., Any] = getattr(part, name)
+
+        @functools.wraps(method)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.stages.append(stage)
+            return method(*args, **kwargs)
+
+        setattr(part, name, noted)
+
+    def _sink(self, record: Record) -> None:
+        self.stages.append("record")
+
+    def take(self) -> list[str]:
+        taken, self.stages = self.stages, []
+        return taken
+
+
+def template(path: str) -> str:
+    parts = path.split("/")
+    if path.startswith("/v2/models/"):
+        parts[3] = "{model}"
+        if "versions" in parts:
+            parts[5] = "{version}"
+    return "/".join(parts)
+
+
+async def test_every_operation_of_every_edge_passes_every_stage(fake: FakeTriton, server: RealRedis) -> None:
+    """Whatever the protocol, streamed or not, the same stages run in the same order, and one record is left."""
+    fake.models["plain"] = "READY"
+    fake.other_backends = {"plain"}
+    async with serving(fake, redis_url=server.url, limit_per_minute=1000, max_batch_size=1) as stack:
+        trail = Trail(stack)
+        for path, calls in OPERATIONS.items():
+            for endpoint, body in calls:
+                async with stack.http.post(
+                    stack.url + path, json=body, headers={"cache-control": "no-store"}
+                ) as response:
+                    await response.read()
+                    assert response.status == (400 if endpoint == "embed" else 200), (path, await response.text())
+                    assert "ratelimit" in response.headers, path
+                # only a prompt needs room for tokens, and no embedding model is there to be asked
+                left_out = {"infer": {"fit"}, "embed": {"fit", "breaker", "triton"}}.get(endpoint, set())
+                wanted = [stage for stage in STAGES if stage not in left_out]
+                assert trail.take() == wanted, path
+                assert stack.records[-1].operation == endpoint
+        assert len(stack.records) == sum(len(calls) for calls in OPERATIONS.values())
+
+
+async def test_no_route_is_forgotten_here(stack: Stack) -> None:
+    """Every POST that the front door knows is an operation above, or is refused at this edge."""
+    application: Any = stack.server.config.app
+    posts = {path for path, methods in application._door.routes.items() if "POST" in methods}
+    assert posts == {template(path) for path in OPERATIONS} | {p for p, methods in CONTROL.items() if "POST" in methods}
+
+
+async def test_a_request_that_is_refused_counts_and_is_recorded(fake: FakeTriton, server: RealRedis) -> None:
+    """What is wrong with a request is found after it was counted, so that nobody floods the gateway for nothing."""
+    async with serving(fake, redis_url=server.url, limit_per_minute=2, sanitize="reject") as stack:
+        bad = {"model": "m", "prompt": "<script>x</script>"}
+        statuses = [(await stack.post("/v1/completions", bad))[0] for _ in range(3)]
+        assert statuses == [400, 400, 429]
+        assert [record.error for record in stack.records] == ["invalid_argument", "invalid_argument", "rate_limited"]
+
+
+async def test_the_protocol_does_not_double_a_limit(fake: FakeTriton, server: RealRedis) -> None:
+    """OpenAI's and KServe's edges count in the same window, and each tells what is left."""
+    async with serving(fake, redis_url=server.url, limit_per_hour=3) as stack:
+        first = await stack.post("/v1/completions", {"model": "m", "prompt": "a"})
+        second = await stack.post("/v2/models/m/generate", {"text_input": "b"})
+        third = await stack.post("/v2/models/m/infer", TEXT_INPUTS)
+        fourth = await stack.post("/v1/completions", {"model": "m", "prompt": "c"})
+        assert [answer[0] for answer in (first, second, third, fourth)] == [200, 200, 200, 429]
+        assert [answer[2]["x-ratelimit-remaining-requests"] for answer in (first, second, third, fourth)] == [
+            "2", "1", "0", "0",
+        ]  # fmt: skip
+        assert int(fourth[2]["retry-after"]) >= int(fourth[2]["ratelimit"].rpartition("t=")[2])
+
+
+async def test_two_tenants_never_share_an_answer(fake: FakeTriton, server: RealRedis) -> None:
+    """The same request of two tenants asks Triton twice; of two keys of one tenant, once; over any edge."""
+    with redis.Redis.from_url(server.url) as client:
+        ring = Keyring(client)
+        keys = [ring.create(tenant, "inference", {}, None, "")[1] for tenant in ("acme", "acme", "other")]
+    async with serving(fake, redis_url=server.url, auth="keys") as stack:
+        seen = []
+        for key, path, body in (
+            (keys[0], "/v1/completions", {"model": "m", "prompt": "Hola"}),
+            (keys[1], "/v1/completions", {"model": "m", "prompt": "Hola"}),
+            (keys[1], "/v2/models/m/generate", {"text_input": "Hola"}),
+            (keys[2], "/v1/completions", {"model": "m", "prompt": "Hola"}),
+        ):
+            status, _, headers = await stack.post(path, body, authorization=f"Bearer {key}")
+            seen.append((status, headers["x-cache"]))
+        assert seen == [(200, "miss"), (200, "hit"), (200, "hit"), (200, "miss")]
+        assert len(fake.requests) == 2
+        assert (await stack.post("/v1/completions", {"model": "m", "prompt": "Hola"}))[0] == 401
+
+
+async def test_a_model_that_was_exported_again_is_asked_again(fake: FakeTriton, server: RealRedis) -> None:
+    """What is loaded is part of the key: an answer of the old export is never given for the new one."""
+    fake.beat["digest"] = "a" * 32
+    async with serving(fake, redis_url=server.url) as stack:
+        body = {"model": "m", "prompt": "Hola again"}
+        assert [(await stack.post("/v1/completions", body))[2]["x-cache"] for _ in range(2)] == ["miss", "hit"]
+        fake.beat["digest"] = "b" * 32
+        await until(lambda: stack.gateway.models[0].digest == "b" * 32)
+        assert (await stack.post("/v1/completions", body))[2]["x-cache"] == "miss"
+
+
+async def test_what_a_cached_answer_costs(fake: FakeTriton, server: RealRedis) -> None:
+    """A repeated request counts as a request and costs no tokens; the stream of a cached answer is a valid stream."""
+    async with serving(
+        fake, redis_url=server.url, limit_per_minute=100, limit_tokens_per_minute=100, max_new_tokens=20
+    ) as stack:
+        body = {"model": "m", "prompt": "uno dos tres"}
+        first = await stack.post("/v1/completions", body)
+        second = await stack.post("/v1/completions", body)
+        assert (first[2]["x-cache"], second[2]["x-cache"]) == ("miss", "hit")
+        assert second[1]["usage"] == first[1]["usage"]
+        third = await stack.post("/v1/completions", {**body, "prompt": "otro"})
+        # six tokens were used by the first, none by the second, and this one reserves its prompt and max_tokens
+        assert third[2]["x-ratelimit-remaining-tokens"] == str(100 - 6 - (1 + 20))
+        assert third[2]["x-ratelimit-remaining-requests"] == "97"
+        *events, done = await stack.events("/v1/completions", {**body, "stream": True})
+        assert done == "[DONE]"
+        assert "¿qué tal?" in events[0]
+        assert len(fake.requests) == 2
