@@ -29,12 +29,17 @@ def request(text: str = "hola", **changes: Any) -> GenerateRequest:
 
 @dataclass
 class Upstream:
-    """What a model would say: `words`, the first when `first` is set, the rest when `rest` is; then `error` if any."""
+    """What a model would say: `words`, the first when `first` is set, the rest when `rest` is; then `error` if any.
+
+    After the last chunk it lingers for `linger_s`, and it takes `closing_s` to close.
+    """
 
     words: Sequence[str] = WORDS
     first: asyncio.Event = field(default_factory=asyncio.Event)
     rest: asyncio.Event = field(default_factory=asyncio.Event)
     pause_s: float = 0.0
+    linger_s: float = 0.0
+    closing_s: float = 0.0
     error: Exception | None = None
     fallback: str | None = None
     finish: str | None = "stop"
@@ -59,7 +64,9 @@ class Upstream:
             if self.error is not None:
                 raise self.error
             yield Chunk("", 0, 3, self.finish)
+            await asyncio.sleep(self.linger_s)
         finally:
+            await asyncio.sleep(self.closing_s)
             self.closed += 1
 
 

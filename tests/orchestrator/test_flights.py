@@ -157,6 +157,20 @@ async def test_the_last_one_closes_the_upstream(two: tuple[Replica, Replica], st
     assert await stored(here) == []
 
 
+async def test_an_upstream_that_closes_slowly_takes_nobodys_lock(one: Replica) -> None:
+    """The next flight of the same key may begin before the one that was left has closed, and keeps its own lock."""
+    one.upstream.closing_s = 0.05
+    left = await one.join()
+    await until(lambda: one.upstream.calls == 1)
+    await left.aclose()
+    flight = await one.join()
+    await until(lambda: one.upstream.closed == 1)
+    await asyncio.sleep(0.02)
+    assert one.upstream.calls == 2 and len(await locks(one)) == 1
+    one.upstream.go()
+    assert await read(flight) == ANSWER
+
+
 async def test_a_flight_that_nobody_read_is_closed(one: Replica) -> None:
     """Leaving before having asked for the first chunk counts as leaving."""
     flight = await one.join()
@@ -168,6 +182,7 @@ async def test_a_flight_that_nobody_read_is_closed(one: Replica) -> None:
 
 async def test_leaving_after_the_last_chunk_stores(one: Replica) -> None:
     """Who has seen the finish reason and closes, as a client does, cuts nothing short."""
+    one.upstream.linger_s = 0.02
     flight = await one.join()
     one.upstream.go()
     async for chunk in flight:
@@ -277,7 +292,10 @@ async def test_no_cache_joins_nobody_and_takes_nobodys_lock(one: Replica) -> Non
     await until(lambda: one.upstream.calls == 2)
     await fresh.aclose()
     await until(lambda: one.upstream.closed == 1)
-    assert len(await locks(one)) == 1
+    wanted, lookup = await one.enter(policy=CachePolicy(lookup=False))
+    assert await read(one.flights.join(wanted, lookup, Upstream(words=["new"]).go().stream)) == "new"
+    await until(lambda: len(one.flights._tasks) == 1)  # it is stored
+    assert len(await stored(one)) == len(await locks(one)) == 1
     one.upstream.go()
     assert await read(flight) == ANSWER
 

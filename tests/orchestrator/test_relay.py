@@ -238,6 +238,7 @@ async def test_redis_away_in_the_middle(back: bool) -> None:
     if back:
         for line in pair.lines:
             line.up = True
+            await asyncio.sleep(3 * QUICK.beat_s)  # the leader sees it first
         assert await following is Followed.ENDED and pair.got.chunks == made.chunks
     else:
         with pytest.raises(UpstreamUnavailable, match="Redis"):
