@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 from orchestrator.errors import Text
 
 LINGER_S = 2.0  # for a refused client to read why, before the connection is reset under it
+FIRST_S = 0.25  # for a request to come in on a connection accepted just before the server ends
 STUCK_S = 10.0  # a closed connection whose client reads nothing of the rest for this long is reset
 _UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 
@@ -112,6 +113,7 @@ class Hardened(HttpToolsProtocol):
         self._fields = self._field_bytes = 0
         self._in_head = self._in_body = False
         self._refused: Refusal | None = None
+        self._last = False  # the server ends: the next answer is this connection's last
         self._deadline = math.inf
         self._unread: tuple[int, float] | None = None  # of a closed connection: bytes to be read, and since when
 
@@ -163,6 +165,8 @@ class Hardened(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._stop_parsing(NO_UPGRADE)
         super().on_headers_complete()
+        if self._last:
+            self.cycle.keep_alive = False
         self._unparsed = 0
         self._in_head, self._in_body = False, True
         self._deadline = self.loop.time() + self._bounds.body_s
@@ -182,6 +186,18 @@ class Hardened(HttpToolsProtocol):
             super().on_response_complete()
         else:  # what was refused came behind this request
             self._close_in_stages()
+
+    def shutdown(self) -> None:
+        """The server ends. Who has just connected, or is in the middle of a head, gets an answer first."""
+        if self._answering or (self.cycle is not None and not self._in_head):
+            super().shutdown()
+        else:
+            self._last = True
+            self.loop.call_later(FIRST_S, self._close_unused)
+
+    def _close_unused(self) -> None:
+        if not self._answering:
+            self.transport.close()
 
     def look(self, now: float) -> None:
         """End what has taken too long; `now` is the loop's time in seconds."""

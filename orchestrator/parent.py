@@ -18,7 +18,8 @@ import sys
 from collections.abc import Mapping
 
 from orchestrator import logs
-from orchestrator.server import IN_BAND_S, BindError, listen, raise_file_limit, url
+from orchestrator.app import AdminApplication
+from orchestrator.server import IN_BAND_S, BindError, Server, configure, listen, raise_file_limit, url
 from orchestrator.settings import CONFIG_ENV, Settings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ TICK_S = 1.0
 SILENT_TICKS = 10  # a worker says `alive` every second; time in which the parent itself is suspended does not count
 START_TICKS = 60
 STEADY_S = 10.0  # a worker that dies sooner counts as a failure in a row
+ADMIN_CONNECTIONS = 100
 END_S = 3.0  # for a drained worker to end
 FAILURES = 5  # in a row, and the parent gives up
 
@@ -192,12 +194,28 @@ async def _first_of(*events: asyncio.Event) -> None:
         task.cancel()
 
 
+async def serve(settings: Settings, listeners: list[socket.socket], ops: list[socket.socket]) -> int:
+    """Keep workers on `listeners` and the admin application on `ops` until told to end; the exit code."""
+
+    async def nothing_to_drain() -> None:
+        return
+
+    config = configure(AdminApplication(settings), settings, connections=ADMIN_CONNECTIONS)
+    admin = Server(config, nothing_to_drain)
+    serving = asyncio.create_task(admin.serve_beside(ops), name="admin")
+    code = await Parent(settings, listeners).run()
+    admin.should_exit = True
+    await serving
+    return code
+
+
 def main() -> int:
     """Serve until SIGTERM or SIGINT; 0 after a drain, 1 when it cannot serve, 2 for wrong settings."""
     try:
         settings = Settings.load()
         raise_file_limit()
         listeners = listen(settings.host, settings.http_port, settings.workers)
+        ops = listen(settings.ops_host, settings.ops_port)
     except SettingsError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -208,11 +226,7 @@ def main() -> int:
     logs.configure(settings.log_level, settings.debug)
     for warning in settings.warnings:
         log.warning("%s", warning)
-
-    async def run() -> int:
-        return await Parent(settings, listeners).run()
-
-    return asyncio.run(run())
+    return asyncio.run(serve(settings, listeners, ops))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,10 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._look()
 
+    async def serve_beside(self, sockets: list[socket.socket]) -> None:
+        """Serve in a process whose signals somebody else handles; ends when `should_exit` is set."""
+        await self._serve(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or not self.started:
             self.should_exit = True

@@ -30,7 +30,8 @@ def check_ports(settings: Settings, patience_s: float = 0.0) -> None:
     """
     deadline = time.monotonic() + patience_s
     loopback = ("triton_http_port", "triton_grpc_port", "triton_metrics_port")
-    for name, host in (("http_port", settings.host), *((name, "127.0.0.1") for name in loopback)):
+    public = (("http_port", settings.host), ("ops_port", settings.ops_host))
+    for name, host in (*public, *((name, "127.0.0.1") for name in loopback)):
         port = getattr(settings, name)
         while (error := _bind(host, port)) is not None:
             if time.monotonic() >= deadline:

@@ -24,7 +24,7 @@ from orchestrator.triton import Deadlines, Triton
 POLL_S = 0.4
 HEALTHY_AGAIN_S = 10.0  # after this long without a fault the back-off starts anew
 GATEWAY_SILENT_S = 10.0
-GATEWAY_END_S = 6.0  # more than its parent process waits for its workers once they have drained
+GATEWAY_END_S = 8.0  # more than its parent process waits for its workers once they have drained
 RELOAD_S = 8.0
 
 Report = Callable[[str], None]
@@ -158,8 +158,7 @@ class Supervisor:
 
     @property
     def _gateway_url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._settings.host, self._settings.host)  # noqa: S104 (compared, not bound)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self._settings.http_port}"
+        return _url(self._settings.host, self._settings.http_port)
 
     async def _watch(self) -> None:
         """Mend what breaks until `stop` is called."""
@@ -275,7 +274,7 @@ class Supervisor:
             started=self._started,
             http=self._gateway_url,
             grpc=f"127.0.0.1:{settings.grpc_port}",
-            ops=f"http://127.0.0.1:{settings.ops_port}",
+            ops=_url(settings.ops_host, settings.ops_port),
             triton_http=self._triton_url,
             triton_grpc=f"127.0.0.1:{settings.triton_grpc_port}",
             redis=self._redis_url,
@@ -301,6 +300,11 @@ class Supervisor:
         tritonserver.sweep(self._prefix, kill=True)
         alias.clear(self._home)
         state.clear(self._home)
+
+
+def _url(host: str, port: int) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (compared, not bound)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _runs(pid: int) -> bool:

@@ -19,23 +19,20 @@ import aiohttp
 import pytest
 
 from orchestrator.settings import Settings
+from tests.e2e.stack import free_ports
 
 from .fake_triton import FakeTriton, event
 
 PLAIN = {"model": "m", "prompt": "Hola"}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @asynccontextmanager
 async def gateway(triton_port: int, **changes: object) -> AsyncIterator[tuple[Process, str, aiohttp.ClientSession]]:
     """`python -m orchestrator.app` with these settings, once it is live."""
-    port = free_port()
-    settings = replace(Settings(), http_port=port, triton_http_port=triton_port, heartbeat_interval_s=0.05)
+    port, ops = free_ports(2)
+    settings = replace(
+        Settings(), http_port=port, ops_port=ops, triton_http_port=triton_port, heartbeat_interval_s=0.05
+    )
     environ = {**os.environ, **settings.child_environ(**changes)}
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "orchestrator.app", stderr=PIPE, env=environ)
     url = f"http://127.0.0.1:{port}"

@@ -319,7 +319,7 @@ async def test_too_many_connections_are_told_so() -> None:
 
 @on_uvloop
 async def test_an_upgrade_is_answered_as_the_plain_request_it_is() -> None:
-    """Who offers HTTP/2 with a request (RFC 7540, 3.2) keeps body and connection; where it comes in pieces, a clear 400."""
+    """Who offers HTTP/2 with a request (RFC 7540, 3.2) keeps body and connection; in pieces it is a clear 400."""
     async with serving() as running:
         client = await running.connect()
         head = b"POST / HTTP/1.1\r\nhost: h\r\nconnection: Upgrade\r\nUpgrade: h2c\r\ncontent-length: 12\r\n\r\n"

@@ -1,0 +1,293 @@
+"""The gateway's processes: what each signal and each death does to clients and to the other processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator import parent
+from orchestrator.local import process
+from orchestrator.parent import Parent, backoff_s
+from orchestrator.server import BindError, listen
+from orchestrator.settings import Settings
+from tests.e2e.stack import free_ports
+
+from .conftest import until
+
+
+@dataclass
+class Gateway:
+    """`python -m orchestrator.parent` with two workers, no Triton and no Redis."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    ops: int
+    log: Path
+
+    @property
+    def workers(self) -> dict[int, psutil.Process]:
+        return {child.pid: child for child in psutil.Process(self.process.pid).children()}
+
+    def connect(self) -> HTTPConnection:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=15)
+        connection.connect()
+        return connection
+
+    def served_by(self, *connections: HTTPConnection) -> list[int]:
+        """The pids of the workers that have accepted these connections."""
+        assert all(map(alive, connections))
+        pid_of = {
+            held.raddr.port: worker.pid
+            for worker in self.workers.values()
+            for held in worker.net_connections("tcp")
+            if held.raddr
+        }
+        return [pid_of[connection.sock.getsockname()[1]] for connection in connections]
+
+    def connect_to_each(self) -> dict[int, HTTPConnection]:
+        """A connection to each of the two workers."""
+        found: dict[int, HTTPConnection] = {}
+        deadline = time.monotonic() + 20
+        while len(found) < 2:
+            assert time.monotonic() < deadline, self.log.read_text()
+            connection = self.connect()
+            (pid,) = self.served_by(connection)
+            if found.setdefault(pid, connection) is not connection:
+                connection.close()
+        return found
+
+
+def alive(connection: HTTPConnection) -> bool:
+    connection.request("GET", "/health/live")
+    with connection.getresponse() as answer:
+        return bool(json.loads(answer.read())["live"]) and answer.status == 200
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[Gateway]:
+    port, ops = free_ports(2)
+    settings = replace(Settings(), http_port=port, ops_port=ops, workers=2, drain_s=1.0)
+    environ = {**os.environ, **settings.child_environ()}
+    log = folder / "log"
+    with log.open("wb") as output:
+        argv = [sys.executable, "-m", "orchestrator.parent"]
+        started = subprocess.Popen(argv, env=environ, stderr=output, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 20
+        while b"listening on" not in log.read_bytes():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        yield Gateway(started, port, ops, log)
+    finally:
+        process.kill_group(started.pid)
+        started.wait()
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with running(tmp_path_factory.mktemp("gateway")) as started:
+        yield started
+
+
+def test_connections_spread_over_the_workers(gateway: Gateway) -> None:
+    """Both workers get a fair share of the connections."""
+    for connection in gateway.connect_to_each().values():
+        connection.close()
+    connections = [gateway.connect() for _ in range(60)]
+    pids = gateway.served_by(*connections)
+    assert min(pids.count(pid) for pid in gateway.workers) > 10
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_ends_under_load_is_replaced(gateway: Gateway, sign: signal.Signals) -> None:
+    """The other's connections go on, no new connection is refused, and what was connected meanwhile is answered."""
+    kept = gateway.connect_to_each()
+    victim, other = kept
+    answered: list[bool] = []
+    broken: list[Exception] = []  # whose worker was killed between accepting and answering
+    refused: list[Exception] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            try:
+                connection = gateway.connect()
+            except OSError as error:
+                refused.append(error)
+                return
+            with contextlib.closing(connection):
+                try:
+                    answered.append(alive(connection))
+                except (OSError, HTTPException) as error:
+                    broken.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(0.2)
+        os.kill(victim, sign)
+        deadline = time.monotonic() + 20
+        while victim in gateway.workers or len(gateway.workers) < 2:
+            assert time.monotonic() < deadline, gateway.log.read_text()
+            assert alive(kept[other])
+        fresh = gateway.connect_to_each()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    for connection in (*kept.values(), *fresh.values()):
+        connection.close()
+    assert victim not in fresh and other in fresh
+    assert refused == []
+    assert all(answered) and len(answered) > 50
+    assert len(broken) <= (4 if sign is signal.SIGKILL else 0), broken
+
+
+def test_the_admin_application_is_beside_the_workers(gateway: Gateway) -> None:
+    """The ops port answers from the parent, and to admin keys alone."""
+    connection = HTTPConnection("127.0.0.1", gateway.ops, timeout=15)
+    connection.request("POST", "/v2/repository/index")
+    with contextlib.closing(connection), connection.getresponse() as answer:
+        assert answer.status == 401
+    owners = [one for one in psutil.Process(gateway.process.pid).net_connections("tcp") if one.status == "LISTEN"]
+    assert gateway.ops in {one.laddr.port for one in owners}
+
+
+def test_log_lines_name_their_worker(gateway: Gateway) -> None:
+    """Every process writes JSON lines to the same stream; a worker's have its number, the parent's have none."""
+    for connection in gateway.connect_to_each().values():
+        connection.request("POST", "/v1/completions", json.dumps({"model": "m", "prompt": "Hola"}))
+        connection.getresponse().close()
+        connection.close()
+    lines = [json.loads(line) for line in gateway.log.read_text().splitlines()]
+    assert {line.get("worker") for line in lines if line["message"] == "request"} == {1, 2}
+    assert [line for line in lines if line["message"].startswith("listening on") and "worker" not in line]
+
+
+def test_a_killed_parent_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Killed with -9, its workers are gone within a second and the port can be had again."""
+    with running(tmp_path) as gateway:
+        for connection in gateway.connect_to_each().values():
+            connection.close()
+        stopped, *_ = workers = list(gateway.workers.values())
+        stopped.suspend()  # one that cannot notice anything by itself
+        gateway.process.kill()
+        gateway.process.wait()
+        deadline = time.monotonic() + 1.0
+        while any(process.alive(worker.pid) for worker in workers):
+            assert time.monotonic() < deadline
+        while True:  # the kernel takes a moment to let go of what a killed process had
+            try:
+                listen("127.0.0.1", gateway.port)[0].close()
+                break
+            except BindError:
+                assert time.monotonic() < deadline
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> Path:
+    """Let workers be a script that runs `body`, where `say(line)` speaks to the parent; the file has a line a start."""
+    starts, script = folder / "starts", folder / "worker"
+    starts.touch()
+    script.write_text(
+        f"#!{sys.executable} -S\n"
+        "import os, sys, time\n"
+        f"open({str(starts)!r}, 'a').write(sys.argv[3] + '\\n')\n"
+        "def say(line): os.write(int(sys.argv[5]), line + b'\\n')\n"
+        f"{body}\n"
+    )
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+    return starts
+
+
+async def run(workers: int = 2) -> int:
+    sockets = listen("127.0.0.1", 0, workers)
+    return await asyncio.wait_for(Parent(replace(Settings(), workers=workers, drain_s=0.2), sockets).run(), 15)
+
+
+async def test_a_worker_that_cannot_start_ends_the_gateway(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What keeps the first worker from starting is said once: the others are not started, and the exit code is 1."""
+    starts = stand_in(monkeypatch, tmp_path, "sys.exit(3)")
+    assert await run() == 1
+    assert starts.read_text() == "1\n"
+
+
+async def test_a_worker_that_keeps_dying_ends_the_gateway(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After five deaths in a row the parent gives up, drains the other workers and exits with 1."""
+    monkeypatch.setattr(parent, "backoff_s", lambda failures: 0.0)
+    body = "say(b'alive')\nif sys.argv[3] == '2': sys.exit(7)\ntime.sleep(60)"
+    starts = stand_in(monkeypatch, tmp_path, body)
+    assert await run() == 1
+    assert sorted(starts.read_text().split()) == ["1", *["2"] * 5]
+    assert "worker 2 ended with 7: giving up" in caplog.text
+
+
+async def test_a_worker_that_falls_silent_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A worker whose loop stands still does not answer and does not end: it is killed and started again."""
+    monkeypatch.setattr(parent, "TICK_S", 0.03)
+    starts = stand_in(monkeypatch, tmp_path, "say(b'alive')\ntime.sleep(60)")
+    running = asyncio.create_task(run(1))
+    await until(lambda: starts.read_text().count("1") >= 2, 10)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 0
+
+
+async def test_told_twice_it_ends_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second signal does not wait for workers that drain; the exit code tells."""
+    starts = stand_in(
+        monkeypatch,
+        tmp_path,
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nsay(b'alive')\ntime.sleep(60)",
+    )
+    running = asyncio.create_task(run())
+    await until(lambda: len(starts.read_text().split()) == 2, 10)
+    await asyncio.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.05)
+    began = time.monotonic()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 1
+    assert time.monotonic() - began < 2.0
+
+
+async def test_a_worker_that_does_not_end_is_killed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither a signal nor the request to stop ends it: after the drain and its margin the parent does."""
+    monkeypatch.setattr(parent, "IN_BAND_S", 0.1)
+    monkeypatch.setattr(parent, "END_S", 0.1)
+    starts = stand_in(
+        monkeypatch,
+        tmp_path,
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nsay(b'alive')\ntime.sleep(60)",
+    )
+    running = asyncio.create_task(run(1))
+    await until(lambda: "1" in starts.read_text(), 10)
+    await asyncio.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 0
+    assert "1 workers did not end in time" in caplog.text
+
+
+def test_backoff_grows_and_is_bounded() -> None:
+    """The first start after a death is immediate, the others wait longer and longer, up to 4 s."""
+    assert [backoff_s(n) for n in range(1, 8)] == [0.0, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
