@@ -49,7 +49,8 @@ class Gateway:
         `notes` are complete when the first chunk comes, and on an error.
         """
 
-        async def prepare(model: Model, prepared: Prepared[GenerateRequest]) -> None:
+        async def prepare(prepared: Prepared[GenerateRequest]) -> None:
+            model = await self._health.find(request.model)
             if not model.generates:
                 raise InvalidRequest(NOT_GENERATING, "model")
             prepared.request, notes.sanitized = await self._screen.generate(request)
@@ -66,7 +67,8 @@ class Gateway:
     async def infer(self, caller: Caller, request: InferRequest, notes: Notes) -> InferResult:
         """Run a model that does not generate, once. Raises TruthGPTError."""
 
-        async def prepare(model: Model, prepared: Prepared[InferRequest]) -> None:
+        async def prepare(prepared: Prepared[InferRequest]) -> None:
+            await self._health.find(request.model)
             prepared.request, notes.sanitized = self._screen.infer(request)
 
         async with self._pass(caller, request, "infer", notes, prepare) as passage:
@@ -76,7 +78,7 @@ class Gateway:
     async def embed(self, caller: Caller, request: EmbedRequest, notes: Notes) -> None:
         """Turn texts into vectors: nothing that is served can, so far. Raises TruthGPTError."""
 
-        async def prepare(model: Model, prepared: Prepared[EmbedRequest]) -> None:
+        async def prepare(prepared: Prepared[EmbedRequest]) -> None:
             prepared.request, notes.sanitized = self._screen.embed(request)
             raise InvalidRequest(NO_EMBEDDINGS, "model")
 
@@ -86,7 +88,7 @@ class Gateway:
     @asynccontextmanager
     async def _pass(
         self, caller: Caller, request: Any, endpoint: str, notes: Notes,
-        prepare: Callable[[Model, Prepared[Any]], Awaitable[None]],
+        prepare: Callable[[Prepared[Any]], Awaitable[None]],
     ) -> AsyncIterator[Passage[Any]]:  # fmt: skip
         """Let one request in, and settle and record it however it ends."""
         passage: Passage[Any] = Passage(caller, request, endpoint, notes)
@@ -95,7 +97,7 @@ class Gateway:
             with self._admission.permit():
                 prepared: Prepared[Any] = Prepared(request)
                 try:
-                    await prepare(await self._health.find(request.model), prepared)
+                    await prepare(prepared)
                 except TruthGPTError as error:  # first it counts in the caller's limits, as every request does
                     refusal, prepared.ticket = error, None
                 entry = await self._limiter.enter(
