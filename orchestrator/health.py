@@ -1,8 +1,8 @@
 """Which models are served and whether each one answers.
 
 Triton says ready for ever once its stub process is dead or stopped, so each model is asked itself: a heartbeat that the
-stub answers at once even under load. Only a model of another backend is taken at Triton's word. A model that turns unready takes its running streams with it: none waits for a
-deadline.
+stub answers at once even under load. Only a model of another backend is taken at Triton's word. A model that turns
+unready takes its running streams with it: none waits for a deadline.
 """
 
 from __future__ import annotations
