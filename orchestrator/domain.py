@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 TASKS = ("text_generation", "sentiment_analysis", "translation", "summarization", "embeddings")
 ENDPOINTS = ("generate", "embed", "classify", "infer")  # the operations that limits count apart
+FINISH_REASONS = ("stop", "length")
 
 
 @dataclass(frozen=True)

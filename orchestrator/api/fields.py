@@ -12,9 +12,14 @@ from orchestrator.errors import InvalidRequest, Text
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# What numbers may be, both ends included.
+MAX_TOKENS = (1, 10_000_000)
+TOP_K = (-1, 1_000_000)
+TOP_P = (0.0, 1.0)
+TOKEN_ID = (0, 2**31 - 1)
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Keys that clients send back with an assistant's turn; only empty ones are taken.
-_TURN_KEYS = {"refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content"}
+TURN_KEYS = {"refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ def prompt(value: object, at: str) -> dict[str, Any]:
         raise InvalidRequest(Text(f"{at} must not be empty.", f"{at} no puede estar vacío."), at)
     if isinstance(value, str):
         return {"text": value}
-    if isinstance(value, list) and all(is_int(token) and 0 <= token < 2**31 for token in value):
+    if isinstance(value, list) and all(is_int(token) and TOKEN_ID[0] <= token <= TOKEN_ID[1] for token in value):
         return {"token_ids": tuple(value)}
     raise wrong(at, "a string or a list of token ids", "un texto o una lista de identificadores de token")
 
@@ -46,10 +51,10 @@ def _message(turn: object, at: str) -> Message:
     if not isinstance(turn, dict):
         raise wrong(at, "an object", "un objeto")
     role = turn.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise wrong(f"{at}.role", f"one of {', '.join(_ROLES)}", f"uno de {', '.join(_ROLES)}")
+    if not isinstance(role, str) or role not in ROLES:
+        raise wrong(f"{at}.role", f"one of {', '.join(ROLES)}", f"uno de {', '.join(ROLES)}")
     for name, value in turn.items():
-        if name in ("role", "content", "name") or (name in _TURN_KEYS and not value):
+        if name in ("role", "content", "name") or (name in TURN_KEYS and not value):
             continue
         shown = f"{at}.{name[:100]}"
         raise InvalidRequest(Text(f"{shown} is not supported here.", f"{shown} no está disponible aquí."), shown)
@@ -60,7 +65,7 @@ def _message(turn: object, at: str) -> Message:
             content = "".join(texts)
     if not isinstance(content, str):
         raise wrong(f"{at}.content", "a string or a list of text parts", "un texto o una lista de partes de texto")
-    return Message(_ROLES[role], content)
+    return Message(ROLES[role], content)
 
 
 def _is_text_part(part: dict[str, Any]) -> bool:
@@ -81,7 +86,7 @@ def stop(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def top_p(fields: dict[str, Any]) -> float:
-    value = number(fields, "top_p", 0.0, 1.0, 1.0)
+    value = number(fields, "top_p", *TOP_P, 1.0)
     return value or 1e-6  # 0 keeps the likeliest token alone, and the backend's range is open there
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from orchestrator.api import policy
 from orchestrator.api.bodies import json_value
 from orchestrator.api.fields import (
+    MAX_TOKENS,
+    TOP_K,
     Defaults,
     boolean,
     integer,
@@ -35,10 +37,15 @@ FLAGS = (
     "return_num_output_tokens",
 )  # fmt: skip
 OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
-_SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "timeout_s")
+SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "timeout_s")
+PROMPTS = ("messages", "prompt_token_ids")  # in sampling_parameters alone
 # Fields of KServe's own. Only `timeout`, microseconds, means something to a generation model.
-_KSERVE = ("timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "binary_data_output")
-_MAX_TIMEOUT_S = 86_400.0
+KSERVE = ("timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "binary_data_output")
+# What numbers may be, both ends included.
+TEMPERATURE = (0.0, 100.0)
+SEED = (-(2**63), 2**64 - 1)
+TIMEOUT_US = (0, 2**63 - 1)
+MAX_TIMEOUT_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Call:
 
 def generate(body: dict[str, Any], exchange: Exchange, model: Model, defaults: Defaults) -> Call:
     """`POST v2/models/{model}/generate` and `generate_stream`. Raises InvalidRequest naming the parameter."""
-    known = (*TEXTS, *FLAGS, *_SAMPLING, *_KSERVE)
+    known = (*TEXTS, *FLAGS, *SAMPLING, *KSERVE)
     given = scalars(body.get("parameters"))
     for name in (*given, *(name for name in body if name not in ("id", "parameters"))):
         if name not in known:
@@ -70,8 +77,8 @@ def generate(body: dict[str, Any], exchange: Exchange, model: Model, defaults: D
     if not isinstance(sampling, dict):
         raise wrong("sampling_parameters", "a JSON object", "un objeto JSON")
     for name in sampling:
-        if name not in _SAMPLING and name not in ("messages", "prompt_token_ids"):
-            raise unknown(name, (*_SAMPLING, "messages", "prompt_token_ids"))
+        if name not in SAMPLING and name not in PROMPTS:
+            raise unknown(name, (*SAMPLING, *PROMPTS))
     fields |= {name: value for name, value in sampling.items() if value is not None}
     if boolean(fields, "return_logprobs"):
         raise InvalidRequest(
@@ -87,11 +94,11 @@ def generate(body: dict[str, Any], exchange: Exchange, model: Model, defaults: D
         id=exchange.id,
         model=model.name,
         accepted_at=exchange.accepted_at,
-        max_tokens=integer(fields, "max_tokens", 1, 10_000_000),
-        temperature=number(fields, "temperature", 0.0, 100.0, defaults.temperature),
+        max_tokens=integer(fields, "max_tokens", *MAX_TOKENS),
+        temperature=number(fields, "temperature", *TEMPERATURE, defaults.temperature),
         top_p=top_p(fields),
-        top_k=max(0, integer(fields, "top_k", -1, 1_000_000) or 0),
-        seed=integer(fields, "seed", -(2**63), 2**64 - 1),
+        top_k=max(0, integer(fields, "top_k", *TOP_K) or 0),
+        seed=integer(fields, "seed", *SEED),
         stop=stop(fields),
         stream=boolean(fields, "stream"),
         timeout_s=_timeout_s(fields),
@@ -151,13 +158,11 @@ def _prompt(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _timeout_s(fields: dict[str, Any]) -> float | None:
     """The nearest of `timeout_s` and KServe's `timeout` in microseconds, where 0 says nothing."""
-    limits_s = [(integer(fields, "timeout", 0, 2**63 - 1) or 0) / 1e6]
+    limits_s = [(integer(fields, "timeout", *TIMEOUT_US) or 0) / 1e6]
     if "timeout_s" in fields:
-        limits_s.append(number(fields, "timeout_s", 0.0, _MAX_TIMEOUT_S, 0.0))
+        limits_s.append(number(fields, "timeout_s", 0.0, MAX_TIMEOUT_S, 0.0))
         if not limits_s[-1]:
-            raise wrong(
-                "timeout_s", f"above 0 and at most {_MAX_TIMEOUT_S:g}", f"mayor que 0 y hasta {_MAX_TIMEOUT_S:g}"
-            )
+            raise wrong("timeout_s", f"above 0 and at most {MAX_TIMEOUT_S:g}", f"mayor que 0 y hasta {MAX_TIMEOUT_S:g}")
     return min((limit_s for limit_s in limits_s if limit_s), default=None)
 
 

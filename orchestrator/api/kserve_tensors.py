@@ -22,9 +22,9 @@ _LETTERS = {
     "INT64": "q", "FP32": "f", "FP64": "d",
 }  # fmt: skip
 _MAX_NESTING = 32
-_MAX_NAME = 256
-_BODY = {"id", "model_name", "model_version", "parameters", "inputs", "outputs"}
-_INPUT = {"name", "datatype", "shape", "parameters", "data"}
+MAX_NAME = 256
+BODY = {"id", "model_name", "model_version", "parameters", "inputs", "outputs"}
+INPUT = {"name", "datatype", "shape", "parameters", "data"}
 NO_SHARED_MEMORY = Text(
     "Shared memory is offered on the admin port only.",
     "La memoria compartida solo se ofrece en el puerto de administración.",
@@ -56,8 +56,8 @@ def read(body: bytes, headers: Mapping[bytes, bytes]) -> InferBody:
     length = _json_length(headers, len(body))
     fields = json_object(body[:length])
     for name in fields:
-        if name not in _BODY:
-            raise unknown(name, _BODY)
+        if name not in BODY:
+            raise unknown(name, BODY)
     id = fields.get("id")
     if id is not None and not isinstance(id, str):
         raise wrong("id", "a string", "un texto")
@@ -140,9 +140,9 @@ def _rows(fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise wrong(name, "a list of objects", "una lista de objetos")
     for row in rows:
-        if not isinstance(row.get("name"), str) or not 0 < len(row["name"]) <= _MAX_NAME:
+        if not isinstance(row.get("name"), str) or not 0 < len(row["name"]) <= MAX_NAME:
             raise wrong(
-                f"{name}[].name", f"a string of 1 to {_MAX_NAME} characters", f"un texto de 1 a {_MAX_NAME} caracteres"
+                f"{name}[].name", f"a string of 1 to {MAX_NAME} characters", f"un texto de 1 a {MAX_NAME} caracteres"
             )
     return rows
 
@@ -151,8 +151,8 @@ def _input(row: dict[str, Any], body: bytes, at: int) -> tuple[Tensor, int]:
     """One input, whose binary data would begin at `at`, and where the next one's would."""
     name, datatype, shape = row["name"], row.get("datatype"), row.get("shape")
     for field in row:
-        if field not in _INPUT:
-            raise unknown(field, _INPUT)
+        if field not in INPUT:
+            raise unknown(field, INPUT)
     if not isinstance(datatype, str) or (datatype not in SIZES and datatype != "BYTES"):
         known = ", ".join([*SIZES, "BYTES"])
         raise InvalidRequest(

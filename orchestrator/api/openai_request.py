@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.api.fields import (
+    MAX_TOKENS,
+    TOP_K,
     Defaults,
     boolean,
     integer,
@@ -25,21 +27,30 @@ from orchestrator.domain import EmbedRequest, GenerateRequest
 from orchestrator.errors import InvalidRequest, Text
 
 MAX_PROMPTS = 64
-_SAMPLING = {"model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options"}
+# What numbers may be, both ends included.
+TEMPERATURE = (0.0, 2.0)
+SEED = (-(2**63), 2**63 - 1)
+DIMENSIONS = (1, 65_536)
+ENCODINGS = ("float", "base64")
+SAMPLING = {"model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options"}
+COMPLETION = SAMPLING | {"prompt"}
+CHAT = SAMPLING | {"messages", "max_completion_tokens"}
+EMBEDDINGS = {"model", "input", "encoding_format", "dimensions"}
+STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # the second only pads events, which ours do not need
 # Taken and without effect: they describe the caller or where the answer is kept, not the answer.
-_IGNORED = {
+IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls",
 }  # fmt: skip
 # Not supported: only the values that ask for nothing are taken (null always is).
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "n": (1,), "logit_bias": ({},), "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0),
 }  # fmt: skip
-_NEUTRAL_COMPLETION: Mapping[str, tuple[object, ...]] = {
-    **_NEUTRAL, "best_of": (1,), "echo": (False,), "suffix": (), "logprobs": (),
+NEUTRAL_COMPLETION: Mapping[str, tuple[object, ...]] = {
+    **NEUTRAL, "best_of": (1,), "echo": (False,), "suffix": (), "logprobs": (),
 }  # fmt: skip
-_NEUTRAL_CHAT: Mapping[str, tuple[object, ...]] = {
-    **_NEUTRAL, "logprobs": (False,), "top_logprobs": (), "response_format": ({"type": "text"},), "tools": ([],),
+NEUTRAL_CHAT: Mapping[str, tuple[object, ...]] = {
+    **NEUTRAL, "logprobs": (False,), "top_logprobs": (), "response_format": ({"type": "text"},), "tools": ([],),
     "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],),
     "audio": (), "prediction": (), "reasoning_effort": (), "verbosity": (), "web_search_options": (),
 }  # fmt: skip
@@ -60,7 +71,7 @@ class Call:
 
 def completion(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> Call:
     """`POST /v1/completions`. Raises InvalidRequest naming the parameter."""
-    fields = _known(body, _SAMPLING | {"prompt"}, _NEUTRAL_COMPLETION)
+    fields = _known(body, COMPLETION, NEUTRAL_COMPLETION)
     value = fields.get("prompt")
     if value is None:
         raise required("prompt")
@@ -90,7 +101,7 @@ def completion(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> 
 
 def chat(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> Call:
     """`POST /v1/chat/completions`. Raises InvalidRequest naming the parameter."""
-    fields = _known(body, _SAMPLING | {"messages", "max_completion_tokens"}, _NEUTRAL_CHAT)
+    fields = _known(body, CHAT, NEUTRAL_CHAT)
     if "messages" not in fields:
         raise required("messages")
     turns = messages(fields["messages"])
@@ -104,13 +115,13 @@ def chat(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> Call:
             "max_tokens",
         )
     if new is not None:
-        fields["max_tokens"] = integer(fields | {"max_completion_tokens": new}, "max_completion_tokens", 1, 10_000_000)
+        fields["max_tokens"] = integer(fields | {"max_completion_tokens": new}, "max_completion_tokens", *MAX_TOKENS)
     return _call(fields, exchange, defaults, messages=turns)
 
 
 def embeddings(body: dict[str, Any], exchange: Exchange) -> EmbedRequest:
     """`POST /v1/embeddings`. Raises InvalidRequest naming the parameter."""
-    fields = _known(body, {"model", "input", "encoding_format", "dimensions"}, {})
+    fields = _known(body, EMBEDDINGS, {})
     if not isinstance(fields.get("model"), str):
         raise required("model") if "model" not in fields else wrong("model", "a string", "un texto")
     given = fields.get("input")
@@ -119,9 +130,9 @@ def embeddings(body: dict[str, Any], exchange: Exchange) -> EmbedRequest:
         raise wrong("input", "a string or a list of strings, none empty", "un texto o una lista de textos, no vacíos")
     if len(texts) > MAX_PROMPTS:
         raise wrong("input", f"at most {MAX_PROMPTS} texts", f"{MAX_PROMPTS} textos como máximo")
-    if fields.get("encoding_format", "float") not in ("float", "base64"):
+    if fields.get("encoding_format", "float") not in ENCODINGS:
         raise wrong("encoding_format", "float or base64", "float o base64")
-    integer(fields, "dimensions", 1, 65_536)
+    integer(fields, "dimensions", *DIMENSIONS)
     return EmbedRequest(
         id=exchange.id,
         model=fields["model"],
@@ -141,7 +152,7 @@ def _known(body: dict[str, Any], names: set[str], neutral: Mapping[str, tuple[ob
         elif name in neutral:
             if value is not None and not any(type(value) is type(one) and value == one for one in neutral[name]):
                 raise InvalidRequest(Text(f"{name} is not supported here.", f"{name} no está disponible aquí."), name)
-        elif name not in _IGNORED:
+        elif name not in IGNORED:
             raise unknown(name, (*names, *neutral))
     return fields
 
@@ -161,18 +172,18 @@ def _call(fields: dict[str, Any], exchange: Exchange, defaults: Defaults, **prom
             "stream_options",
         )
     for name in options:
-        if name not in ("include_usage", "include_obfuscation"):  # the second only pads events, which ours do not need
+        if name not in STREAM_OPTIONS:
             shown = f"stream_options.{name[:100]}"
             raise InvalidRequest(Text(f"Unknown parameter: {shown!r}.", f"Parámetro desconocido: {shown!r}."), shown)
     request = GenerateRequest(
         id=exchange.id,
         model=fields["model"],
         accepted_at=exchange.accepted_at,
-        max_tokens=integer(fields, "max_tokens", 1, 10_000_000),
-        temperature=number(fields, "temperature", 0.0, 2.0, defaults.temperature),
+        max_tokens=integer(fields, "max_tokens", *MAX_TOKENS),
+        temperature=number(fields, "temperature", *TEMPERATURE, defaults.temperature),
         top_p=top_p(fields),
-        top_k=max(0, integer(fields, "top_k", -1, 1_000_000) or 0),
-        seed=integer(fields, "seed", -(2**63), 2**63 - 1),
+        top_k=max(0, integer(fields, "top_k", *TOP_K) or 0),
+        seed=integer(fields, "seed", *SEED),
         stop=stop(fields),
         stream=stream,
         task=task(exchange.headers, "text_generation"),

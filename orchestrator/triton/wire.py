@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from orchestrator.domain import Chunk, GenerateRequest
+from orchestrator.domain import FINISH_REASONS, Chunk, GenerateRequest
 from orchestrator.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -90,7 +90,7 @@ def pieces(parser: EventParser, data: bytes) -> Iterator[Chunk]:
             raise error_of(event, 200)
         try:
             reason = scalar(fields.get("finish_reason", "")) or None
-            if reason not in (None, "stop", "length"):
+            if reason not in (None, *FINISH_REASONS):
                 raise ValueError(f"finish_reason {reason!r}")
             yield Chunk(
                 text=str(scalar(fields["text_output"])),

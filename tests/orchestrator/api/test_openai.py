@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.api.openai_request import _IGNORED, _NEUTRAL_CHAT, _NEUTRAL_COMPLETION
+from orchestrator.api.openai_request import IGNORED, NEUTRAL_CHAT, NEUTRAL_COMPLETION
 
 from ..conftest import Stack, serving, until
 from ..fake_triton import FakeTriton, event, failure
@@ -228,9 +228,9 @@ async def test_every_refusal_names_its_parameter(stack: Stack) -> None:
 @pytest.mark.parametrize(("path", "body"), BOTH)
 async def test_parameters_that_ask_for_nothing_are_taken(stack: Stack, path: str, body: dict[str, Any]) -> None:
     """Neutral values, nulls and the ignored parameters do not fail a request."""
-    neutral = _NEUTRAL_COMPLETION if path == "/v1/completions" else _NEUTRAL_CHAT
+    neutral = NEUTRAL_COMPLETION if path == "/v1/completions" else NEUTRAL_CHAT
     harmless = {name: values[-1] if values else None for name, values in neutral.items()}
-    extra = {**dict.fromkeys(_IGNORED, "x"), **harmless, "top_k": None, "stream_options": None}
+    extra = {**dict.fromkeys(IGNORED, "x"), **harmless, "top_k": None, "stream_options": None}
     status, answer, _ = await stack.post(path, {**body, **extra})
     assert status == 200, answer
 
