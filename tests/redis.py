@@ -69,8 +69,8 @@ class RealRedis:
         # A test run that is killed takes its servers along, where the system has a command for that.
         leash = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         argv = [
-            *leash, str(binary()), "--port", "0", "--unixsocket", str(self.path), "--dir", str(self.path.parent), "--save", "",
-            *self._options,
+            *leash, str(binary()), "--port", "0", "--unixsocket", str(self.path), "--dir", str(self.path.parent),
+            "--save", "", *self._options,
         ]  # fmt: skip
         with (self.path.parent / "log").open("ab") as log:
             self._process = subprocess.Popen(argv, stdout=log, stderr=log)
