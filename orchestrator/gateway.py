@@ -232,8 +232,10 @@ class Gateway:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._admission.idle()
+                if self._flights is not None:  # answers that only callers of other processes still read
+                    await self._flights.idle()
         except TimeoutError:
-            log.warning("%d requests did not end within %s s", self._admission.in_flight, timeout_s)
+            log.warning("%d requests of this worker did not end within %s s", self._admission.in_flight, timeout_s)
             self._health.fail_all(Draining())
 
     def _record(self, passage: Passage[Any]) -> None:
