@@ -1,4 +1,4 @@
-"""The real process: starts without Triton, drains on SIGTERM, exits 0."""
+"""The real processes: they start without Triton, drain on SIGTERM, exit 0."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import aiohttp
+import psutil
 import pytest
 
 from orchestrator.settings import Settings
@@ -34,7 +35,9 @@ async def gateway(triton_port: int, **changes: object) -> AsyncIterator[tuple[Pr
         Settings(), http_port=port, ops_port=ops, triton_http_port=triton_port, heartbeat_interval_s=0.05
     )
     environ = {**os.environ, **settings.child_environ(**changes)}
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "orchestrator.app", stderr=PIPE, env=environ)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "orchestrator.app", stderr=PIPE, env=environ, start_new_session=True
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         async with aiohttp.ClientSession() as http:
@@ -79,11 +82,33 @@ async def test_live_without_triton_and_ready_with_it() -> None:
             ]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_drains(fake: FakeTriton, sign: signal.Signals) -> None:
-    """While draining: not ready and 503 at once, the short stream ends whole, the endless one with an error event."""
+async def all_serve(process: Process, url: str, count: int) -> None:
+    """Wait until each worker has taken a connection."""
+    port = int(url.rpartition(":")[2])
+    async with asyncio.timeout(15):
+        serving: list[psutil.Process] = []
+        while len(serving) < count:
+            writers = [(await asyncio.open_connection("127.0.0.1", port))[1] for _ in range(8)]
+            await asyncio.sleep(0.05)
+            serving = [
+                worker
+                for worker in psutil.Process(process.pid).children()
+                if any(held.raddr and held.laddr.port == port for held in worker.net_connections("tcp"))
+            ]
+            for writer in writers:
+                writer.close()
+
+
+@pytest.mark.parametrize(("workers", "tell"), [(1, os.kill), (2, os.killpg)])
+async def test_a_signal_drains(fake: FakeTriton, workers: int, tell: Callable[[int, int], None]) -> None:
+    """While draining: not ready and 503 at once, the short stream ends whole, the endless one with an error event.
+
+    On every worker, also on the one that had nothing to drain, and whether the signal is sent to the first process
+    (as an init system does) or to all of them (as a terminal does).
+    """
     fake.scripts = [[event("a"), 0.6, event("b", "stop"), "end"], [event("a"), *[0.2, event()] * 100, math.inf]]
-    async with gateway(fake.port, drain_s=1.2) as (process, url, http):
+    async with gateway(fake.port, drain_s=1.2, workers=workers) as (process, url, http):
+        await all_serve(process, url, workers)
         await answers(http, f"{url}/health/ready", 200)
 
         async def stream() -> str:
@@ -95,12 +120,15 @@ async def test_a_signal_drains(fake: FakeTriton, sign: signal.Signals) -> None:
         endless = asyncio.create_task(stream())
         await asyncio.sleep(0.2)
         began = time.monotonic()
-        process.send_signal(sign)
+        tell(process.pid, signal.SIGTERM if tell is os.kill else signal.SIGINT)
         await answers(http, f"{url}/health/ready", 503)
-        async with http.post(f"{url}/v1/completions", json=PLAIN) as response:
-            assert response.status == 503
-            assert response.headers["retry-after"] == "1"
-            assert (await response.json())["error"]["code"] == "draining"
+        await asyncio.sleep(0.1)
+        for _ in range(10):  # each on a new connection
+            async with http.post(f"{url}/v1/completions", json=PLAIN, headers={"connection": "close"}) as response:
+                assert response.status == 503
+                assert response.headers["retry-after"] == "1"
+                assert (await response.json())["error"]["code"] == "draining"
+        assert time.monotonic() - began < 1.0
         assert (await short).endswith("data: [DONE]\n\n")
         text = await endless
         assert '"code": "draining"' in text
@@ -123,12 +151,12 @@ async def test_wrong_settings_stop_it_with_a_sentence() -> None:
 async def test_a_taken_port_fails_the_start() -> None:
     """A second gateway on one port exits with 1 and names the address."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        settings = replace(Settings(), http_port=taken.getsockname()[1])
+        port = taken.getsockname()[1]
+        settings = replace(Settings(), http_port=port)
         environ = {**os.environ, **settings.child_environ()}
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "orchestrator.app", stderr=PIPE, env=environ
         )
         _, logged = await asyncio.wait_for(process.communicate(), 15)
-        assert process.returncode not in (0, None)
-        assert b"address already in use" in logged
-        assert b"Traceback" not in logged
+        assert process.returncode == 1
+        assert logged.decode() == f"error: cannot listen on http://127.0.0.1:{port}: address already in use\n"
