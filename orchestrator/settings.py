@@ -99,7 +99,7 @@ class Settings:
     )
     redis_timeout_s: float = _setting(0.02, "Deadline of every Redis call.", minimum=0.001, maximum=10.0)
     redis_max_bytes: int = _setting(
-        256 << 20, "Memory of the embedded Redis; the entries nearest to their end go first.", minimum=1 << 24,
+        256 << 20, "Memory of the embedded Redis; answers that nobody has asked for lately go first.", minimum=1 << 24,
         maximum=1 << 40,
     )  # fmt: skip
     redis_loss: str = _setting(

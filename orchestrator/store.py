@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 WATCH_S = 0.25  # between two pings, and between two attempts to connect
 
-REGISTRY = "truthgpt:registry"  # hash: "key:<id>" and "limits:<subject>" -> JSON, "ttl:<task>" -> seconds
-REGISTRY_VERSION = "truthgpt:registry:version"  # counter, raised with every change of the registry
+REGISTRY = "truthgpt:{registry}"  # hash: "key:<id>" and "limits:<subject>" -> JSON, "ttl:<task>" -> seconds
+REGISTRY_VERSION = "truthgpt:{registry}:version"  # counter, raised with every change of the registry
 BREAKERS = "truthgpt:breakers"  # hash: model -> JSON
 EVENTS = "truthgpt:events"  # channel of JSON objects
 
