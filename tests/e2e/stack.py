@@ -88,12 +88,15 @@ class Stack:
         texts = [f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in (self.home / "logs").glob("*.log")]
         return "\n".join(texts)
 
-    def request(self, method: str, path: str, body: object = None, port: str = "HTTP", timeout: float = 10) -> Any:
+    def request(
+        self, method: str, path: str, body: object = None, port: str = "HTTP", timeout: float = 10,
+        headers: dict[str, str] | None = None,
+    ) -> Any:  # fmt: skip
         """One HTTP exchange: (status, headers, body bytes)."""
         connection = http.client.HTTPConnection("127.0.0.1", self.ports[port], timeout=timeout)
         try:
             data = None if body is None else json.dumps(body)
-            connection.request(method, path, data, {"Content-Type": "application/json"})
+            connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
             answer = connection.getresponse()
             return answer.status, dict(answer.getheaders()), answer.read()
         finally:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import resource
 import shutil
+import signal
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +24,7 @@ import pytest
 
 from tests.counting import WORDS, write_entry
 
-from .stack import Stack, wait_until
+from .stack import COMMAND, Stack, wait_until
 
 FREED_S = 1.0  # a hang-up frees the slot within
 SLOTS = 4
@@ -325,3 +328,51 @@ def test_hanging_up_while_text_is_generated_frees_the_slot(stack: Stack, edge: s
             wait_until(lambda: stack.load()["running"] == 1, 5, "it is being answered")
             time.sleep(0.1)
         assert_freed(stack, client, 0)
+
+
+# The batch command is a client, too
+
+
+def test_a_killed_batch_goes_on_where_it_was(stack: Stack, tmp_path: Path):
+    """kill -9 twice in the middle, run again: every custom_id is exactly once in the output, with the right answer."""
+    lines = 240
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.partial"
+    requests = [
+        {
+            "custom_id": f"r{n}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": stack.model, "prompt": f"{prompt(12)} one", "max_tokens": 2 + n % 3},
+        }
+        for n in range(lines)
+    ]
+    file.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    arguments = [*COMMAND, "batch", "run", str(file), "--output", str(out), "--json"]
+
+    def done() -> int:
+        return max(0, partial.read_bytes().count(b"\n") - 1) if partial.exists() else 0
+
+    for share in (lines // 4, lines // 2):
+        process = subprocess.Popen(arguments, env=stack.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            wait_until(lambda share=share: done() >= share, 30, f"{share} lines are done")
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+        assert process.returncode == -signal.SIGKILL and not out.exists()
+
+    before = done()
+    ended = stack.cli(*arguments[len(COMMAND) :])
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    report = json.loads(ended.stdout)
+    assert lines // 2 <= before < lines and report["skipped"] == before
+    assert (report["total"], report["succeeded"], report["failed"]) == (lines, lines, 0)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["custom_id"] for row in found] == [request["custom_id"] for request in requests]
+    for row, request in zip(found, requests, strict=True):
+        body = row["response"]["body"]
+        assert body["usage"]["completion_tokens"] == request["body"]["max_tokens"]
+        assert body["choices"][0]["text"].split()[0] == "two"
+    assert report["output_tokens"] == sum(request["body"]["max_tokens"] for request in requests)
+    assert not partial.exists()
