@@ -16,6 +16,7 @@ import redis
 
 from orchestrator import keys
 from orchestrator.ops.keyring import Keyring
+from orchestrator.store import REGISTRY
 from tests.orchestrator.gateway import write_state
 from tests.redis import RealRedis
 
@@ -144,11 +145,11 @@ def test_rotate_hands_over_another_key_of_the_same_id(deployment: Any, server: R
     assert {**rotated, "key": ""} == {**made, "key": ""} and rotated["key"] != made["key"]
     assert deployment.json("keys", "show", made["id"]) == before
     with redis.Redis.from_url(server.url) as client:
-        raw = client.hget("truthgpt:registry", f"key:{made['id']}")
+        raw = client.hget(REGISTRY, f"key:{made['id']}")
         key = keys.read(made["id"], raw)
         assert all(key.takes(each["key"].split("_", 2)[2], time.time() + 3000) for each in (made, rotated))
         shown = deployment.run("keys", "rotate", made["id"]).stdout
-        key = keys.read(made["id"], client.hget("truthgpt:registry", f"key:{made['id']}"))
+        key = keys.read(made["id"], client.hget(REGISTRY, f"key:{made['id']}"))
     assert key.takes(credential_in(shown).split("_", 2)[2], time.time())
     assert not any(key.takes(each["key"].split("_", 2)[2], time.time()) for each in (made, rotated))
     deployment.run("keys", "revoke", made["id"])
