@@ -120,7 +120,8 @@ class KServe:
         model = await self._model(exchange)
         body = kserve_tensors.read(await exchange.body(), exchange.headers)
         head: dict[str, object] = {} if body.id is None else {"id": body.id}
-        if model.generates:
+        # Of a model that does not answer it may not be known yet what it is: 503 then, for whatever it is.
+        if model.generates and (model.ready or any(tensor.name == "text_input" for tensor in body.inputs)):
             call = kserve_request.infer(body, exchange, model, self._defaults)
             async with exchange.cancelled_by_hang_up(self._within_s):
                 whole = await self._collect(exchange, call)

@@ -261,3 +261,18 @@ async def test_a_hang_up_frees_the_slot(stack: Stack, what: str) -> None:
     assert await until(lambda: stack.fake.running == 0) < 1
     await until(lambda: len(stack.records) == 1)
     assert stack.records[0].outcome == "cancelled"
+
+
+async def test_while_triton_is_away(fake: FakeTriton) -> None:
+    """Whatever a model may be, asking it is 503 until Triton can say that it does not exist."""
+    await fake.stop()
+    async with serving(fake, wait=False) as stack:
+        number = {"name": "A", "datatype": "INT32", "shape": [1], "data": [1]}
+        for what, body in (
+            ("infer", {"inputs": [number]}), ("infer", {"inputs": [text("text_input", "x")]}), ("generate", BODY),
+        ):  # fmt: skip
+            status, answer, headers = await stack.post(PATH + what, body)
+            assert (status, list(answer)) == (503, ["error"])
+            assert int(headers["retry-after"]) >= 1
+        assert (await stack.get(PATH + "ready"))[0] == 400
+        assert (await stack.get("/v2/models/m"))[0] == 503

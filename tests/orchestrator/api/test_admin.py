@@ -1,0 +1,116 @@
+"""The admin edge: what reaches Triton, as what, and from whom."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from orchestrator.api.admin import CONTROL, Admin
+from orchestrator.api.middleware import FrontDoor
+from orchestrator.domain import Caller
+from orchestrator.errors import PermissionDenied, Unauthenticated, UpstreamUnavailable
+from orchestrator.triton import Reply
+
+
+class Upstream:
+    """Stands for Triton's fetch; tells what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, bytes | None, str]] = []
+        self.reply: Reply | Exception = Reply(200, {"content-type": "application/json"}, b"[]")
+
+    async def fetch(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply:
+        self.asked.append((method, path, body, headers["content-type"]))
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return self.reply
+
+
+def identify(headers: dict[bytes, bytes], address: str) -> Caller:
+    key = headers.get(b"x-api-key")
+    if key is None:
+        raise Unauthenticated
+    if key != b"admin":
+        raise PermissionDenied
+    return Caller("k1", scope="admin")
+
+
+@pytest.fixture
+def upstream() -> Upstream:
+    return Upstream()
+
+
+async def ask(
+    upstream: Upstream, method: str, path: str, body: bytes = b"", key: bytes | None = b"admin"
+) -> tuple[int, bytes]:
+    """One request through the front door: status and body."""
+    sent: list[Any] = []
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if not waiting:  # a client that stays and sends nothing more
+            await asyncio.Event().wait()
+        return waiting.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    door = FrontDoor(Admin(upstream.fetch, 5.0).routes, 1000, identify)
+    headers = [(b"content-type", b"text/x")] + ([(b"x-api-key", key)] if key else [])
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": headers}
+    await door(scope, receive, send)
+    return sent[0]["status"], sent[1]["body"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v2/repository/index"), ("POST", "/v2/repository/models/a%2Fb%20%C3%B1/load"),
+        ("GET", "/v2/trace/setting"), ("POST", "/v2/models/m/trace/setting"), ("GET", "/v2/logging"),
+        ("POST", "/v2/systemsharedmemory/region/r/register"), ("GET", "/v2/cudasharedmemory/region/r/status"),
+    ],
+)  # fmt: skip
+async def test_calls_are_handed_on_as_they_are(upstream: Upstream, method: str, path: str) -> None:
+    """Method, path with its encoding, body and type reach Triton; its answer comes back, errors and all."""
+    upstream.reply = Reply(418, {"content-type": "text/plain"}, b"no")
+    body = b'{"x": 1}' if method == "POST" else b""
+    assert await ask(upstream, method, path, body) == (418, b"no")
+    assert upstream.asked == [(method, path, body if method == "POST" else None, "text/x")]
+
+
+async def test_nobody_but_an_admin_comes_in(upstream: Upstream) -> None:
+    """Without a key every path is 401, with another key 403, and Triton hears nothing."""
+    for path, methods in CONTROL.items():
+        for method in methods:
+            path = path.replace("{model}", "m").replace("{region}", "r")
+            assert (await ask(upstream, method, path, key=None))[0] == 401
+            assert (await ask(upstream, method, path, key=b"inference"))[0] == 403
+    assert upstream.asked == []
+
+
+async def test_liveness_needs_no_key(upstream: Upstream) -> None:
+    """The probe answers anybody; it says nothing of Triton."""
+    assert await ask(upstream, "GET", "/health/live", key=None) == (200, b'{"live": true}')
+    assert upstream.asked == []
+
+
+async def test_inference_is_not_offered_here(upstream: Upstream) -> None:
+    """Only what CONTROL lists is there: the admin port is no way around the limits."""
+    for path in ("/v2/models/m/infer", "/v2/models/m/generate", "/v2/models/m", "/v1/completions"):
+        assert (await ask(upstream, "POST", path, b"{}"))[0] == 404
+    assert upstream.asked == []
+
+
+async def test_failures_and_large_bodies(upstream: Upstream) -> None:
+    """A Triton that is away is 503 in KServe's form; a body over the limit is 413 and goes no further."""
+    assert (await ask(upstream, "POST", "/v2/repository/index", b"x" * 1001))[0] == 413
+    assert upstream.asked == []
+    upstream.reply = UpstreamUnavailable("Triton does not answer")
+    status, body = await ask(upstream, "POST", "/v2/repository/index")
+    assert (status, list(json.loads(body))) == (503, ["error"])
