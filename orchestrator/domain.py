@@ -65,6 +65,7 @@ class Notes:
     """What became of a request beside its answer; filled in on the path before the first chunk, shown in headers."""
 
     windows: tuple[Window, ...] = ()
+    refused: str | None = None  # the limit that did refuse it
     shadow: str | None = None  # the limit that would have refused it, in shadow mode
     cache: str | None = None  # hit, miss or bypass
     fallback: str | None = None  # "text", or "model=NAME"

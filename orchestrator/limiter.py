@@ -181,6 +181,7 @@ class Limiter:
             if said.accepted:
                 notes.shadow = said.refused.name
             else:
+                notes.refused = said.refused.name
                 raise RateLimited(said.refused.name, said.refused.limit, said.retry_after_s)
 
     async def _settle(self, store: Store, keys: list[str], args: list[bytes]) -> None:

@@ -8,7 +8,7 @@ from orchestrator.domain import Notes
 
 def note_headers(notes: Notes) -> list[tuple[bytes, bytes]]:
     """X-Cache, X-TruthGPT-Fallback, X-TruthGPT-Sanitized, X-TruthGPT-Limit-Shadow and the rate-limit headers."""
-    headers = limit_headers(notes.windows)
+    headers = limit_headers(notes.windows, notes.refused)
     if notes.shadow:
         headers.append((b"x-truthgpt-limit-shadow", notes.shadow.encode()))
     if notes.cache:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
+from orchestrator.api.errors import headers_of
+from orchestrator.api.notes import note_headers
 from orchestrator.cache import Ticket
 from orchestrator.domain import Caller, Limits, Notes
 from orchestrator.errors import LimitsUnavailable, RateLimited
@@ -167,3 +170,19 @@ async def test_no_redis_at_all_counts_in_this_process() -> None:
     """A gateway that was given no Redis keeps its limits by itself, whatever redis_loss says."""
     limiter = Limiter(None, "enforce", "fail_open", 1)
     assert [await _passes(limiter) for _ in range(4)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("limits", [Limits(concurrency=1, per_day=5), Limits(per_minute=1, tokens_per_day=100)])
+async def test_a_refusal_never_says_to_come_back_too_early(server: RealRedis, limits: Limits) -> None:
+    """Retry-After is not earlier than the t of RateLimit, whichever limit refuses."""
+    caller = replace(CALLER, id="key2", limits=limits)
+    async with connected(server) as store:
+        limiter = Limiter(store, "enforce", "local", 1)
+        await enter(limiter, caller, tokens=10)
+        notes = Notes()
+        with pytest.raises(RateLimited) as refused:
+            await limiter.enter(caller, "generate", 10, "other", None, notes)
+        headers = dict(note_headers(notes))
+        t = re.search(rb";t=(\d+)", headers.get(b"ratelimit", b""))
+        assert int(dict(headers_of(refused.value))[b"retry-after"]) >= (int(t[1]) if t else 0)
+        assert notes.refused in ("concurrency", "minute")
