@@ -22,7 +22,7 @@ from orchestrator.app import AdminApplication
 from orchestrator.server import IN_BAND_S, BindError, Server, configure, listen, raise_file_limit, url
 from orchestrator.settings import CONFIG_ENV, Settings, SettingsError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("orchestrator.parent")  # run as a program, its module has no name of its own
 
 TICK_S = 1.0
 SILENT_TICKS = 10  # a worker says `alive` every second; time in which the parent itself is suspended does not count
