@@ -14,7 +14,7 @@ from typing import Any, Self
 from orchestrator import sse
 from orchestrator.api import errors as table
 from orchestrator.api.fields import Defaults
-from orchestrator.api.http import Exchange
+from orchestrator.api.http import SLOW_READER_S, Exchange
 from orchestrator.api.middleware import Routes
 from orchestrator.api.openai_request import Call, chat, completion, embeddings
 from orchestrator.domain import Chunk, Model, Usage
@@ -23,7 +23,6 @@ from orchestrator.gateway import Gateway
 
 log = logging.getLogger(__name__)
 
-SLOW_READER_S = 5.0  # what a client that does not read its answer gets beyond the request's own deadline
 
 Parser = Callable[[dict[str, Any], Exchange, Defaults], Call]
 
