@@ -19,6 +19,7 @@ from orchestrator.api.http import Receive, Scope, Send
 from orchestrator.api.kserve import KServe
 from orchestrator.api.middleware import FrontDoor
 from orchestrator.api.openai import OpenAI
+from orchestrator.api.openapi import Description
 from orchestrator.api.probes import Probes
 from orchestrator.auth import Auth
 from orchestrator.breaker import Breakers
@@ -122,10 +123,12 @@ class Application(_Application):
         kserve = KServe(gateway, triton.describe, defaults, settings.request_timeout_s)
         probes = Probes(gateway, triton.url, lambda: store.up if store else None)
 
+        description = Description(defaults, settings.body_limit_bytes, settings.auth == "keys")
+
         def identify(headers: dict[bytes, bytes], address: str) -> Caller:
             return auth.caller(credential_of(headers), address)
 
-        routes = {**openai.routes, **kserve.routes, **probes.routes}
+        routes = {**openai.routes, **kserve.routes, **probes.routes, **description.routes}
         self._door = FrontDoor(routes, settings.body_limit_bytes, identify)
         running = {"health": health.run(), "limiter": limiter.run(), "registry": registry.run()}
         if store:

@@ -41,6 +41,7 @@ class FrontDoor:
 
     def __init__(self, routes: Routes, body_limit_bytes: int, identify: Identify) -> None:
         self.routes = routes
+        self.routes = routes
         self._router = Router(routes)
         self._body_limit_bytes = body_limit_bytes
         self._identify = identify
