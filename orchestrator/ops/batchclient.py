@@ -20,6 +20,7 @@ MAX_SLOTS = 64
 OTHER_SLOTS = 4  # for a server that does not tell of its slots
 CONNECT_S = 10.0
 BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
+_NO_KEY = "the gateway asks for an API key"
 _AGAIN = (408, 409)  # and every 5xx, as OpenAI's own clients do
 
 Row = dict[str, Any]
@@ -96,7 +97,10 @@ class Asker:
         await self._http.close()
 
     async def ask(self, line: Line, id: str) -> Row:
-        """The output line with this id. Raises BatchError when the limit ends later than `timeout_s` from now."""
+        """The output line with this id.
+
+        Raises BatchError for a 401, and when the rate limit ends later than `timeout_s` from now.
+        """
         loop, failures, reply = asyncio.get_running_loop(), 0, None
         while True:
             async with self._gate.passing():
@@ -106,6 +110,9 @@ class Asker:
                     return reply.row
                 reply = await self._attempt(line, id, deadline - loop.time())
                 self._tell_gate(reply)
+            if reply.status == 401:  # it is the same for every line: none is spent on it
+                hint = "set TRUTHGPT_API_KEY to a key made by `truthgpt keys create`, and run the same command again"
+                raise BatchError(f"{self._base} does not take the API key" if self.api_key else _NO_KEY, hint)
             if reply.status == 429:
                 continue
             failures += 1

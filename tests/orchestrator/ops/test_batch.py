@@ -447,6 +447,19 @@ async def test_a_limit_that_ends_too_late_ends_the_run(tmp_path: Path) -> None:
     assert whole and (tally.succeeded, tally.skipped) == (9, 3)
 
 
+async def test_a_missing_key_costs_no_line(tmp_path: Path) -> None:
+    """A 401 ends the run with a hint instead of being every line's answer; with a key the same command goes on."""
+    file = write(tmp_path / "in", *(line(f"r{n}") for n in range(9)))
+    async with (
+        scripted(lambda number, body: (401 if number < 2 else 200, {}, {})) as url,
+        asker(url, concurrency=1) as client,
+    ):
+        with pytest.raises(BatchError, match="asks for an API key"):
+            await do(file, tmp_path / "out", client)
+        whole, tally = await do(file, tmp_path / "out", client)
+    assert whole and tally.succeeded == 9
+
+
 @pytest.mark.parametrize(
     ("status", "retries", "tries"), [(503, 2, 3), (500, 0, 1), (408, 1, 2), (400, 5, 1), (404, 5, 1), (307, 5, 1)]
 )
