@@ -60,12 +60,16 @@ class Child:
         """Its exit code, negative for a signal."""
         return await self._process.wait()
 
+    def terminate(self) -> None:
+        """SIGTERM; a stopped process would keep it pending until it is continued."""
+        if self._process.returncode is None:
+            self._process.terminate()
+            self._process.send_signal(signal.SIGCONT)
+
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, up to `grace_s` seconds to end, then SIGKILL to the whole group."""
         if self._process.returncode is None:
-            self._process.terminate()
-            # A stopped process keeps SIGTERM pending until it is continued.
-            self._process.send_signal(signal.SIGCONT)
+            self.terminate()
             try:
                 await asyncio.wait_for(self._process.wait(), grace_s)
             except TimeoutError:

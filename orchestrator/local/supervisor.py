@@ -294,12 +294,24 @@ class Supervisor:
                 await self._triton.close()  # a server does not exit while a connection to it is open
             if child is None:
                 continue
-            if name == "triton" and not all(_runs(s.pid) for s in tritonserver.stubs(child.pid)):
-                grace_s = 0.1  # with a dead stub the server would wait out its whole exit time
+            if name == "triton":
+                await self._end_stubs(child, grace_s)
+                grace_s = 0.1  # nothing is left in it; by itself it would look only once a second
             await child.stop(grace_s)
         tritonserver.sweep(self._prefix, kill=True)
         alias.clear(self._home)
         state.clear(self._home)
+
+
+    async def _end_stubs(self, server: Child, grace_s: float) -> None:
+        """Ask the server to end and wait until its models have; with a dead or stopped stub they never would."""
+        server.terminate()
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline and server.returncode is None:
+            stubs = tritonserver.stubs(server.pid)
+            if not stubs or not all(_runs(stub.pid) for stub in stubs):
+                return
+            await asyncio.sleep(0.05)
 
 
 def _url(host: str, port: int) -> str:

@@ -140,7 +140,7 @@ def unwritable(path: Path) -> str:
 def check_ports(deployment: Deployment) -> Finding:
     """The ports that the stack listens on are free, or its own."""
     settings, taken = deployment.settings, []
-    wanted = [("http_port", settings.host)]
+    wanted = [("http_port", settings.host), ("ops_port", settings.ops_host)]
     wanted += [(f"triton_{name}_port", "127.0.0.1") for name in ("http", "grpc", "metrics")]
     owners = _owners()
     for name, host in wanted:
@@ -179,7 +179,11 @@ def _is_ours(deployment: Deployment, owner: int | None) -> bool:
     stack = deployment.stack
     if stack is None or owner is None:
         return False
-    return owner in {stack.pid, *stack.processes.values()}
+    ours = {stack.pid, *stack.processes.values()}
+    try:  # the gateway's port is its workers'
+        return owner in ours or any(parent.pid in ours for parent in psutil.Process(owner).parents())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
 
 
 def _name(pid: int | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -87,6 +88,25 @@ def test_a_taken_port_names_its_owner(place: Any) -> None:
     fault(found, str(place.ports["TRITON_GRPC"]), "TRUTHGPT_TRITON_GRPC_PORT", f"process {os.getpid()}")
     assert str(place.ports["HTTP"]) not in found.detail
     assert checks_machine.check_ports(deployment()).ok
+
+
+def test_a_port_of_a_child_of_the_stack_is_no_fault(place: Any) -> None:
+    """A worker of the gateway holds the HTTP port: a process below those of the state file is the stack's too."""
+    listener = (
+        "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); print(flush=True); "
+        "time.sleep(60)"
+    )
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1], sys.argv[2]])"
+    argv = [sys.executable, "-c", parent, listener, str(place.ports["HTTP"])]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=True) as gateway:
+        try:
+            assert gateway.stdout is not None
+            gateway.stdout.readline()
+            fault(checks_machine.check_ports(deployment()), "is used by")
+            write_state(place.home, "http://127.0.0.1:1", processes={"gateway": gateway.pid})
+            assert checks_machine.check_ports(deployment()).ok
+        finally:
+            os.killpg(gateway.pid, signal.SIGKILL)
 
 
 def test_the_running_stacks_own_ports_are_no_fault(place: Any, gateway: Any) -> None:
