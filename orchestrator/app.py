@@ -28,6 +28,7 @@ from orchestrator.domain import Caller, Limits
 from orchestrator.flights import Flights
 from orchestrator.gateway import Gateway
 from orchestrator.health import Health
+from orchestrator.inspection import Inspector
 from orchestrator.limiter import Limiter
 from orchestrator.registry import Registry
 from orchestrator.retries import RetryBudget
@@ -104,12 +105,12 @@ class Application(_Application):
         limiter = Limiter(store, settings.limits, settings.redis_loss, settings.workers)
         flights = Flights(store, registry.ttl_of, settings.cache_entry_bytes) if store and settings.cache else None
         fallback = Fallback(settings.fallback_model, settings.fallback_text)
-        retries = RetryBudget(settings.retries)
+        retries, inspect = RetryBudget(settings.retries), Inspector(triton, health)
         gateway = self.gateway = Gateway(
             health=health,
             admission=Admission(settings.max_concurrency),
-            screen=Screen(Rules(settings.sanitize, settings.max_input_chars), triton),
-            tokens=Tokens(triton, settings.max_new_tokens),
+            screen=Screen(Rules(settings.sanitize, settings.max_input_chars), inspect),
+            tokens=Tokens(inspect, settings.max_new_tokens),
             limiter=limiter,
             flights=flights,
             breakers=breakers,

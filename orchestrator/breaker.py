@@ -183,7 +183,11 @@ class Breakers:
                 for name in [model] if model else list(self._breakers):
                     self._of(name).succeed()
             elif kind == "breaker" and self._store is not None and event["worker"] != self._store.worker:
-                self._hear(self._of(model), str(event["state"]), float(event["open_s"]))
+                state, breaker = str(event["state"]), self._of(model)
+                if state == HALF_OPEN and breaker.state(self._clock()) == CLOSED:
+                    self._tell(model, breaker)  # it has not heard yet: the last word, also in Redis, is ours
+                else:
+                    self._hear(breaker, state, float(event["open_s"]))
         except (ValueError, KeyError, TypeError, AttributeError, TruthGPTError):
             log.warning("an event about breakers makes no sense")
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from orchestrator.domain import EmbedRequest, GenerateRequest, InferRequest, Message
+from orchestrator.inspection import Inspector
 from orchestrator.sanitize import Rules, check
-from orchestrator.tokens import COUNT_S
-from orchestrator.triton import Triton
 
 
 class Screen:
     """Each method returns the request that may go on, and the names of what was changed. Raises InvalidRequest."""
 
-    def __init__(self, rules: Rules, triton: Triton) -> None:
-        self._rules, self._triton = rules, triton
+    def __init__(self, rules: Rules, inspect: Inspector) -> None:
+        self._rules, self._inspect = rules, inspect
 
     async def generate(self, request: GenerateRequest) -> tuple[GenerateRequest, tuple[str, ...]]:
         """A prompt of token ids is read as text by its model's tokenizer; it stays as it is where nothing changes."""
@@ -27,7 +26,7 @@ class Screen:
         if request.token_ids is not None:
             if self._rules.mode == "off":
                 return request, ()
-            text = (await self._triton.prompt(request, COUNT_S)).text
+            text = (await self._inspect(request)).text
             if not text:  # special tokens alone are no text that could be dangerous
                 return request, ()
             cleaned = check([text], self._rules, "prompt")

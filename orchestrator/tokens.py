@@ -1,14 +1,11 @@
-"""How many tokens a request may use, and whether they fit its model. The gateway holds no tokenizer: the model's own
-one is asked, and only where the answer matters.
-"""
+"""How many tokens a request may use, and whether they fit its model. The tokenizer is asked only where it matters."""
 
 from __future__ import annotations
 
 from orchestrator.domain import GenerateRequest, Limits, Model
 from orchestrator.errors import InvalidRequest, Text, Unavailable
-from orchestrator.triton import Triton
+from orchestrator.inspection import Inspector
 
-COUNT_S = 5.0  # a prompt of a megabyte is read in about a second
 NO_TEMPLATE = Text(
     "messages: this model has no chat template; use /v1/completions, or export it with --chat-template FILE.",
     "messages: este modelo no tiene plantilla de chat; use /v1/completions o expórtelo con --chat-template FILE.",
@@ -18,8 +15,8 @@ NO_TEMPLATE = Text(
 class Tokens:
     """`default_max_tokens` is what a request that does not say may generate."""
 
-    def __init__(self, triton: Triton, default_max_tokens: int) -> None:
-        self._triton, self._default = triton, default_max_tokens
+    def __init__(self, inspect: Inspector, default_max_tokens: int) -> None:
+        self._inspect, self._default = inspect, default_max_tokens
 
     async def fit(self, model: Model, request: GenerateRequest, limits: Limits) -> int:
         """The most tokens that the request can use, prompt and answer; 0 where no limit counts them.
@@ -44,7 +41,7 @@ class Tokens:
         if request.token_ids is not None:
             return len(request.token_ids)
         try:
-            return (await self._triton.prompt(request, COUNT_S)).tokens
+            return (await self._inspect(request)).tokens
         except Unavailable:
             # A cached or a fallback answer may still come. No byte-level tokenizer makes more tokens than bytes.
             texts = [request.text or ""] if request.messages is None else [turn.content for turn in request.messages]

@@ -52,6 +52,7 @@ class FakeTriton:
         self.beat: dict[str, Any] = {"running": 0, "waiting": 0, "slots": 4, "step_age_s": 0.0, "busy": False}
         self.beat_error: str | None = None
         self.words: dict[int, str] = {}
+        self.inspected = 0
         self.other_backends: set[str] = set()  # models that are only inferred with
         self.stopped = False  # as after SIGSTOP: connections are accepted and nothing is answered
         self.port = 0
@@ -152,6 +153,7 @@ class FakeTriton:
 
     def _inspect(self, body: dict[str, Any]) -> dict[str, Any]:
         """A tokenizer of one token a word, and of `words` for token ids."""
+        self.inspected += 1
         sampling = json.loads(body.get("sampling_parameters") or "{}")
         if "prompt_token_ids" in sampling:
             ids = sampling["prompt_token_ids"]

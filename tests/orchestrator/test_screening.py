@@ -9,6 +9,8 @@ import pytest
 
 from orchestrator.domain import EmbedRequest, InferRequest, Tensor
 from orchestrator.errors import UnsafeInput
+from orchestrator.health import Health
+from orchestrator.inspection import Inspector
 from orchestrator.sanitize import Rules
 from orchestrator.screening import Screen
 from orchestrator.triton import Deadlines, Triton
@@ -69,21 +71,22 @@ async def test_token_lists_are_read_as_text_and_kept_where_nothing_changes(fake:
 async def test_tensors_of_text_pass_the_same_rules(fake: FakeTriton) -> None:
     """BYTES elements are cleaned or refused by their tensor's name; binary ones and numbers pass as they are."""
     triton = Triton(fake.url, Deadlines())
+    inspect = Inspector(triton, Health(triton, interval_s=1.0, engine_stall_s=5.0))
     try:
         numbers = Tensor("n", "FP32", (1,), data=b"\0\0\0\0")
         binary = Tensor("b", "BYTES", (1,), elements=(b"\xff<script>",))
         dirty = Tensor("t", "BYTES", (2,), elements=(DIRTY.encode(), "¿ñ?".encode()))
         request = InferRequest(id="r", model="m", accepted_at=0.0, inputs=(numbers, binary, dirty))
-        cleaned, changes = Screen(Rules("clean", 10_000), triton).infer(request)
+        cleaned, changes = Screen(Rules("clean", 10_000), inspect).infer(request)
         assert changes == ("script",)
         assert cleaned.inputs[:2] == (numbers, binary)
         assert cleaned.inputs[2].elements == (b"Hola mundo", "¿ñ?".encode())
-        assert Screen(Rules("off", 10_000), triton).infer(request) == (request, ())
+        assert Screen(Rules("off", 10_000), inspect).infer(request) == (request, ())
         with pytest.raises(UnsafeInput) as refused:
-            Screen(Rules("reject", 10_000), triton).infer(request)
+            Screen(Rules("reject", 10_000), inspect).infer(request)
         assert refused.value.param == "t"
         embed = EmbedRequest(id="r", model="m", accepted_at=0.0, texts=(DIRTY, "b"))
-        assert Screen(Rules("clean", 10_000), triton).embed(embed)[0].texts == ("Hola mundo", "b")
+        assert Screen(Rules("clean", 10_000), inspect).embed(embed)[0].texts == ("Hola mundo", "b")
     finally:
         await triton.close()
 

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from orchestrator.domain import GenerateRequest, Limits, Message, Model
 from orchestrator.errors import InvalidRequest
+from orchestrator.health import Health
+from orchestrator.inspection import Inspector
 from orchestrator.tokens import Tokens
 from orchestrator.triton import Deadlines, Triton
 
+from .conftest import until
 from .fake_triton import FakeTriton
 
 MODEL = Model("m", "1", 0, ready=True, chat=True, max_len=64)
 COUNTED = Limits(tokens_per_minute=1000)
 
 
+@asynccontextmanager
+async def counting(fake: FakeTriton) -> AsyncIterator[Tokens]:
+    """Tokens over the real parts below it."""
+    triton = Triton(fake.url, Deadlines(connect_s=0.2, heartbeat_s=0.3))
+    health = Health(triton, interval_s=0.03, engine_stall_s=5.0)
+    watch = asyncio.create_task(health.run())
+    try:
+        await until(lambda: health.ready)
+        yield Tokens(Inspector(triton, health), default_max_tokens=20)
+    finally:
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+        await triton.close()
+
+
 @pytest.fixture
 async def tokens(fake: FakeTriton) -> AsyncIterator[Tokens]:
-    triton = Triton(fake.url, Deadlines())
-    yield Tokens(triton, default_max_tokens=20)
-    await triton.close()
+    async with counting(fake) as made:
+        yield made
 
 
 def request(**changes: Any) -> GenerateRequest:
@@ -51,20 +70,28 @@ async def test_the_most_that_a_request_can_use(tokens: Tokens, changes: dict[str
 async def test_the_tokenizer_is_asked_only_where_it_matters(tokens: Tokens, fake: FakeTriton) -> None:
     """A caller without token limits costs no question."""
     assert await tokens.fit(MODEL, request(), Limits(per_minute=1)) == 0
-    assert fake.calls == []
+    assert fake.inspected == 0
+    await tokens.fit(MODEL, request(), COUNTED)
+    assert fake.inspected == 1
 
 
-async def test_a_model_that_is_away_is_estimated_from_above(fake: FakeTriton) -> None:
-    """The request may still be answered from the cache: bytes bound the tokens, and so does the context."""
-    triton = Triton(fake.url, Deadlines(connect_s=0.2))
-    await fake.stop()
-    try:
-        most = await Tokens(triton, 20).fit(MODEL, request(text="¿ñ?"), COUNTED)
+@pytest.mark.parametrize("fault", ["dead", "stopped"])
+async def test_a_model_that_is_away_is_estimated_from_above(fake: FakeTriton, fault: str) -> None:
+    """The request may still be answered from the cache: bytes bound the tokens, and so does the context; and it is
+    found out as soon as the model's health says so.
+    """
+    async with counting(fake) as tokens:
+        if fault == "dead":
+            await fake.stop()
+        else:
+            fake.stopped = True
+        began = time.monotonic()
+        most = await tokens.fit(MODEL, request(text="¿ñ?"), COUNTED)
+        assert time.monotonic() - began < 1.5
         assert 5 + 20 <= most <= 64
-        assert await Tokens(triton, 20).fit(MODEL, request(text="a" * 500), COUNTED) == 64
-    finally:
-        await triton.close()
-        await fake.start()
+        assert await tokens.fit(MODEL, request(text="a" * 500), COUNTED) == 64
+        if fault == "dead":
+            await fake.start()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ def test_every_promised_command_is_there() -> None:
     """The commands of the interface, no more and no less."""
     assert {" ".join(path) for path, _ in LEAVES} == {
         "up", "down", "status", "generate", "export", "models list", "models show", "models remove", "config show",
-        "config check", "doctor",
+        "config check", "doctor", "batch run", "keys create", "keys list", "keys show", "keys revoke", "keys rotate",
+        "limits show", "limits set", "limits reset", "cache stats", "cache clear", "cache inspect", "cache ttl",
+        "breaker show", "breaker reset",
     }  # fmt: skip
 
 
