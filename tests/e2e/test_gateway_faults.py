@@ -144,7 +144,7 @@ async def test_a_model_killed_under_load_is_left_alone_and_comes_back(well: Guar
     """
     workers, log = well.workers(), well.stack.home / "logs" / "gateway.log"
     written = log.stat().st_size
-    async with well.load(well.key, clients=16) as load:
+    async with well.load(well.counted, clients=16) as load:
         healthy = await load.during(0.3)
         began = time.monotonic()
         kill(well.stack.pid(victim), signal.SIGKILL)
