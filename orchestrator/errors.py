@@ -3,9 +3,9 @@
     TruthGPTError
     ├── InvalidRequest          the request can never succeed as it stands; `param` names the culprit
     │   ├── PayloadTooLarge     its body is over the limit
-    │   └── UnsafeInput         its text is empty, too long or dangerous, and the gateway does not clean it
+    │   └── UnsafeInput         its text is empty, too long or dangerous, and is not cleaned
     ├── Unauthenticated         no credential, or one that is unknown, expired or revoked
-    ├── PermissionDenied        the credential is good and may not do this, or this edge does not offer it
+    ├── PermissionDenied        the credential may not do this, or this edge does not offer it
     ├── ModelNotFound           no such model is served
     ├── RateLimited             a limit of the caller is used up; try again after `retry_after_s`
     ├── Unavailable             cannot serve now; try again after `retry_after_s`
@@ -14,8 +14,8 @@
     │   ├── Draining            this gateway is stopping
     │   ├── KeysUnavailable     the credential cannot be checked: Redis is away
     │   ├── LimitsUnavailable   the limits cannot be counted: Redis is away
-    │   ├── BreakerOpen         the model failed too often lately and is left alone for a while
-    │   └── UpstreamUnavailable the model does not answer: dead, stalled, loading, or Triton is away
+    │   ├── BreakerOpen         the model failed too often and is left alone for a while
+    │   └── UpstreamUnavailable the model or Triton is dead, stalled or loading
     ├── DeadlineExceeded        the request's own time is over
     ├── Cancelled               the caller went away
     └── InternalError           a fault of ours; its details are for the log only

@@ -1,14 +1,20 @@
-"""Writes docs/cli.md and docs/settings.md from the code; with `--check` it only says whether they are up to date."""
+"""Writes docs/cli.md, docs/settings.md and the tables of errors in docs/gateway.md from the code.
+
+With `--check` it only says whether they are up to date.
+"""
 
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
+from orchestrator import errors, hardening
+from orchestrator.api import errors as table
 from orchestrator.cli import cli
 from orchestrator.settings import PROFILES, Settings
 
@@ -145,6 +151,47 @@ def settings_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def gateway_page() -> str:
+    """docs/gateway.md as it stands, with its generated parts anew."""
+    text = (ROOT / "docs" / "gateway.md").read_text(encoding="utf-8")
+    for name, lines in (("errors", error_rows()), ("refusals", refusal_rows())):
+        parts = re.split(rf"(?<=<!-- {name}: generated -->\n).*(?=<!-- end of {name} -->)", text, flags=re.DOTALL)
+        if len(parts) != 2:
+            raise SystemExit(f"error: docs/gateway.md has no one place for its {name}")
+        text = "\n".join([parts[0], *lines, "", parts[1]])
+    return text
+
+
+def error_rows() -> list[str]:
+    """Every class of the error tree, in its order and with the meanings of its drawing."""
+    drawn = re.findall(r"^ {4}[ │├└─]*(\w+) +(\S.*)$", errors.__doc__ or "", re.MULTILINE)
+    meanings = {"TruthGPTError": "root of the tree: never raised itself", **dict(drawn)}
+    lines = ["| error | HTTP | type | code | again | when |", "|---|---|---|---|---|---|"]
+    for name, meaning in meanings.items():
+        error: type[errors.TruthGPTError] = getattr(errors, name)
+        row = table.TABLE[error]
+        later = issubclass(error, (errors.RateLimited, errors.Unavailable))
+        again = "wait" if later else "yes" if error.retryable else "no"
+        code = f"`{row.code}`" if row.code else ""
+        lines.append(f"| {name} | {row.status} | `{row.type}` | {code} | {again} | {cell(meaning.replace('`', ''))} |")
+    return lines
+
+
+def refusal_rows() -> list[str]:
+    """What is refused before the gateway's rules: by the edge, and while a request arrives."""
+    edge = [
+        (table.NOT_FOUND, table.NO_SUCH_PATH),
+        (table.METHOD_NOT_ALLOWED, table.WRONG_METHOD),
+        (table.UNSUPPORTED_CODING, table.CODINGS_TAKEN),
+        (table.HEADERS_TOO_LARGE, table.TOO_MANY_HEADERS),
+    ]
+    rows = [(row.status, row.type, row.code, text.en) for row, text in edge]
+    arriving = [value for value in vars(hardening).values() if isinstance(value, hardening.Refusal)]
+    rows += [(refusal.status, refusal.kind, refusal.code, refusal.text.en) for refusal in arriving]
+    lines = ["| HTTP | type | code | message |", "|---|---|---|---|"]
+    return lines + [f"| {status} | `{kind}` | `{code}` | {cell(text)} |" for status, kind, code, text in rows]
+
+
 def limits(low: float | None, high: float | None) -> str:
     if low is None and high is None:
         return ""
@@ -160,7 +207,7 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PAGES = {"docs/cli.md": cli_page, "docs/settings.md": settings_page}
+PAGES = {"docs/cli.md": cli_page, "docs/settings.md": settings_page, "docs/gateway.md": gateway_page}
 
 
 def main() -> int:
