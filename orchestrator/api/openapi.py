@@ -306,5 +306,8 @@ def _headers() -> dict[str, Any]:
 
 
 def _events(chunk: str, done: bool) -> Schema:
-    end = ", and at the end [DONE]" if done else ""
-    return {**STRING, "description": f"Events whose data is JSON: #/components/schemas/{chunk}{end}."}
+    """One event of a stream; OpenAPI 3.1 has no word for the whole of it."""
+    error = ref("OpenAIError" if done else "KServeError")
+    content = {"contentMediaType": JSON, "contentSchema": {"anyOf": [ref(chunk), error]}}
+    data = {"anyOf": [{"const": "[DONE]"}, {**STRING, **content}]} if done else {**STRING, **content}
+    return {"type": "object", "description": "One event.", "required": ["data"], "properties": {"data": data}}

@@ -22,7 +22,7 @@ BOOLEAN: Schema = {"type": "boolean"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 NULL: Schema = {"type": "null"}
 OPEN: Schema = {"type": "object"}
-SCALAR: Schema = {"type": ["string", "number", "boolean"]}
+SCALAR: Schema = {"anyOf": [STRING, {"type": "number"}, BOOLEAN]}
 
 
 def ref(name: str) -> Schema:
