@@ -96,12 +96,17 @@ class Health:
             raise ModelNotFound(name)
         return Model(name, "", 0, ready=False, chat=True)
 
-    @contextlib.contextmanager
-    def attend(self, name: str) -> Iterator[Attendance]:
-        """Tie a stream to its model's health for as long as the context lasts. Raises UpstreamUnavailable."""
+    def require(self, name: str) -> Served:
+        """A model that has been seen, ready or not. Raises UpstreamUnavailable."""
         served = self._served.get(name)
         if served is None:
             raise UpstreamUnavailable(f"{name} is gone" if self.triton_up else "Triton does not answer")
+        return served
+
+    @contextlib.contextmanager
+    def attend(self, name: str) -> Iterator[Attendance]:
+        """Tie a stream to its model's health for as long as the context lasts. Raises UpstreamUnavailable."""
+        served = self.require(name)
         if not served.model.ready:
             raise UpstreamUnavailable(f"{name} is not ready: {served.reason}")
         attendance = Attendance()

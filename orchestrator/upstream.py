@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from orchestrator.breaker import Breakers
 from orchestrator.broadcast import Outcome
 from orchestrator.domain import Chunk, GenerateRequest, InferRequest, InferResult
-from orchestrator.errors import DeadlineExceeded, Overloaded, TruthGPTError, Unavailable, UpstreamError
+from orchestrator.errors import DeadlineExceeded, Draining, Overloaded, TruthGPTError, Unavailable, UpstreamError
 from orchestrator.errors import UpstreamUnavailable as Away
 from orchestrator.health import Health
 from orchestrator.output import OutputGuard
@@ -63,7 +63,7 @@ class Upstream:
                     yield chunk
             return
         except (Unavailable, UpstreamError, DeadlineExceeded) as error:
-            if started or isinstance(error, Overloaded) or self._fallback == Fallback():
+            if started or isinstance(error, (Overloaded, Draining)) or self._fallback == Fallback():
                 raise
             failure = error
         other = self._fallback.model
@@ -104,6 +104,7 @@ class Upstream:
             attempt += 1
 
     async def _once(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        self._health.require(request.model)  # a name that only its client knows gets no breaker
         with self._breakers.guard(request.model) as guard, self._health.attend(request.model) as attendance:
             async with aclosing(self._triton.stream(request, attendance)) as chunks:
                 async for chunk in chunks:
@@ -112,5 +113,6 @@ class Upstream:
 
     async def infer(self, request: InferRequest) -> InferResult:
         """Run a model that does not generate. Raises TruthGPTError."""
+        self._health.require(request.model)
         with self._breakers.guard(request.model), self._health.attend(request.model) as attendance:
             return await self._triton.infer(request, attendance)

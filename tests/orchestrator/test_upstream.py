@@ -149,3 +149,31 @@ async def test_a_gap_between_tokens_is_bounded(fake: FakeTriton) -> None:
             events = await stack.events(PATH, {**PLAIN, "stream": True})
         assert json.loads(events[-1])["error"]["code"] == "model_unavailable"
         await until(lambda: fake.hang_ups == 1)
+
+
+async def test_a_name_that_only_its_client_knows_gets_no_breaker(fake: FakeTriton) -> None:
+    """While Triton is away nobody can say that a model does not exist; what clients call it is remembered nowhere."""
+    async with serving(fake, breaker_failures=2) as stack:
+        await fake.stop()
+        await until(lambda: not stack.gateway.triton_up)
+        for number in range(6):
+            status, body, _ = await stack.post(PATH, {**PLAIN, "model": f"made-up-{number // 3}"})
+            assert (status, body["error"]["code"]) == (503, "model_unavailable")
+        numbers = {"inputs": [{"name": "x", "datatype": "INT32", "shape": [1], "data": [1]}]}
+        assert (await stack.post("/v2/models/made-up/infer", numbers))[0] == 503
+        assert set(stack.gateway.breakers) <= {"m"}
+        await fake.start(fake.port)
+
+
+@pytest.mark.parametrize("fallback", [{"fallback_text": "Nada."}, {"fallback_model": "spare"}])
+async def test_no_fallback_begins_when_the_drain_is_over(fake: FakeTriton, fallback: dict[str, str]) -> None:
+    """Who had no token by then is told to ask another gateway, and nothing new is started."""
+    fake.models["spare"] = "READY"
+    fake.script = [event(), math.inf]
+    async with serving(fake, stall_s=20.0, **fallback) as stack:
+        asking = asyncio.create_task(stack.post(PATH, PLAIN))
+        await until(lambda: fake.running == 1)
+        await stack.gateway.drain(0.1)
+        status, body, headers = await asking
+        assert (status, body["error"]["code"], headers["retry-after"]) == (503, "draining", "1")
+        assert len(fake.requests) == 1
