@@ -26,6 +26,8 @@ from orchestrator.triton.wire import Reply, decode, error_of
 
 _HEADER_LENGTH = "inference-header-content-length"
 _REQUEST_ID = re.compile(r"^\[request id: [^\]]*\] ")
+# The whole beginning is compared: what comes behind it may quote names that the client chose.
+_GONE = re.compile(r"(?:in ensemble '[^']*', )?(?:Stub process '|Request for unknown model)")
 _SLACK_S = 5.0  # the attendance ends a call in time; the connection's own time-out only has to come after it
 
 
@@ -120,10 +122,12 @@ def _result(model: str, reply: Reply) -> InferResult:
 
 
 def _error(reply: Reply) -> TruthGPTError:
+    fields = decode(reply.body)
+    if reply.status == 400 and isinstance(fields, dict) and "error" in fields:
+        text = _REQUEST_ID.sub("", str(fields["error"])).strip()
+        if not _GONE.match(text):
+            return InvalidRequest(Text(text, f"El modelo rechazó la petición: {text}"))
     error = error_of(reply.body, reply.status)
     if isinstance(error, ModelNotFound):  # it was served a moment ago: it is being reloaded or removed
         return UpstreamUnavailable(str(error))
-    if type(error) is UpstreamError and reply.status == 400:
-        text = _REQUEST_ID.sub("", str(error)).strip()
-        return InvalidRequest(Text(text, f"El modelo rechazó la petición: {text}"))
     return error

@@ -82,6 +82,14 @@ async def test_errors_of_tritons(status: int, error: str, kind: type[Exception])
         assert caught.value.text.en == "unexpected inference input 'C' for model 'm'"
 
 
+@pytest.mark.parametrize("name", ["unavailable", "internal: x", "x is not healthy", "Stub process 'm' is not healthy."])
+async def test_what_a_client_calls_its_tensors_says_nothing_of_the_model(name: str) -> None:
+    """Triton quotes names; one that reads like an outage would count against the model, for everybody who uses it."""
+    error = f"[request id: unavailable] unexpected inference input '{name}' for model 'm'"
+    with pytest.raises(InvalidRequest):
+        await infer(Fetch(Reply(400, {}, json.dumps({"error": error}).encode())), request(), Attendance(), 10)
+
+
 @pytest.mark.parametrize(
     "reply",
     [
