@@ -116,6 +116,7 @@ class Application(_Application):
             breakers=breakers,
             upstream=Upstream(triton, health, breakers, retries, fallback, settings.max_output_chars),
             sinks=[logs.log_request],
+            answer_rules=f"{settings.max_new_tokens} tokens, {settings.max_output_chars} characters",
         )
         # one request alone may not ask for more places than admission has
         at_once = min(settings.max_batch_size, settings.max_concurrency)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from orchestrator.errors import BreakerOpen, EmptyAnswer, TruthGPTError, UpstreamError, UpstreamUnavailable
+from orchestrator.errors import BreakerOpen, TruthGPTError, UpstreamError, UpstreamUnavailable
 from orchestrator.store import BREAKERS, EVENTS, Store, StoreAway, StoreError
 
 log = logging.getLogger(__name__)
@@ -126,11 +126,8 @@ class Breakers:
         guard = Guard(self, model)
         try:
             yield guard
-        except (UpstreamUnavailable, UpstreamError) as error:
-            if isinstance(error, EmptyAnswer):
-                self.change(model, Breaker.leave)
-            else:
-                self.change(model, lambda breaker: breaker.fail(self._clock()))
+        except (UpstreamUnavailable, UpstreamError):
+            self.change(model, lambda breaker: breaker.fail(self._clock()))
             raise
         except BaseException:
             # The caller left, or the request itself was wrong: that says nothing of the model, unless it had answered.

@@ -64,10 +64,11 @@ local function cache_enter(entry_key, flight_key, stats_key, packed)
       return {'follow', leader}
     end
     redis.call('SET', flight_key, worker, 'PX', lock_ms)
+    counted('misses')
   else
     redis.call('SET', flight_key, worker, 'NX', 'PX', lock_ms)
+    counted('bypass')
   end
-  counted('misses')
   return {'lead'}
 end
 """
@@ -153,16 +154,19 @@ class Lookup:
         return cls("local")
 
 
-def ticket(caller: Caller, model: Model, request: GenerateRequest) -> Ticket:
+def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = "") -> Ticket:
     """The key is the SHA-256 of everything that may change the answer, in a serialisation that reads one way only.
 
-    Not part of it: who asked within the tenant, ids, protocol, streaming or not, and time-outs.
+    Not part of it: who asked within the tenant, ids, protocol, streaming or not, and time-outs. `rules` are the
+    settings that make an answer longer or shorter.
     """
+    task = request.task or model.task
     canonical = json.dumps(
         [
             "1",  # of this serialisation
+            rules,
             caller.tenant,
-            request.task,
+            task,
             model.name,
             model.digest,
             "" if model.digest else model.version,
@@ -179,7 +183,7 @@ def ticket(caller: Caller, model: Model, request: GenerateRequest) -> Ticket:
         separators=(",", ":"),
     )
     key = hashlib.sha256(canonical.encode()).hexdigest()
-    return Ticket(key, caller.tenant, model.name, request.task, request.cache)
+    return Ticket(key, caller.tenant, model.name, task, request.cache)
 
 
 def lookup_of(reply: list[Any]) -> Lookup:

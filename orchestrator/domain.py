@@ -85,7 +85,7 @@ class GenerateRequest:
     """Generate text. Exactly one of `text`, `token_ids` and `messages` is set; they never show in a repr.
 
     `max_tokens` None lets the gateway choose; `top_k` 0 and `top_p` 1 are off; `temperature` 0 is greedy; `accepted_at`
-    is `time.monotonic()` of the moment the request was accepted, in seconds.
+    is `time.monotonic()` of the moment the request was accepted, in seconds; an empty `task` is the model's own.
     """
 
     id: str
@@ -102,7 +102,7 @@ class GenerateRequest:
     stop: tuple[str, ...] = field(default=(), repr=False)
     stream: bool = False
     timeout_s: float | None = None
-    task: str = "text_generation"
+    task: str = ""
     cache: CachePolicy = CachePolicy()
     traceparent: str | None = None
 

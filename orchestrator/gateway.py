@@ -37,11 +37,11 @@ class Gateway:
 
     def __init__(
         self, health: Health, admission: Admission, screen: Screen, tokens: Tokens, limiter: Limiter,
-        flights: Flights | None, breakers: Breakers, upstream: Upstream, sinks: Sequence[Sink],
+        flights: Flights | None, breakers: Breakers, upstream: Upstream, sinks: Sequence[Sink], answer_rules: str = "",
     ) -> None:  # fmt: skip
         self._health, self._admission, self._screen, self._tokens = health, admission, screen, tokens
         self._limiter, self._flights, self._breakers, self._upstream = limiter, flights, breakers, upstream
-        self._sinks = tuple(sinks)
+        self._sinks, self._answer_rules = tuple(sinks), answer_rules
 
     async def generate(self, caller: Caller, request: GenerateRequest, notes: Notes) -> AsyncGenerator[Chunk, None]:
         """The answer's chunks; the last one has a finish reason. Close the iterator to cancel. Raises TruthGPTError.
@@ -53,10 +53,11 @@ class Gateway:
             model = await self._health.find(request.model)
             if not model.generates:
                 raise InvalidRequest(NOT_GENERATING, "model")
-            prepared.request, notes.sanitized = await self._screen.generate(request)
+            asked = request if request.task else replace(request, task=model.task)
+            prepared.request, notes.sanitized = await self._screen.generate(asked)
             prepared.tokens = await self._tokens.fit(model, prepared.request, caller.limits)
             if self._flights is not None:
-                prepared.ticket = ticket(caller, model, prepared.request)
+                prepared.ticket = ticket(caller, model, prepared.request, self._answer_rules)
 
         async with self._pass(caller, request, "generate", notes, prepare) as passage:
             async with aclosing(self._answer(passage)) as chunks:

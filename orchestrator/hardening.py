@@ -78,7 +78,10 @@ LARGE_HEAD = _invalid(
     "Hay demasiadas cabeceras o muy largas.",
 )
 CROWDED = Refusal(
-    503, "server_error", "too_many_connections", Text("Too many connections.", "Hay demasiadas conexiones.")
+    503,
+    "service_unavailable_error",
+    "too_many_connections",
+    Text("Too many connections.", "Hay demasiadas conexiones."),
 )
 
 

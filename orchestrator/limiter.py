@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.cache import CACHE_LUA, Lookup, Ticket, lookup_of
 from orchestrator.domain import Caller, Limits, Notes
-from orchestrator.errors import LimitsUnavailable, RateLimited
+from orchestrator.errors import InvalidRequest, LimitsUnavailable, RateLimited, Text
 from orchestrator.limits import (
     LIMITS_LUA,
     RENEW,
@@ -97,12 +97,12 @@ class Limiter:
         except (StoreAway, StoreError) as error:
             if isinstance(error, StoreError):
                 log.error("Redis refuses the script of limits and cache: %s", error)
-            entry.lookup = None if ticket is None else Lookup.local()
+            entry.lookup = None if ticket is None else Lookup.local() if ticket.policy.store else Lookup("bypass")
             if limited:
                 self._without_redis(entry, limits, tokens)
         else:
             self.degraded = self.degraded and not limited
-        self._judge(entry, notes)
+        self._judge(entry, tokens, notes)
         return entry
 
     def leave(self, entry: Entry, tokens: int) -> None:
@@ -155,7 +155,7 @@ class Limiter:
     def _without_redis(self, entry: Entry, limits: Limits, tokens: int) -> None:
         self.degraded = True
         if self._store is not None:
-            if self._loss == "fail_closed":
+            if self._loss == "fail_closed" and self._mode == "enforce":
                 raise LimitsUnavailable
             if self._loss == "fail_open":
                 return
@@ -172,7 +172,7 @@ class Limiter:
         if not asked.cancelled() and asked.exception() is None:
             self.leave(entry, 0)
 
-    def _judge(self, entry: Entry, notes: Notes) -> None:
+    def _judge(self, entry: Entry, tokens: int, notes: Notes) -> None:
         said = entry.verdict
         if said is None:
             return
@@ -182,6 +182,8 @@ class Limiter:
                 notes.shadow = said.refused.name
             else:
                 notes.refused = said.refused.name
+                if said.refused.name.startswith("tokens") and tokens > said.refused.limit:
+                    raise _never(tokens, said.refused.limit)
                 raise RateLimited(said.refused.name, said.refused.limit, said.retry_after_s)
 
     async def _settle(self, store: Store, keys: list[str], args: list[bytes]) -> None:
@@ -194,6 +196,16 @@ class Limiter:
         task = asyncio.get_running_loop().create_task(work)
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
+
+
+def _never(tokens: int, limit: int) -> InvalidRequest:
+    return InvalidRequest(
+        Text(
+            f"max_tokens: this request may use {tokens} tokens, prompt and answer, and your limit is {limit}.",
+            f"max_tokens: esta petición puede usar {tokens} tokens, entre texto y respuesta, y su límite es {limit}.",
+        ),
+        "max_tokens",
+    )
 
 
 def _keys(entry: Entry) -> tuple[str, str]:

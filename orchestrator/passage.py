@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from orchestrator.cache import Ticket
-from orchestrator.domain import Caller, Chunk, EmbedRequest, GenerateRequest, InferRequest, Notes, Record, Usage
+from orchestrator.domain import TASKS, Caller, Chunk, EmbedRequest, GenerateRequest, InferRequest, Notes, Record, Usage
 from orchestrator.errors import DeadlineExceeded
 from orchestrator.flights import Flight
 from orchestrator.limiter import Entry
@@ -90,7 +90,7 @@ class Passage(Generic[Request]):
             caller=self.caller.id,
             tenant=self.caller.tenant,
             operation=self.endpoint,
-            task=request.task,
+            task=request.task or TASKS[0],
             model=request.model,
             stream=isinstance(request, GenerateRequest) and request.stream,
             outcome=tally.outcome,

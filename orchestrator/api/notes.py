@@ -10,7 +10,7 @@ def note_headers(notes: Notes) -> list[tuple[bytes, bytes]]:
     """X-Cache, X-TruthGPT-Fallback, X-TruthGPT-Sanitized, X-TruthGPT-Limit-Shadow and the rate-limit headers."""
     headers = limit_headers(notes.windows, notes.refused)
     if notes.shadow:
-        headers.append((b"x-truthgpt-limit-shadow", notes.shadow.encode()))
+        headers.append((b"x-truthgpt-limit-shadow", notes.shadow.replace("_", "-").encode()))
     if notes.cache:
         headers.append((b"x-cache", notes.cache.encode()))
     if notes.fallback:

@@ -186,7 +186,7 @@ def _call(fields: dict[str, Any], exchange: Exchange, defaults: Defaults, **prom
         seed=integer(fields, "seed", *SEED),
         stop=stop(fields),
         stream=stream,
-        task=task(exchange.headers, "text_generation"),
+        task=task(exchange.headers, ""),
         cache=cache_policy(exchange.headers),
         traceparent=exchange.traceparent,
         **prompt,

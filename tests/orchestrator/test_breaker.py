@@ -16,7 +16,6 @@ from orchestrator.errors import (
     BreakerOpen,
     Cancelled,
     DeadlineExceeded,
-    EmptyAnswer,
     InvalidRequest,
     Overloaded,
     Text,
@@ -94,8 +93,8 @@ def test_a_failed_try_opens_it_for_longer() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        InvalidRequest(Text("x", "y")), Overloaded(), DeadlineExceeded(), Cancelled(), EmptyAnswer(),
-        asyncio.CancelledError(), GeneratorExit(),
+        InvalidRequest(Text("x", "y")), Overloaded(), DeadlineExceeded(), Cancelled(), asyncio.CancelledError(),
+        GeneratorExit(),
     ],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip

@@ -13,8 +13,8 @@ import pytest
 from orchestrator.api.errors import headers_of
 from orchestrator.api.notes import note_headers
 from orchestrator.cache import Ticket
-from orchestrator.domain import Caller, Limits, Notes
-from orchestrator.errors import LimitsUnavailable, RateLimited
+from orchestrator.domain import CachePolicy, Caller, Limits, Notes
+from orchestrator.errors import InvalidRequest, LimitsUnavailable, RateLimited
 from orchestrator.limiter import Limiter
 from orchestrator.store import Store, leases_key
 from tests.redis import RealRedis
@@ -186,3 +186,28 @@ async def test_a_refusal_never_says_to_come_back_too_early(server: RealRedis, li
         t = re.search(rb";t=(\d+)", headers.get(b"ratelimit", b""))
         assert int(dict(headers_of(refused.value))[b"retry-after"]) >= (int(t[1]) if t else 0)
         assert notes.refused in ("concurrency", "minute")
+
+
+async def test_a_request_larger_than_its_limit_is_told_so(server: RealRedis) -> None:
+    """What can never pass is a wrong request that names its size and the limit, not one to be sent again."""
+    caller = replace(CALLER, id="key3", limits=Limits(tokens_per_minute=100))
+    async with connected(server) as store:
+        limiter = Limiter(store, "enforce", "local", 1)
+        with pytest.raises(InvalidRequest, match=r"101 tokens.* 100") as refused:
+            await enter(limiter, caller, tokens=101)
+        assert refused.value.param == "max_tokens"
+        await enter(limiter, caller, tokens=100)
+
+
+async def test_shadow_mode_refuses_nobody_without_redis_either() -> None:
+    """fail_closed is for limits that are enforced."""
+    with RealRedis() as server:
+        async with connected(server, timeout_s=0.05) as store:
+            server.stop_answering()
+            limiter = Limiter(store, "shadow", "fail_closed", 1)
+            assert [await _passes(limiter) for _ in range(5)] == [True] * 5
+            no_store = replace(TICKET, policy=CachePolicy(store=False))
+            entry, _ = await enter(limiter, ticket=no_store)
+            assert entry.lookup is not None
+            assert entry.lookup.state == "bypass", "what may not be stored is not shared either"
+            server.go_on()
