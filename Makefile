@@ -45,7 +45,7 @@ demo-model: install  ## train the demo model again and measure it
 	@$(BIN)/python -m demo.train
 	@$(BIN)/python -m demo.evaluate
 
-docs: install  ## write docs/cli.md and docs/settings.md from the code
+docs: install  ## write the pages and tables in docs/ that come from the code
 	@$(BIN)/python scripts/reference.py
 
 clean:  ## stop what runs here, remove what was built (not model_repository/)
