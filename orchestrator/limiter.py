@@ -129,9 +129,10 @@ class Limiter:
             for lease, key in self._leases.items():
                 by_key.setdefault(key, []).append(lease)
             for key, leases in by_key.items():
+                running = [lease for lease in leases if lease in self._leases]  # one given back may not come again
                 try:
-                    if self._store is not None:
-                        await self._store.run_script(RENEW, [key], leases)
+                    if self._store is not None and running:
+                        await self._store.run_script(RENEW, [key], running)
                 except (StoreAway, StoreError) as error:
                     log.info("leases of running requests could not be renewed: %s", error)
 

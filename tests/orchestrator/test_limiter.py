@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,8 @@ from orchestrator.api.notes import note_headers
 from orchestrator.cache import Ticket
 from orchestrator.domain import CachePolicy, Caller, Limits, Notes
 from orchestrator.errors import InvalidRequest, LimitsUnavailable, RateLimited
-from orchestrator.limiter import Limiter
-from orchestrator.store import Store, leases_key
+from orchestrator.limiter import RENEW, Limiter
+from orchestrator.store import Script, Store, leases_key
 from tests.redis import RealRedis
 
 from .conftest import eventually, until
@@ -109,6 +110,30 @@ async def test_tokens_are_settled_and_places_given_back(server: RealRedis) -> No
         assert [(w.name, w.used) for w in notes.windows] == [("tokens_minute", 100), ("concurrency", 1)]
         limiter.leave(again, 0)
         await eventually(left)
+
+
+async def test_a_place_that_was_given_back_is_not_renewed(server: RealRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renewing takes a round trip for each caller; who leaves while another's is under way is free at once."""
+    monkeypatch.setattr("orchestrator.limiter.RENEW_S", 0.05)
+    async with connected(server) as store:
+        limiter, run_script, renewing = Limiter(store, "enforce", "local", 1), store.run_script, asyncio.Event()
+
+        async def slow(script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+            reply = await run_script(script, keys, args)
+            if script is RENEW:
+                renewing.set()
+                await asyncio.sleep(0.1)
+            return reply
+
+        monkeypatch.setattr(store, "run_script", slow)
+        callers = [replace(CALLER, id=id, limits=Limits(concurrency=1)) for id in ("first", "second")]
+        _, (entry, _) = [await enter(limiter, caller, n=n) for n, caller in enumerate(callers)]
+        running = asyncio.create_task(limiter.run())
+        await renewing.wait()
+        limiter.leave(entry, 0)
+        await asyncio.sleep(0.15)
+        assert not await store.call("ZCARD", leases_key(callers[1].tenant, "second"))
+        running.cancel()
 
 
 async def test_a_caller_who_leaves_while_it_is_counted_holds_no_place(server: RealRedis) -> None:
