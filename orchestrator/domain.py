@@ -71,6 +71,14 @@ class Notes:
     fallback: str | None = None  # "text", or "model=NAME"
     sanitized: tuple[str, ...] = ()  # what was changed in the input
 
+    def add(self, other: Notes) -> None:
+        """Take in those of another request that is answered together with this one, and was let in after it."""
+        self.windows = other.windows or self.windows
+        self.refused, self.shadow = other.refused or self.refused, other.shadow or self.shadow
+        self.cache = other.cache if self.cache in (None, other.cache) else "miss"
+        self.fallback = self.fallback or other.fallback
+        self.sanitized += tuple(change for change in other.sanitized if change not in self.sanitized)
+
 
 @dataclass(frozen=True)
 class Message:

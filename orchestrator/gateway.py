@@ -154,7 +154,7 @@ class Gateway:
         """The answers to several requests, `at_once` of them at a time: a request's index and its chunk, as they come.
 
         Each request is one `generate()`. The first that fails ends the others and is raised; closing the iterator
-        cancels them all. `notes` are those of the request that was let in last.
+        cancels them all. `notes` are those of all requests that have been heard of, the limits of the last one.
         """
         arrived: asyncio.Queue[tuple[int, Chunk] | asyncio.Task[None]] = asyncio.Queue()
         room = asyncio.Semaphore(at_once)  # chunks that may wait for the reader; a worker's end never has to wait
@@ -162,10 +162,18 @@ class Gateway:
 
         async def work() -> None:
             for index, request in rest:  # shared: whoever is free takes the next one
-                async with aclosing(self.generate(caller, request, notes)) as chunks:
-                    async for chunk in chunks:
-                        await room.acquire()
-                        arrived.put_nowait((index, chunk))
+                own, heard = Notes(), False
+                try:
+                    async with aclosing(self.generate(caller, request, own)) as chunks:
+                        async for chunk in chunks:
+                            if not heard:
+                                heard = True
+                                notes.add(own)
+                            await room.acquire()
+                            arrived.put_nowait((index, chunk))
+                except TruthGPTError:
+                    notes.add(own)
+                    raise
 
         workers = [asyncio.create_task(work()) for _ in range(min(at_once, len(requests)))]
         try:

@@ -18,7 +18,7 @@ from orchestrator.api.http import SLOW_READER_S, Exchange
 from orchestrator.api.middleware import Routes
 from orchestrator.api.openai_request import Call, chat, completion, embeddings
 from orchestrator.domain import Chunk, Model, Usage
-from orchestrator.errors import InternalError, ModelNotFound, TruthGPTError, UpstreamError
+from orchestrator.errors import InternalError, ModelNotFound, TruthGPTError, UpstreamError, UpstreamUnavailable
 from orchestrator.gateway import Gateway
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class OpenAI:
         texts: list[list[str]] = [[] for _ in indexes]
         reasons: list[str | None] = [None for _ in indexes]
         usages = [Usage() for _ in indexes]
+        marked: str | None = None
         try:
             pieces = self._gateway.generate_all(exchange.caller, call.requests, self._prompts_at_once, exchange.notes)
             async with aclosing(pieces) as chunks:
@@ -101,7 +102,10 @@ class OpenAI:
                         texts[index].append(chunk.text)
                         continue
                     if not exchange.started:
+                        marked = exchange.notes.fallback
                         await exchange.begin_events()
+                    if exchange.notes.fallback != marked:
+                        raise UpstreamUnavailable("a fallback came after the headers that would have marked it")
                     await exchange.write(choices[index].events(chunk, False))  # only chat marks a choice's first chunk
             if None in reasons:
                 raise UpstreamError("an answer has no end")

@@ -214,3 +214,30 @@ async def test_every_prompt_passes_admission(fake: FakeTriton) -> None:
         assert (await other)[0] == 200
         await until(lambda: fake.running == 0)
         assert stack.gateway.in_flight == 0
+
+
+@pytest.mark.parametrize("prompts", [["bad", "good"], ["good", "bad"]])
+async def test_a_fallback_for_any_prompt_marks_the_whole_answer(fake: FakeTriton, prompts: list[str]) -> None:
+    """Whichever prompt it stands in for, and whoever is let in last; the records tell them apart."""
+    fake.by_text = {"bad": [0.1, "close"], "good": [0.2, *answer("fine")]}
+    async with serving(fake, retries=0, fallback_text="Nada.", max_batch_size=2) as stack:
+        status, body, headers = await stack.post(PATH, asking(*prompts))
+        assert (status, headers["x-truthgpt-fallback"]) == (200, "text")
+        assert {choice["text"] for choice in body["choices"]} == {"Nada.", "fine"}
+        assert {record.fallback for record in stack.records} == {None, "text"}
+
+
+async def test_a_fallback_that_headers_no_longer_mark_is_an_error(fake: FakeTriton) -> None:
+    """A stream has begun with the model's own answer to one prompt: no unmarked text may stand in for the other."""
+    fake.by_text = {"good": [event("fine"), 0.4, event("", "stop"), "end"], "bad": [0.2, "close"]}
+    async with serving(fake, retries=0, fallback_text="Nada.", max_batch_size=2) as stack:
+        *events, last = await stack.events(PATH, asking("good", "bad", stream=True))
+        assert json.loads(last)["error"]["code"] == "model_unavailable"
+        assert "Nada." not in "".join(events)
+
+
+async def test_what_was_changed_in_any_prompt_is_said(fake: FakeTriton) -> None:
+    """The header names the changes of all prompts, each once."""
+    async with serving(fake, max_batch_size=1) as stack:
+        _, _, headers = await stack.post(PATH, asking("a <script>b</script>", "javascript:c d", "plain", "a  b"))
+        assert headers["x-truthgpt-sanitized"] == "script, uri, whitespace"
