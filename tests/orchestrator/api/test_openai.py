@@ -345,12 +345,12 @@ async def test_a_client_that_does_not_read_is_let_go(fake: FakeTriton, monkeypat
     """A client that stops reading its stream cannot hold a slot past the request's deadline."""
     monkeypatch.setattr("orchestrator.api.openai.SLOW_READER_S", 0.2)
     fake.script = [event("x" * 200_000)] * 200 + [event("", "stop"), "end"]
-    async with serving(fake, request_timeout_s=0.5, first_token_s=0.5) as stack:
+    async with serving(fake, request_timeout_s=0.5, first_token_s=0.5, max_output_chars=100_000_000) as stack:
         _, writer = await asyncio.open_connection("127.0.0.1", int(stack.url.rpartition(":")[2]), limit=1024)
         body = json.dumps({**PLAIN, "stream": True}).encode()
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         await until(lambda: len(stack.records) == 1)
-        assert stack.gateway.in_flight == 0
+        assert (stack.records[0].outcome, stack.gateway.in_flight) == ("cancelled", 0)
         writer.close()
 
 

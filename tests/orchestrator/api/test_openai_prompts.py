@@ -170,12 +170,15 @@ async def test_a_client_that_does_not_read_is_let_go(fake: FakeTriton, monkeypat
     """A client that stops reading holds its places no longer than the request's deadline and a little."""
     monkeypatch.setattr("orchestrator.api.openai.SLOW_READER_S", 0.2)
     fake.script = [event("x" * 200_000)] * 200 + [event("", "stop"), "end"]
-    async with serving(fake, max_batch_size=2, request_timeout_s=0.5, first_token_s=0.5) as stack:
+    async with serving(
+        fake, max_batch_size=2, request_timeout_s=0.5, first_token_s=0.5, max_output_chars=100_000_000
+    ) as stack:
         _, writer = await asyncio.open_connection("127.0.0.1", int(stack.url.rpartition(":")[2]), limit=1024)
         body = json.dumps(asking("p", "q", "r", stream=True)).encode()
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         await until(lambda: len(stack.records) == 2)
         await until(lambda: fake.running == 0)
+        assert [record.outcome for record in stack.records] == ["cancelled", "cancelled"]
         assert stack.gateway.in_flight == 0
         writer.close()
 
