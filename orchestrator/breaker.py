@@ -120,10 +120,11 @@ class Breakers:
     @contextmanager
     def guard(self, model: str) -> Iterator[Guard]:
         """Let one request through and count how it ends. Raises BreakerOpen."""
-        wait_s = self._of(model).enter(self._clock())
+        breaker = self._of(model)
+        wait_s = breaker.enter(self._clock())
         if wait_s > 0:
             raise BreakerOpen(model, wait_s)
-        guard = Guard(self, model)
+        guard, tries = Guard(self, model), breaker.probing  # who is let in half open is the one that tries
         try:
             yield guard
         except (UpstreamUnavailable, UpstreamError):
@@ -131,7 +132,10 @@ class Breakers:
             raise
         except BaseException:
             # The caller left, or the request itself was wrong: that says nothing of the model, unless it had answered.
-            self.change(model, Breaker.succeed if guard.done else Breaker.leave)
+            if guard.done:
+                self.change(model, Breaker.succeed)
+            elif tries:
+                self.change(model, Breaker.leave)
             raise
         else:
             self.change(model, Breaker.succeed)

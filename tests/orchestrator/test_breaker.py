@@ -122,6 +122,22 @@ def test_a_cancelled_try_lets_the_next_one_try() -> None:
     assert those.state("m") == CLOSED
 
 
+def test_an_older_request_that_leaves_lets_no_second_one_try() -> None:
+    """Half open, one tries at a time, whatever becomes of those that were let in before it opened."""
+    clock = Clock()
+    those = breakers(clock, threshold=1)
+    with pytest.raises(asyncio.CancelledError), those.guard("m"):
+        ask(those, UpstreamUnavailable())
+        clock.now += 5.0
+        trying = those.guard("m")
+        trying.__enter__()
+        raise asyncio.CancelledError
+    with pytest.raises(BreakerOpen), those.guard("m"):
+        pass
+    trying.__exit__(None, None, None)
+    assert those.state("m") == CLOSED
+
+
 def test_who_leaves_after_the_whole_answer_counts_as_a_success() -> None:
     """A caller that reads no further than the last chunk has seen the model answer."""
     those = breakers(Clock())
