@@ -16,6 +16,8 @@ from orchestrator.errors import DeadlineExceeded
 from orchestrator.flights import Flight
 from orchestrator.limiter import Entry
 
+MODEL_CHARS = 256  # of a model's name in a record: a client may name a model that is not served, at any length
+
 Sink = Callable[[Record], None]
 Request = TypeVar("Request", GenerateRequest, InferRequest, EmbedRequest)
 
@@ -91,7 +93,7 @@ class Passage(Generic[Request]):
             tenant=self.caller.tenant,
             operation=self.endpoint,
             task=request.task or TASKS[0],
-            model=request.model,
+            model=request.model[:MODEL_CHARS],
             stream=isinstance(request, GenerateRequest) and request.stream,
             outcome=tally.outcome,
             error=tally.error,

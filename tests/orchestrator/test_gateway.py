@@ -142,6 +142,13 @@ async def test_draining_lets_requests_end_then_ends_them(fake: FakeTriton) -> No
         await drain
 
 
+async def test_a_record_holds_a_bounded_name(stack: Stack) -> None:
+    """What a client calls a model that is not served does not fill the log."""
+    with pytest.raises(ModelNotFound):
+        await consume(stack, model="x" * 100_000)
+    assert stack.records[-1].model == "x" * 256
+
+
 async def test_a_broken_sink_harms_nobody(stack: Stack, caplog: pytest.LogCaptureFixture) -> None:
     """A sink that raises is logged; the request succeeds and the other sinks get the record."""
 
