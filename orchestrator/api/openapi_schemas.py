@@ -55,7 +55,8 @@ def openai_error(rows: Iterable[table.Row] = ()) -> Schema:
 
 
 def _requests(defaults: Defaults) -> dict[str, Schema]:
-    text, token_ids = {**STRING, "minLength": 1}, _list(_within("integer", fields.TOKEN_ID), 1)
+    text: Schema = {**STRING, "minLength": 1}
+    token_ids = _list(_within("integer", fields.TOKEN_ID), 1)
     one_stop = {**STRING, "minLength": 1, "maxLength": fields.MAX_STOP_CHARS}
     common: dict[str, Schema] = {
         "max_tokens": {**_within("integer", fields.MAX_TOKENS), "description": "Tokens to generate at most."},
@@ -131,6 +132,7 @@ def _message() -> Schema:
 
 
 def _kserve_requests(common: dict[str, Schema], token_ids: Schema, defaults: Defaults) -> dict[str, Schema]:
+    one_stop = common["stop"]["anyOf"][0]
     sampling: dict[str, Schema] = {
         **common,
         "temperature": {**_within("number", kserve_request.TEMPERATURE), "default": defaults.temperature},
@@ -145,11 +147,12 @@ def _kserve_requests(common: dict[str, Schema], token_ids: Schema, defaults: Def
     scalars |= dict.fromkeys(kserve_request.KSERVE, SCALAR)
     scalars["timeout"] = {**_within("integer", kserve_request.TIMEOUT_US), "description": "Microseconds; 0: none."}
     own = {name: _or_null(schema) for name, schema in scalars.items()}
+    own |= {name: {"description": "Taken, and without effect."} for name in kserve_request.KSERVE if name != "timeout"}
     for name in (*kserve_request.TEXTS, *kserve_request.FLAGS):
         own[name] = {"anyOf": [scalars[name], _list(scalars[name], 1, 1), NULL]}
     either = {"anyOf": [STRING, ref("SamplingParameters")], "description": "The object, or its JSON as a string."}
     own["sampling_parameters"] = {**either, "anyOf": [*either["anyOf"], _list(either, 1, 1), NULL]}
-    generate = {"id": _or_null(STRING), "parameters": _or_null(_closed({**scalars, "stop": STRING}, ())), **own}
+    generate = {"id": _or_null(STRING), "parameters": _or_null(_closed({**scalars, "stop": one_stop}, ())), **own}
     return {
         "SamplingParameters": _closed({name: _or_null(sampling[name]) for name in names}, ()),
         "GenerateRequest": {
