@@ -52,6 +52,9 @@ _EXTENDS = re.compile("[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]"
 _LONGEST = 64  # code points; what claims to be one longer character is cut anywhere
 
 
+_FAR_BEYOND = 8  # times the limit: what lies beyond is not even looked at
+
+
 @dataclass(frozen=True)
 class Rules:
     """`mode`: reject, clean or off. `max_chars`: of all texts of a request together, in code points."""
@@ -78,8 +81,14 @@ def check(texts: Sequence[str], rules: Rules, param: str) -> Cleaned:
     if rules.mode == "off":
         cleaned = Cleaned(tuple(texts), ())
     elif rules.mode == "clean":
-        cleaned = clean(texts, rules.max_chars)
+        near = _near(texts, _FAR_BEYOND * rules.max_chars)
+        cleaned = clean(near, rules.max_chars)
+        if list(near) != list(texts):
+            cleaned = Cleaned(cleaned.texts, _ordered([{*cleaned.changes, "cut"}]))
     else:
+        chars = sum(map(len, texts))
+        if chars > _FAR_BEYOND * rules.max_chars:  # reading on would cost more than the answer "too long"
+            raise _too_long(chars, rules.max_chars, param)
         tidied = [_tidy(text) for text in texts]
         cleaned = Cleaned(tuple(text for text, _ in tidied), _ordered(changes for _, changes in tidied))
         _refuse(cleaned, rules.max_chars, param)
@@ -102,6 +111,17 @@ def clean(texts: Sequence[str], max_chars: int) -> Cleaned:
     return Cleaned(tuple(kept), _ordered(changes))
 
 
+def _near(texts: Sequence[str], chars: int) -> Sequence[str]:
+    """The texts without what lies beyond so many characters of the whole."""
+    if sum(map(len, texts)) <= chars:
+        return texts
+    kept = []
+    for text in texts:
+        kept.append(text[:chars])
+        chars -= len(kept[-1])
+    return kept
+
+
 def _refuse(tidied: Cleaned, max_chars: int, param: str) -> None:
     reasons = tuple(name for name in tidied.changes if name in unsafe.NAMES)
     if reasons:
@@ -113,14 +133,18 @@ def _refuse(tidied: Cleaned, max_chars: int, param: str) -> None:
         )
     chars = sum(map(len, tidied.texts))
     if chars > max_chars:
-        raise UnsafeInput(
-            Text(
-                f"{param}: the text has {chars} characters; the limit is {max_chars}.",
-                f"{param}: el texto tiene {chars} caracteres; el límite es {max_chars}.",
-            ),
-            param,
-            ("length",),
-        )
+        raise _too_long(chars, max_chars, param)
+
+
+def _too_long(chars: int, max_chars: int, param: str) -> UnsafeInput:
+    return UnsafeInput(
+        Text(
+            f"{param}: the text has {chars} characters; the limit is {max_chars}.",
+            f"{param}: el texto tiene {chars} caracteres; el límite es {max_chars}.",
+        ),
+        param,
+        ("length",),
+    )
 
 
 def _ordered(changes: Iterable[AbstractSet[str]]) -> tuple[str, ...]:

@@ -42,19 +42,33 @@ class Screen:
         return (replace(request, texts=cleaned.texts) if cleaned.changes else request), cleaned.changes
 
     def infer(self, request: InferRequest) -> tuple[InferRequest, tuple[str, ...]]:
-        """BYTES tensors are text; one that is not UTF-8 is binary and passes as it is, numbers do too."""
-        inputs, changes = list(request.inputs), []
-        for index, tensor in enumerate(inputs):
-            if tensor.datatype != "BYTES" or not tensor.elements:
-                continue
-            try:
-                texts = [element.decode() for element in tensor.elements]
-            except UnicodeDecodeError:
-                continue
-            if self._rules.mode == "off" or not any(texts):
-                continue
-            cleaned = check(texts, self._rules, tensor.name)
-            if cleaned.changes:
-                inputs[index] = replace(tensor, elements=tuple(text.encode() for text in cleaned.texts))
-                changes += [change for change in cleaned.changes if change not in changes]
-        return (replace(request, inputs=tuple(inputs)) if changes else request), tuple(changes)
+        """The elements of BYTES tensors are texts, all of a request's together under one limit.
+
+        An element that is not UTF-8 is binary and passes as it is, as numbers do.
+        """
+        places = [
+            (index, at, text)
+            for index, tensor in enumerate(request.inputs)
+            for at, element in enumerate(tensor.elements)
+            if (text := _text(element))
+        ]
+        if not places or self._rules.mode == "off":
+            return request, ()
+        names = {request.inputs[index].name for index, _, _ in places}
+        param = names.pop() if len(names) == 1 else "inputs"
+        cleaned = check([text for _, _, text in places], self._rules, param)
+        if not cleaned.changes:
+            return request, ()
+        elements = [list(tensor.elements) for tensor in request.inputs]
+        for (index, at, _), text in zip(places, cleaned.texts, strict=True):
+            elements[index][at] = text.encode()
+        pairs = zip(request.inputs, elements, strict=True)
+        inputs = tuple(replace(tensor, elements=tuple(own)) for tensor, own in pairs)
+        return replace(request, inputs=inputs), cleaned.changes
+
+
+def _text(element: bytes) -> str:
+    try:
+        return element.decode()
+    except UnicodeDecodeError:
+        return ""

@@ -86,6 +86,15 @@ class Upstream:
         yield Chunk(self._fallback.text, finish_reason="stop")
 
     async def _with_retries(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """However often it is tried, a request is one success or one failure of its model's breaker."""
+        self._health.require(request.model)  # a name that only its client knows gets no breaker
+        with self._breakers.guard(request.model) as guard:
+            async with aclosing(self._attempts(request)) as chunks:
+                async for chunk in chunks:
+                    guard.chunk(last=chunk.finish_reason is not None)
+                    yield chunk
+
+    async def _attempts(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self._retries.asked()
         attempt = 1
         while True:
@@ -104,15 +113,17 @@ class Upstream:
             attempt += 1
 
     async def _once(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        self._health.require(request.model)  # a name that only its client knows gets no breaker
-        with self._breakers.guard(request.model) as guard, self._health.attend(request.model) as attendance:
+        with self._health.attend(request.model) as attendance:
             async with aclosing(self._triton.stream(request, attendance)) as chunks:
                 async for chunk in chunks:
-                    guard.chunk(last=chunk.finish_reason is not None)
                     yield chunk
 
     async def infer(self, request: InferRequest) -> InferResult:
         """Run a model that does not generate. Raises TruthGPTError."""
         self._health.require(request.model)
         with self._breakers.guard(request.model), self._health.attend(request.model) as attendance:
-            return await self._triton.infer(request, attendance)
+            try:
+                return await self._triton.infer(request, attendance)
+            except UpstreamError as error:  # an answer all the same: many backends say 500 to a wrong input
+                failure = error
+        raise failure

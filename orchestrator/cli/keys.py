@@ -9,6 +9,7 @@ import click
 
 from orchestrator.cli.base import Command, Group, json_option, print_json, settings_options
 from orchestrator.cli.keyflags import DURATION, NAME, confirmed, limit_options, when
+from orchestrator.keys import OPEN_TENANT
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def create(
     from orchestrator.ops.keyring import Keyring
     from orchestrator.ops.redis import connect
 
+    if tenant == OPEN_TENANT:
+        raise click.UsageError(f"--tenant {tenant}: callers without a key are that tenant, and share its answers")
     given = {name: value for name, value in limits.items() if value is not None}
     with connect(settings) as client:
         key, credential = Keyring(client).create(tenant, scope, given, expires_s, _printable(note))

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import aiohttp
 
-from orchestrator.domain import Chunk, GenerateRequest, InferRequest, InferResult
+from orchestrator.domain import TASKS, Chunk, GenerateRequest, InferRequest, InferResult
 from orchestrator.errors import DeadlineExceeded, ModelNotFound, TruthGPTError, UpstreamError, UpstreamUnavailable
 from orchestrator.sse import EventParser
 from orchestrator.triton.attendance import Attendance, Deadlines
@@ -218,7 +218,7 @@ class Triton:
             values = {name: str(value["string_value"]) for name, value in answer.get("parameters", {}).items()}
             length = values.get("max_len", "")
             return ModelConfig(
-                task=values.get("task", "text_generation"),
+                task=_known_task(values.get("task", "")),
                 chat=values.get("chat") == "true",
                 max_len=int(length) if length else None,
                 generates=answer.get("backend") == OUR_BACKEND,
@@ -280,3 +280,7 @@ class Triton:
 
 def _rank(version: str, state: str) -> tuple[bool, int]:
     return state == "READY", int(version) if version.isdecimal() else -1
+
+
+def _known_task(name: str) -> str:
+    return name if name in TASKS else TASKS[0]

@@ -54,6 +54,7 @@ class FakeTriton:
         self.words: dict[int, str] = {}
         self.inspected = 0
         self.other_backends: set[str] = set()  # models that are only inferred with
+        self.infer_error: str | None = None
         self.stopped = False  # as after SIGSTOP: connections are accepted and nothing is answered
         self.port = 0
         self.requests: list[dict[str, Any]] = []
@@ -138,6 +139,8 @@ class FakeTriton:
         if path.endswith("/ready"):
             return 200, None
         if path.endswith("/infer"):
+            if self.infer_error is not None:
+                return 500, {"error": self.infer_error}
             return 200, {"model_name": path.split("/")[-2], "model_version": "1", "outputs": []}
         if path.endswith("/generate"):
             if self.beat_error is not None:

@@ -359,3 +359,21 @@ def test_a_megabyte_of_scripts() -> None:
     started = time.process_time()
     assert clean(["<script" * 150_000 + " fin"], LIMIT) == Cleaned(("fin",), ("script",))
     assert time.process_time() - started < 5
+
+
+def test_what_is_far_too_long_is_not_even_read() -> None:
+    """A megabyte against a limit of a thousand costs what eight thousand characters cost, in both modes."""
+    hostile = "é<b onclick=x>" * 70_000
+    small = hostile[:8000]
+
+    def cost(text: str, rules: Rules) -> float:
+        began = time.process_time()
+        try:
+            assert len(check([text], rules, "prompt").texts[0]) <= 1000
+        except UnsafeInput as error:
+            assert error.reasons
+        return time.process_time() - began
+
+    for rules in (Rules("clean", 1000), Rules("reject", 1000)):
+        assert min(cost(hostile, rules) for _ in range(3)) < 5 * max(0.002, min(cost(small, rules) for _ in range(3)))
+    assert check(["a b", "c" * 9000, "d"], Rules("clean", 1000), "x") == Cleaned(("a b", "c" * 997, ""), ("cut",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,7 @@ async def test_tensors_of_text_pass_the_same_rules(fake: FakeTriton) -> None:
     try:
         numbers = Tensor("n", "FP32", (1,), data=b"\0\0\0\0")
         binary = Tensor("b", "BYTES", (1,), elements=(b"\xff<script>",))
+        mixed = Tensor("t", "BYTES", (2,), elements=(b"\xff", DIRTY.encode()))
         dirty = Tensor("t", "BYTES", (2,), elements=(DIRTY.encode(), "¿ñ?".encode()))
         request = InferRequest(id="r", model="m", accepted_at=0.0, inputs=(numbers, binary, dirty))
         cleaned, changes = Screen(Rules("clean", 10_000), inspect).infer(request)
@@ -85,6 +87,11 @@ async def test_tensors_of_text_pass_the_same_rules(fake: FakeTriton) -> None:
         with pytest.raises(UnsafeInput) as refused:
             Screen(Rules("reject", 10_000), inspect).infer(request)
         assert refused.value.param == "t"
+        hidden = replace(request, inputs=(mixed,))
+        assert Screen(Rules("clean", 100), inspect).infer(hidden)[0].inputs[0].elements == (b"\xff", b"Hola mundo")
+        long = Tensor("a", "BYTES", (2,), elements=(b"x" * 60, b"y" * 60))
+        with pytest.raises(UnsafeInput, match="120 characters; the limit is 100"):
+            Screen(Rules("reject", 100), inspect).infer(replace(request, inputs=(long,)))
         embed = EmbedRequest(id="r", model="m", accepted_at=0.0, texts=(DIRTY, "b"))
         assert Screen(Rules("clean", 10_000), inspect).embed(embed)[0].texts == ("Hola mundo", "b")
     finally:

@@ -177,3 +177,26 @@ async def test_no_fallback_begins_when_the_drain_is_over(fake: FakeTriton, fallb
         status, body, headers = await asking
         assert (status, body["error"]["code"], headers["retry-after"]) == (503, "draining", "1")
         assert len(fake.requests) == 1
+
+
+async def test_a_request_that_is_tried_again_is_one_failure(fake: FakeTriton) -> None:
+    """Attempts do not count by themselves: three failing requests open a breaker of three, not two."""
+    fake.script = ["close"]
+    async with serving(fake, retries=2, breaker_failures=3) as stack:
+        for _ in range(2):
+            await stack.post(PATH, PLAIN)
+        assert (len(fake.requests), stack.gateway.breakers) == (6, {"m": "closed"})
+        await stack.post(PATH, PLAIN)
+        assert stack.gateway.breakers == {"m": "open"}
+
+
+async def test_a_backend_that_answers_with_an_error_is_not_broken(fake: FakeTriton) -> None:
+    """Many backends say 500 to a wrong input: one caller's inputs cannot open the breaker for all."""
+    fake.models["plain"] = "READY"
+    fake.other_backends, fake.infer_error = {"plain"}, "A and B differ in shape"
+    numbers = {"inputs": [{"name": "x", "datatype": "INT32", "shape": [1], "data": [1]}]}
+    async with serving(fake, breaker_failures=2) as stack:
+        assert [(await stack.post("/v2/models/plain/infer", numbers))[0] for _ in range(4)] == [500] * 4
+        assert stack.gateway.breakers.get("plain", "closed") == "closed"
+        fake.infer_error = None
+        assert (await stack.post("/v2/models/plain/infer", numbers))[0] == 200
