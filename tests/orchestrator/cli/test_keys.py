@@ -83,7 +83,8 @@ def test_every_flag_of_create_is_kept(deployment: Any) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        (), ("--tenant", "open"), ("--tenant", ""), ("--tenant", "a b"), ("--tenant", "ñ"), ("--tenant", "x" * 65), ("--tenant", "{a}"),
+        (), ("--tenant", "open"), ("--tenant", ""), ("--tenant", "a b"), ("--tenant", "ñ"), ("--tenant", "x" * 65),
+        ("--tenant", "{a}"),
         *[("--tenant", "a", *more) for more in (
             ("--per-minute", "0"), ("--per-day", "-1"), ("--per-day", "x"), ("--per-day", "9" * 14),
             ("--per-day", "default"), ("--scope", "root"), ("--expires", "0d"), ("--expires", "30"),
