@@ -6,13 +6,14 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
 import pytest
+import redis
 
 from orchestrator.app import Application
 from orchestrator.domain import Record
@@ -20,6 +21,7 @@ from orchestrator.gateway import Gateway
 from orchestrator.server import Server
 from orchestrator.settings import Settings
 from orchestrator.worker import build
+from tests.redis import RealRedis
 
 from .fake_triton import FakeTriton
 
@@ -117,3 +119,18 @@ async def fake() -> AsyncIterator[FakeTriton]:
 async def stack(fake: FakeTriton) -> AsyncIterator[Stack]:
     async with serving(fake) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RealRedis]:
+    """A real Redis for the tests of one module."""
+    with RealRedis() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: RealRedis) -> Iterator[redis.Redis]:
+    """A client of that Redis, which is empty."""
+    with redis.Redis.from_url(server.url) as connected:
+        connected.flushall()
+        yield connected

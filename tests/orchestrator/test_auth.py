@@ -25,12 +25,6 @@ DEFAULTS = Limits(per_minute=60, per_hour=1000)
 GRACE_S = 300.0
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealRedis]:
-    with RealRedis() as running:
-        yield running
-
-
 @pytest.fixture
 def keyring(server: RealRedis) -> Iterator[Keyring]:
     with redis.Redis.from_url(server.url) as client:

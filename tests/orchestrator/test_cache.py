@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +30,6 @@ from orchestrator.cache import (
     ticket,
 )
 from orchestrator.domain import TASKS, CachePolicy, Caller, GenerateRequest, Message, Model
-from tests.redis import RealRedis
 
 ANSWER = Answer("¡Hola!", "stop", 7, 3)
 TICKET = Ticket("k" * 64, "t", "demo", "translation")
@@ -180,19 +178,6 @@ def test_adapting_by_example() -> None:
 
 
 # The scripts
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealRedis]:
-    with RealRedis() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: RealRedis) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url) as made:
-        made.flushall()
-        yield made
 
 
 def enter(client: redis.Redis, asked: Ticket = TICKET, worker: str = "w1", **options: Any) -> Lookup:

@@ -22,12 +22,6 @@ from .flying import QUICK, WORDS, Child, Replica, Upstream, read, replica
 ANSWER = "".join(WORDS)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealRedis]:
-    with RealRedis() as running:
-        yield running
-
-
 @pytest.fixture
 def fresh() -> Iterator[RealRedis]:
     """A Redis of the test's own, to be stalled or killed."""

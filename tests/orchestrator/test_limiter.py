@@ -26,12 +26,6 @@ TICKET = Ticket("k" * 64, "t", "m", "text_generation")
 CALLER = Caller("key1", "t", limits=Limits(per_minute=3))
 
 
-@pytest.fixture(scope="module")
-def server() -> object:
-    with RealRedis() as running:
-        yield running
-
-
 @asynccontextmanager
 async def connected(server: RealRedis, timeout_s: float = 0.5) -> AsyncIterator[Store]:
     store = Store(server.url, timeout_s)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import redis
 
 from orchestrator.domain import Limits
@@ -84,12 +83,6 @@ def racers(path: Path, count: int, what: str) -> Iterator[list[subprocess.Popen[
 def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
     return dict(json.loads(process.stdout.readline()))
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealRedis]:
-    with RealRedis() as running:
-        yield running
 
 
 def test_four_processes(server: RealRedis) -> None:

@@ -28,13 +28,6 @@ def server() -> Iterator[RealRedis]:
         yield running
 
 
-@pytest.fixture
-def client(server: RealRedis) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url) as connected:
-        connected.flushall()
-        yield connected
-
-
 @asynccontextmanager
 async def workers(server: RealRedis, count: int = 1, grace_s: float = 300.0) -> AsyncIterator[list[Registry]]:
     """Registries that run, each with a store of its own, as in processes of their own; all agree at first."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -22,12 +22,6 @@ from .fake_triton import FakeTriton
 
 PATIENT_S = 2.0  # where the deadline is not what is tested
 ADD = Script("redis.call('SET', KEYS[1], ARGV[1]) return {KEYS[1], ARGV[1] + ARGV[2]}")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealRedis]:
-    with RealRedis() as running:
-        yield running
 
 
 @asynccontextmanager

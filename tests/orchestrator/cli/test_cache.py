@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,19 +15,6 @@ from tests.orchestrator.gateway import write_state
 from tests.redis import RealRedis
 
 SAID = "what the model said"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealRedis]:
-    with RealRedis() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: RealRedis) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url) as made:
-        made.flushall()
-        yield made
 
 
 @pytest.fixture

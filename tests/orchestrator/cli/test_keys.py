@@ -8,7 +8,6 @@ import pty
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,12 +18,6 @@ from orchestrator.ops.keyring import Keyring
 from orchestrator.store import REGISTRY
 from tests.orchestrator.gateway import write_state
 from tests.redis import RealRedis
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealRedis]:
-    with RealRedis() as running:
-        yield running
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,19 +14,6 @@ from tests.orchestrator.gateway import write_state
 from tests.redis import RealRedis
 
 RESERVE = LIMITS_LUA + "return limits_reserve(KEYS[1], KEYS[2], ARGV[1])"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealRedis]:
-    with RealRedis() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: RealRedis) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url) as connected:
-        connected.flushall()
-        yield connected
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,19 +18,6 @@ from tests.orchestrator.gateway import write_state
 from tests.redis import RealRedis
 
 NOW = 1_000_000.0
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RealRedis]:
-    with RealRedis() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: RealRedis) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url) as connected:
-        connected.flushall()
-        yield connected
 
 
 @pytest.fixture
