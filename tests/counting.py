@@ -82,7 +82,7 @@ def write_entry(
 
 
 def _graph(nan_after: str | None) -> onnx.ModelProto:
-    table = np.eye(len(WORDS), dtype=np.float32)[[1, 2, 0]] * 10
+    table = np.eye(len(WORDS), dtype=np.float32)[[1, 2, 0]] * 50  # so sure of itself that sampling counts, too
     if nan_after is not None:
         table[WORDS.index(nan_after)] = np.nan
     constants = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array([1]), "axis")]

@@ -80,8 +80,11 @@ class Stack:
         """The pid of triton, redis or gateway, or of the model's stub."""
         if name == "supervisor":
             return self.state.pid
-        triton = self.state.processes["triton"]
-        return tritonserver.stubs(triton, self.model)[0].pid if name == "stub" else self.state.processes[name]
+        if name != "stub":
+            return self.state.processes[name]
+        # the state is written a moment after a server that was started again is ready
+        wait_until(lambda: tritonserver.stubs(self.state.processes["triton"], self.model), 5, "the model has a stub")
+        return tritonserver.stubs(self.state.processes["triton"], self.model)[0].pid
 
     def logs(self) -> str:
         """The end of every log, for a failing test's message."""

@@ -67,7 +67,10 @@ def test_input_is_echoed_only_when_asked(stack: Stack):
     assert events[0]["text_output"] == "one twothree"
 
 
-@pytest.mark.parametrize(("count", "good"), [(0, False), (1, True), (1999, True), (2000, False), (2001, False)])
+@pytest.mark.parametrize(
+    ("count", "good"),
+    [(0, False), (1, True), pytest.param(1999, True, marks=pytest.mark.slow), (2000, False), (2001, False)],
+)
 def test_prompts_at_the_limits_of_the_context(stack: Stack, count, good):
     """Of a context of 2000 tokens: 0, 2000 and 2001 prompt tokens are refused before they queue, 1 and 1999 not."""
     sampling = {"prompt_token_ids": [0] * count, "max_tokens": 1}
@@ -145,6 +148,7 @@ def test_a_queued_stream_is_written_to_every_quarter_second(stack: Stack):
         sock.close()
 
 
+@pytest.mark.slow
 def test_enormous_prompts_delay_nobody_else(stack: Stack):
     """While four prompts of 4 MB are read and refused, heartbeats and a running stream go on as ever."""
     running = raw_stream(stack)

@@ -22,7 +22,7 @@ PROMPTS = [[random.Random(i).randrange(1, 250) for _ in range(1 + 7 * i % 90)] f
 NEW = 20
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def exported(request: pytest.FixtureRequest) -> Iterator[tuple[Stack, Path]]:
     """A running stack that serves a tiny random checkpoint in fp32, exported by `truthgpt export`."""
     folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))

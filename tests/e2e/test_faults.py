@@ -41,9 +41,24 @@ def assert_answers(stack: Stack) -> None:
     assert status == 200 and b"two three one" in body, body
 
 
-@pytest.mark.parametrize("when", ["idle", "streaming"])
-@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-@pytest.mark.parametrize("victim", ["stub", "triton"])
+@pytest.mark.parametrize(
+    ("victim", "sig", "when"),
+    [
+        ("stub", signal.SIGKILL, "streaming"),
+        ("triton", signal.SIGSTOP, "streaming"),
+        ("stub", signal.SIGSTOP, "idle"),
+        ("triton", signal.SIGKILL, "idle"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("stub", signal.SIGKILL, "idle"),
+                ("triton", signal.SIGSTOP, "idle"),
+                ("stub", signal.SIGSTOP, "streaming"),
+                ("triton", signal.SIGKILL, "streaming"),
+            )
+        ),
+    ],
+)
 def test_a_dead_or_stopped_process_is_an_error_then_unready_then_back(stack: Stack, victim, sig, when):
     """Clients get an error within 2 s, never a clean end; readiness is false within 2 s; the model is back in 15 s."""
     wait_until(stack.ready, BACK_S, "ready before the fault")

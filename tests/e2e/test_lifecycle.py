@@ -81,6 +81,7 @@ def test_a_second_up_on_the_same_port_or_home_is_refused(make_stack):
     assert first.ready()
 
 
+@pytest.mark.slow
 def test_two_stacks_run_side_by_side(make_stack):
     """Different homes and ports: both answer, and stopping one leaves the other alone."""
     first, second = make_stack(), make_stack()
@@ -93,6 +94,7 @@ def test_two_stacks_run_side_by_side(make_stack):
     assert second.ready() and json.loads(second.cli("status", "--json").stdout)["ready"]
 
 
+@pytest.mark.slow
 def test_sigterm_drains(make_stack):
     """A running stream ends in full after SIGTERM, new requests get 503 with Retry-After, and nothing stays behind."""
     stack = make_stack()
@@ -124,6 +126,7 @@ def test_a_killed_supervisor_leaves_nothing_that_the_next_up_does_not_clear(make
     assert stack.ready()
 
 
+@pytest.mark.slow
 def test_paths_may_have_spaces_signs_and_any_letters(make_stack):
     """A clone in "My Projects" starts as any other, and what is no model in its repository is no obstacle."""
     stack = make_stack(f"mis proyectos; $(x) #1?%41/{'ñ' * 40}/home", "the models' folder")
@@ -135,6 +138,7 @@ def test_paths_may_have_spaces_signs_and_any_letters(make_stack):
     assert not alias.folder(stack.home).rmdir()
 
 
+@pytest.mark.slow
 def test_a_stack_whose_redis_cannot_start_again_goes_on(make_stack):
     """A damaged file keeps Redis from coming back; requests are answered, and once it is mended Redis is back."""
     stack = make_stack()
@@ -149,6 +153,7 @@ def test_a_stack_whose_redis_cannot_start_again_goes_on(make_stack):
     wait_until(lambda: stack.pid("redis") != before and stack.ready(), 10, "Redis is back")
 
 
+@pytest.mark.slow
 def test_what_a_killed_supervisor_left_is_known_behind_a_link_too(make_stack):
     """A home that is a link: children that could not end by themselves are ended by the next `up` all the same."""
     stack = make_stack()

@@ -34,6 +34,7 @@ def _refused(result: Result) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_json_from_the_real_command(gpt2: Path, tmp_path: Path) -> None:
     """`python -m export --json` prints one document on stdout, progress on stderr, and the version is there."""
     command = [sys.executable, "-m", "export", str(gpt2), "--name", "chat", "--json"]
@@ -190,7 +191,9 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in result.stderr and "error: There is no folder" in result.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_interrupted(gpt2: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Ctrl-C and SIGTERM in the middle of the work leave no staging folder and say so by the exit code."""
     command = [sys.executable, "-m", "export", str(gpt2), "--repository", str(tmp_path)]

@@ -39,7 +39,7 @@ def test_fp32_is_transformers_to_the_last_digits(published: Exported) -> None:
     ("family", "overrides"),
     [
         ("llama", {}),
-        ("mistral", {"sliding_window": 16}),
+        pytest.param("mistral", {"sliding_window": 16}, marks=pytest.mark.slow),
         # Soft-capped attention and logits, every other layer in a window, scaled embeddings.
         ("gemma2", {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0}),
     ],

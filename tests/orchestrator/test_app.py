@@ -99,7 +99,7 @@ async def all_serve(process: Process, url: str, count: int) -> None:
                 writer.close()
 
 
-@pytest.mark.parametrize(("workers", "tell"), [(1, os.kill), (2, os.killpg)])
+@pytest.mark.parametrize(("workers", "tell"), [(1, os.kill), pytest.param(2, os.killpg, marks=pytest.mark.slow)])
 async def test_a_signal_drains(fake: FakeTriton, workers: int, tell: Callable[[int, int], None]) -> None:
     """While draining: not ready and 503 at once, the short stream ends whole, the endless one with an error event.
 

@@ -119,7 +119,7 @@ def test_a_pid_that_another_program_has_taken_is_left_alone(place: Any) -> None:
     assert not state.path(place.home).exists()
 
 
-@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize("kill", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_real_stack_whose_folder_was_removed_is_still_found(place: Any, kill: bool) -> None:
     """With the home deleted below a running stack, or below what a killed one left, `down` ends every process of it."""
     place.export()
