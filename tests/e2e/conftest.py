@@ -20,9 +20,9 @@ def server_installed() -> None:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    """A running stack with the counting model: 4 slots, 20 ms a step, 8 prompt tokens a step, a queue of 80."""
+    """A running stack with the counting model, for all who need no other: 4 slots, 20 ms a step, a queue of 80."""
     folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
     write_entry(folder / "repository", slots=4, step_delay_ms=20, max_queue=80, max_len=2000, prefill_chunk=8)
     running = Stack(folder / "home", folder / "repository")

@@ -41,7 +41,11 @@ def test_fp32_is_transformers_to_the_last_digits(published: Exported) -> None:
         ("llama", {}),
         pytest.param("mistral", {"sliding_window": 16}, marks=pytest.mark.slow),
         # Soft-capped attention and logits, every other layer in a window, scaled embeddings.
-        ("gemma2", {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0}),
+        pytest.param(
+            "gemma2",
+            {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_families_by_one_method(tmp_path: Path, family: str, overrides: dict[str, Any]) -> None:
