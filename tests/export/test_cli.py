@@ -191,9 +191,8 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in result.stderr and "error: There is no folder" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted(gpt2: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Ctrl-C and SIGTERM in the middle of the work leave no staging folder and say so by the exit code."""
     command = [sys.executable, "-m", "export", str(gpt2), "--repository", str(tmp_path)]

@@ -56,6 +56,7 @@ def test_families_by_one_method(tmp_path: Path, family: str, overrides: dict[str
     assert parity["greedy_agreement"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_wrong_window_is_noticed(tmp_path: Path) -> None:
     """Verification fails when the graph attends to more positions than the model does: it can fail at all."""
     source = resolve(str(write_checkpoint(tmp_path / "mistral", "mistral", sliding_window=16)))
