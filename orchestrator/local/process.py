@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -63,8 +64,10 @@ class Child:
     def terminate(self) -> None:
         """SIGTERM; a stopped process would keep it pending until it is continued."""
         if self._process.returncode is None:
-            self._process.terminate()
-            self._process.send_signal(signal.SIGCONT)
+            # not by asyncio's process: it would look whether it has ended, and take the exit code from the loop
+            for number in (signal.SIGTERM, signal.SIGCONT):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._process.pid, number)
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, up to `grace_s` seconds to end, then SIGKILL to the whole group."""
