@@ -62,8 +62,13 @@ class CachePolicy:
 
 @dataclass
 class Notes:
-    """What became of a request beside its answer; filled in on the path before the first chunk, shown in headers."""
+    """What became of a request beside its answer; filled in on the path before the first chunk, shown in headers.
 
+    `edge` is the protocol that the request came by: openai, kserve or grpc. `recorded`: a Record was made.
+    """
+
+    edge: str = ""
+    recorded: bool = False
     windows: tuple[Window, ...] = ()
     refused: str | None = None  # the limit that did refuse it
     shadow: str | None = None  # the limit that would have refused it, in shadow mode
@@ -77,6 +82,7 @@ class Notes:
         self.refused, self.shadow = other.refused or self.refused, other.shadow or self.shadow
         self.cache = other.cache if self.cache in (None, other.cache) else "miss"
         self.fallback = self.fallback or other.fallback
+        self.recorded = self.recorded or other.recorded
         self.sanitized += tuple(change for change in other.sanitized if change not in self.sanitized)
 
 
@@ -117,12 +123,16 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer; the last one has a finish reason. `tokens` were generated since the chunk before."""
+    """A piece of an answer; the last one has a finish reason. `tokens` were generated since the chunk before.
+
+    `queue_s`, of the first chunk only: seconds that the request waited in the model's queue, None where nobody knows.
+    """
 
     text: str = field(repr=False)
     tokens: int = 0
     prompt_tokens: int = 0
     finish_reason: str | None = None
+    queue_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -210,13 +220,35 @@ class Model:
     generates: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A request's place in a W3C trace: hexadecimal ids, of the request's own span and of its call to Triton.
+
+    `parent_id` is the span of the client, if it sent one.
+    """
+
+    trace_id: str
+    parent_id: str | None
+    span_id: str
+    upstream_id: str
+    sampled: bool
+
+    @property
+    def traceparent(self) -> str:
+        """What Triton is sent (W3C Trace Context, version 00)."""
+        return f"00-{self.trace_id}-{self.upstream_id}-{'01' if self.sampled else '00'}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What happened to one request: made once, when it ends, and handed to every sink. Never holds text of the prompt.
 
     `outcome` is ok, error or cancelled; `error` the kind of the error. `accepted` is Unix time, durations are seconds,
-    measured from acceptance; `ttft_s` is the time to the first text. `cache`, `fallback`, `sanitized` and `shadow` are
-    those of Notes.
+    measured from acceptance; `ttft_s` is the time to the first text. `cache`, `edge`, `fallback`, `sanitized`,
+    `refused` and `shadow` are those of Notes; `limited`: limits apply to the caller, `degraded`: they were decided
+    without Redis. `input_hash` is a keyed hash of the prompt, empty where none is made. `upstream_s` is the time spent
+    waiting for Triton, or for whoever else asked it; `queue_s` what of it was the model's queue. `stages` are the
+    path's stages in order, each with the seconds from acceptance to its end.
     """
 
     id: str
@@ -235,7 +267,35 @@ class Record:
     ttft_s: float | None
     duration_s: float
     traceparent: str | None
+    edge: str = ""
     cache: str | None = None
     fallback: str | None = None
     sanitized: tuple[str, ...] = ()
+    refused: str | None = None
     shadow: str | None = None
+    limited: bool = False
+    degraded: bool = False
+    input_hash: str = ""
+    output_chars: int = 0
+    upstream_s: float | None = None
+    queue_s: float | None = None
+    stages: tuple[tuple[str, float], ...] = ()
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incident:
+    """Something that an edge did by itself, before or beside the path, and that an auditor wants to see.
+
+    `kind` is that of the error where it refused something, or `admin` for a call of an administrator that was let in.
+    `operation` is the route's template or the RPC's name, `caller` empty where nobody is known, `at` Unix time.
+    """
+
+    kind: str
+    id: str
+    edge: str
+    operation: str
+    caller: str
+    address: str
+    at: float
+    traceparent: str | None = None

@@ -13,7 +13,17 @@ from orchestrator.admission import Admission
 from orchestrator.breaker import Breakers
 from orchestrator.broadcast import Outcome
 from orchestrator.cache import ticket
-from orchestrator.domain import Caller, Chunk, EmbedRequest, GenerateRequest, InferRequest, InferResult, Model, Notes
+from orchestrator.domain import (
+    Caller,
+    Chunk,
+    EmbedRequest,
+    GenerateRequest,
+    InferRequest,
+    InferResult,
+    Model,
+    Notes,
+    Trace,
+)
 from orchestrator.errors import Draining, InternalError, InvalidRequest, Text, TruthGPTError
 from orchestrator.flights import Flights
 from orchestrator.health import Health, Served
@@ -32,16 +42,20 @@ NOT_GENERATING = Text("This model does not generate text; use infer.", "Este mod
 class Gateway:
     """Every operation takes a Caller, passes `_pass` and leaves exactly one Record with each sink.
 
+    `fingerprint` makes the keyed hash of a request's prompt, `trace` its place in the trace of a given traceparent.
     Each one is: admission -> sanitise -> fit -> limits and cache -> breaker -> Triton -> settle -> record.
     """
 
     def __init__(
         self, health: Health, admission: Admission, screen: Screen, tokens: Tokens, limiter: Limiter,
         flights: Flights | None, breakers: Breakers, upstream: Upstream, sinks: Sequence[Sink], answer_rules: str = "",
+        fingerprint: Callable[[Any], str] = lambda request: "",
+        trace: Callable[[str | None], Trace | None] = lambda traceparent: None,
     ) -> None:  # fmt: skip
         self._health, self._admission, self._screen, self._tokens = health, admission, screen, tokens
         self._limiter, self._flights, self._breakers, self._upstream = limiter, flights, breakers, upstream
         self._sinks, self._answer_rules = tuple(sinks), answer_rules
+        self._fingerprint, self._trace = fingerprint, trace
 
     async def generate(self, caller: Caller, request: GenerateRequest, notes: Notes) -> AsyncGenerator[Chunk, None]:
         """The answer's chunks; the last one has a finish reason. Close the iterator to cancel. Raises TruthGPTError.
@@ -74,7 +88,7 @@ class Gateway:
 
         async with self._pass(caller, request, "infer", notes, prepare) as passage:
             notes.cache = "bypass"
-            return await self._upstream.infer(passage.request)
+            return await self._upstream.infer(passage.asks())
 
     async def embed(self, caller: Caller, request: EmbedRequest, notes: Notes) -> None:
         """Turn texts into vectors: nothing that is served can, so far. Raises TruthGPTError."""
@@ -95,16 +109,19 @@ class Gateway:
         passage: Passage[Any] = Passage(caller, request, endpoint, notes)
         tally, refusal = passage.tally, None
         try:
+            passage.trace, passage.input_hash = self._trace(request.traceparent), self._fingerprint(request)
             with self._admission.permit():
                 prepared: Prepared[Any] = Prepared(request)
                 try:
                     await prepare(prepared)
                 except TruthGPTError as error:  # first it counts in the caller's limits, as every request does
                     refusal, prepared.ticket = error, None
+                tally.ended("prepare")
                 entry = await self._limiter.enter(
                     caller, endpoint, prepared.tokens, passage.lease, prepared.ticket, notes
                 )
                 passage.entry, passage.request, passage.ticket = entry, prepared.request, prepared.ticket
+                tally.ended("limits and cache")
                 if refusal is not None:
                     raise refusal
                 yield passage
@@ -118,18 +135,21 @@ class Gateway:
             tally.outcome, tally.error = "error", InternalError.kind
             raise InternalError(f"{type(error).__name__} on the request path") from error
         finally:
+            if tally.asked_s is not None:
+                tally.ended("answer")
             if passage.entry is not None:
                 self._limiter.leave(passage.entry, tally.charged)
             self._record(passage)
 
     async def _answer(self, passage: Passage[GenerateRequest]) -> AsyncGenerator[Chunk, None]:
         """From the cache, from a flight that somebody else may have started, or from Triton."""
-        notes, request, flights = passage.notes, passage.request, self._flights
+        notes, flights = passage.notes, self._flights
         lookup = passage.entry.lookup if passage.entry is not None else None
         if lookup is not None and lookup.answer is not None:
             notes.cache = "hit"
             yield lookup.answer.chunk()
             return
+        request = passage.asks()
         if flights is None or passage.ticket is None or lookup is None or lookup.state == "bypass":
             notes.cache, passage.tally.charge = "bypass", True
             outcome = Outcome()
@@ -162,7 +182,7 @@ class Gateway:
 
         async def work() -> None:
             for index, request in rest:  # shared: whoever is free takes the next one
-                own, heard = Notes(), False
+                own, heard = Notes(edge=notes.edge), False
                 try:
                     async with aclosing(self.generate(caller, request, own)) as chunks:
                         async for chunk in chunks:
@@ -248,7 +268,7 @@ class Gateway:
             self._health.fail_all(Draining())
 
     def _record(self, passage: Passage[Any]) -> None:
-        record = passage.record()
+        record, passage.notes.recorded = passage.record(), True
         for sink in self._sinks:
             try:
                 sink(record)

@@ -7,11 +7,21 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from orchestrator.cache import Ticket
-from orchestrator.domain import TASKS, Caller, Chunk, EmbedRequest, GenerateRequest, InferRequest, Notes, Record, Usage
+from orchestrator.domain import (
+    TASKS,
+    Caller,
+    Chunk,
+    EmbedRequest,
+    GenerateRequest,
+    InferRequest,
+    Notes,
+    Record,
+    Trace,
+)
 from orchestrator.errors import DeadlineExceeded
 from orchestrator.flights import Flight
 from orchestrator.limiter import Entry
@@ -38,21 +48,35 @@ class Tally:
     accepted_at: float
     outcome: str = "ok"
     error: str | None = None
-    usage: Usage = Usage()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     finish_reason: str | None = None
     ttft_s: float | None = None
     charge: bool = True
+    output_chars: int = 0
+    queue_s: float | None = None
+    asked_s: float | None = None  # from acceptance until the answer was asked for elsewhere than in the cache
+    stages: list[tuple[str, float]] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
         if self.ttft_s is None:
             self.ttft_s = time.monotonic() - self.accepted_at
-        self.usage = self.usage.plus(chunk)
+            self.queue_s = chunk.queue_s
+        self.prompt_tokens = self.prompt_tokens or chunk.prompt_tokens
+        self.completion_tokens += chunk.tokens
+        self.output_chars += len(chunk.text)
         self.finish_reason = chunk.finish_reason
+
+    def ended(self, stage: str) -> float:
+        """Note the end of a stage: the seconds since acceptance."""
+        at = time.monotonic() - self.accepted_at
+        self.stages.append((stage, at))
+        return at
 
     @property
     def charged(self) -> int:
         """Tokens that count in the caller's limits: an answer that others paid for costs none."""
-        return self.usage.prompt_tokens + self.usage.completion_tokens if self.charge else 0
+        return self.prompt_tokens + self.completion_tokens if self.charge else 0
 
 
 @dataclass
@@ -65,6 +89,8 @@ class Passage(Generic[Request]):
     notes: Notes
     entry: Entry | None = None
     ticket: Ticket | None = None
+    input_hash: str = ""
+    trace: Trace | None = None
     tally: Tally = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,6 +110,13 @@ class Passage(Generic[Request]):
             return None
         return asyncio.get_running_loop().time() + request.timeout_s - (time.monotonic() - request.accepted_at)
 
+    def asks(self) -> Request:
+        """The request as Triton is to be sent it, from now on."""
+        self.tally.asked_s = time.monotonic() - self.tally.accepted_at
+        if self.trace is None or isinstance(self.request, EmbedRequest):
+            return self.request
+        return replace(self.request, traceparent=self.trace.traceparent)
+
     def record(self) -> Record:
         request, notes, tally = self.request, self.notes, self.tally
         duration_s = time.monotonic() - request.accepted_at
@@ -98,16 +131,26 @@ class Passage(Generic[Request]):
             outcome=tally.outcome,
             error=tally.error,
             finish_reason=tally.finish_reason,
-            prompt_tokens=tally.usage.prompt_tokens,
-            completion_tokens=tally.usage.completion_tokens,
+            prompt_tokens=tally.prompt_tokens,
+            completion_tokens=tally.completion_tokens,
             accepted=time.time() - duration_s,
             ttft_s=tally.ttft_s,
             duration_s=duration_s,
             traceparent=request.traceparent,
+            edge=notes.edge,
             cache=notes.cache,
             fallback=notes.fallback,
             sanitized=notes.sanitized,
+            refused=notes.refused,
             shadow=notes.shadow,
+            limited=bool(notes.windows),
+            degraded=self.entry is not None and self.entry.local,
+            input_hash=self.input_hash,
+            output_chars=tally.output_chars,
+            upstream_s=None if tally.asked_s is None else duration_s - tally.asked_s,
+            queue_s=tally.queue_s,
+            stages=tuple(tally.stages),
+            trace=self.trace,
         )
 
 

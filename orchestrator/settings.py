@@ -30,17 +30,20 @@ _URL_PASSWORD = re.compile(r"(?s)(?<=://)([^:/?#@]*):.*@")
 PROFILES: Mapping[str, Mapping[str, object]] = {
     "development": {
         "model": "DialoGPT-small", "precision": "fp32", "device": "cpu", "max_batch_size": 1,
-        "max_new_tokens": 50, "temperature": 0.7, "debug": True, "auth": "open", "sanitize": "clean",
+        "max_new_tokens": 50, "temperature": 0.7, "debug": True, "log_level": "debug",
+        "auth": "open", "sanitize": "clean",
         "limit_per_minute": 0, "limit_per_hour": 0, "limit_per_day": 0,
     },
     "staging": {
         "model": "DialoGPT-medium", "precision": "mixed", "device": "auto", "max_batch_size": 2,
-        "max_new_tokens": 100, "temperature": 0.7, "debug": False, "auth": "keys", "sanitize": "clean",
+        "max_new_tokens": 100, "temperature": 0.7, "debug": False, "log_level": "info",
+        "auth": "keys", "sanitize": "clean",
         "limit_per_minute": 60, "limit_per_hour": 1_000, "limit_per_day": 10_000,
     },
     "production": {
         "model": "DialoGPT-medium", "precision": "mixed", "device": "auto", "max_batch_size": 4,
-        "max_new_tokens": 200, "temperature": 0.7, "debug": False, "auth": "keys", "sanitize": "reject",
+        "max_new_tokens": 200, "temperature": 0.7, "debug": False, "log_level": "info",
+        "auth": "keys", "sanitize": "reject",
         "limit_per_minute": 60, "limit_per_hour": 1_000, "limit_per_day": 10_000,
     },
 }  # fmt: skip
@@ -85,9 +88,10 @@ class Settings:
     model_repository: Path = _setting(Path("model_repository"), "Triton model repository to serve and to export into.")
     host: str = _setting("127.0.0.1", "Address the gateway listens on.")
     http_port: int = _port(8080, "Port of the gateway's HTTP API.")
-    grpc_port: int = _port(8081, "Port reserved for the gateway's gRPC API.")
-    ops_port: int = _port(9090, "Port of the admin API.")
-    ops_host: str = _setting("127.0.0.1", "Address the admin API listens on.")
+    grpc: bool = _setting(True, "Serve KServe v2 over gRPC.")
+    grpc_port: int = _port(8081, "Port of the gateway's gRPC API.")
+    ops_port: int = _port(9090, "Port of the metrics and the admin API.")
+    ops_host: str = _setting("127.0.0.1", "Address the metrics and the admin API listen on.")
     triton_http_port: int = _port(8000, "Triton's HTTP port, on loopback.")
     triton_grpc_port: int = _port(8001, "Triton's gRPC port, on loopback.")
     triton_metrics_port: int = _port(8002, "Triton's metrics port, on loopback.")
@@ -138,7 +142,25 @@ class Settings:
     )
     debug: bool = _setting(_DEVELOPMENT["debug"], "Log the traceback of unexpected errors.")
     log_level: str = _setting(
-        "info", "Least severe log line that is written.", choices=("debug", "info", "warning", "error")
+        _DEVELOPMENT["log_level"], "Least severe log line that is written; each request is one of level info.",
+        choices=("debug", "info", "warning", "error"),
+    )  # fmt: skip
+    log_max_bytes: int = _setting(64 << 20, "Size at which a log file is rotated.", minimum=4096, maximum=1 << 40)
+    log_files: int = _setting(5, "Rotated files that are kept of each log.", minimum=1, maximum=1000)
+    audit: bool = _setting(True, "Write what happened to each request into the audit log.")
+    audit_key: str | None = _setting(
+        None, "Key of the hashes in the audit log. Unset: a random one, kept in home/audit.key.", secret=True,
+        pattern=r".{16,1024}",
+    )  # fmt: skip
+    audit_max_bytes: int = _setting(
+        64 << 20, "Size at which the audit log goes on in another file.", minimum=4096, maximum=1 << 40
+    )
+    otlp_endpoint: str | None = _setting(
+        None, "OpenTelemetry collector (OTLP over HTTP) that traces are sent to. Unset: no tracing.",
+        pattern=r"https?://.+",
+    )  # fmt: skip
+    trace_ratio: float = _setting(
+        1.0, "Part of the requests that is traced, of those whose client has not decided.", minimum=0.0, maximum=1.0
     )
     body_limit_bytes: int = _setting(
         1 << 20, "Largest request body, checked before parsing.", minimum=1024, maximum=1 << 30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -30,14 +30,17 @@ class Fallback:
 
 
 class Upstream:
-    """Asks Triton on behalf of the gateway."""
+    """Asks Triton on behalf of the gateway. `observe(model, outcome)` is told how each attempt ended: ok, error or
+    cancelled.
+    """
 
     def __init__(
         self, triton: Triton, health: Health, breakers: Breakers, retries: RetryBudget, fallback: Fallback,
-        max_output_chars: int,
+        max_output_chars: int, observe: Callable[[str, str], None] = lambda model, outcome: None,
     ) -> None:  # fmt: skip
         self._triton, self._health, self._breakers = triton, health, breakers
         self._retries, self._fallback, self._max_output_chars = retries, fallback, max_output_chars
+        self._observe = observe
 
     async def generate(self, request: GenerateRequest, outcome: Outcome) -> AsyncGenerator[Chunk, None]:
         """The answer's chunks, checked and cut to the longest that is allowed; the last one has a finish reason.
@@ -113,17 +116,35 @@ class Upstream:
             attempt += 1
 
     async def _once(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        with self._health.attend(request.model) as attendance:
-            async with aclosing(self._triton.stream(request, attendance)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        outcome = "cancelled"
+        try:
+            with self._health.attend(request.model) as attendance:
+                async with aclosing(self._triton.stream(request, attendance)) as chunks:
+                    async for chunk in chunks:
+                        if chunk.finish_reason is not None:  # whoever has it all may leave before the iterator ends
+                            outcome = "ok"
+                        yield chunk
+        except TruthGPTError:
+            outcome = "error"
+            raise
+        finally:
+            self._observe(request.model, outcome)
 
     async def infer(self, request: InferRequest) -> InferResult:
         """Run a model that does not generate. Raises TruthGPTError."""
         self._health.require(request.model)
-        with self._breakers.guard(request.model), self._health.attend(request.model) as attendance:
-            try:
-                return await self._triton.infer(request, attendance)
-            except UpstreamError as error:  # an answer all the same: many backends say 500 to a wrong input
-                failure = error
-        raise failure
+        outcome = "cancelled"
+        try:
+            with self._breakers.guard(request.model), self._health.attend(request.model) as attendance:
+                try:
+                    result = await self._triton.infer(request, attendance)
+                    outcome = "ok"
+                    return result
+                except UpstreamError as error:  # an answer all the same: many backends say 500 to a wrong input
+                    failure = error
+            raise failure
+        except TruthGPTError:
+            outcome = "error"
+            raise
+        finally:
+            self._observe(request.model, outcome)

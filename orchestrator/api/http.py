@@ -44,10 +44,10 @@ class Exchange:
         headers: dict[bytes, bytes], body_limit_bytes: int, traceparent: str | None,
     ) -> None:  # fmt: skip
         self.path: str = scope["path"]
-        self.template = self.path  # the route's, once it is found
+        self.template = ""  # the route's, once it is found
         self.id, self.caller, self.accepted_at = id, caller, accepted_at
         self.headers, self.traceparent = headers, traceparent
-        self.notes = Notes()
+        self.notes = Notes(edge="kserve" if self.path.startswith("/v2") else "openai")
         self.gone = False
         self.started = False
         self.params: dict[str, str] = {}

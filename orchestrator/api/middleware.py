@@ -13,7 +13,7 @@ from urllib.parse import quote
 from orchestrator.api import errors as table
 from orchestrator.api.http import Exchange, HangUp, Receive, Refused, Scope, Send
 from orchestrator.api.routing import Router
-from orchestrator.domain import Caller
+from orchestrator.domain import Caller, Incident
 from orchestrator.errors import InternalError, TruthGPTError
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ Identify = Callable[[dict[bytes, bytes], str], Caller]  # headers by lower-case 
 
 # Probes and the API's description: no credential is asked for.
 OPEN = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/openapi.json"})
+NOBODY = "anonymous"
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 64 << 10
 
@@ -36,15 +37,18 @@ class FrontDoor:
     """Routes a request to its handler, and finds out who asks. Whatever is raised is answered here, in the caller's
     language.
 
-    `identify` raises TruthGPTError for a caller who may not come in; the paths in OPEN need none.
+    `identify` raises TruthGPTError for a caller who may not come in; the paths in OPEN need none. `report` is told of
+    every error of which the path has made no Record.
     """
 
-    def __init__(self, routes: Routes, body_limit_bytes: int, identify: Identify) -> None:
-        self.routes = routes
+    def __init__(
+        self, routes: Routes, body_limit_bytes: int, identify: Identify,
+        report: Callable[[Incident], None] = lambda incident: None,
+    ) -> None:  # fmt: skip
         self.routes = routes
         self._router = Router(routes)
         self._body_limit_bytes = body_limit_bytes
-        self._identify = identify
+        self._identify, self._report = identify, report
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         accepted_at = time.monotonic()
@@ -55,7 +59,7 @@ class FrontDoor:
             receive,
             send,
             id=_request_id(headers.get(b"x-request-id")),
-            caller=Caller("anonymous", language=_language(headers.get(b"accept-language", b""))),
+            caller=Caller(NOBODY, language=_language(headers.get(b"accept-language", b""))),
             accepted_at=accepted_at,
             headers=headers,
             body_limit_bytes=self._body_limit_bytes,
@@ -68,12 +72,15 @@ class FrontDoor:
         except HangUp:
             log.debug("the client of %s hung up", exchange.id)
         except Refused as refused:
+            self._tell(exchange, scope, refused.row.code or "")
             await exchange.refuse(refused)
         except TruthGPTError as error:
+            self._tell(exchange, scope, error.kind)
             if isinstance(error, InternalError):
                 log.error("request %s failed: %s", exchange.id, error, exc_info=error)
             await self._fail(exchange, error)
         except Exception as error:
+            self._tell(exchange, scope, InternalError.kind)
             log.exception("request %s failed", exchange.id)
             await self._fail(exchange, InternalError(type(error).__name__))
 
@@ -91,6 +98,24 @@ class FrontDoor:
             caller = self._identify(exchange.headers, (scope.get("client") or ("",))[0])
             exchange.caller = dataclasses.replace(caller, language=exchange.caller.language)
         await handler(exchange)
+
+    def _tell(self, exchange: Exchange, scope: Scope, kind: str) -> None:
+        if exchange.notes.recorded:
+            return
+        incident = Incident(
+            kind=kind,
+            id=exchange.id,
+            edge=exchange.notes.edge,
+            operation=exchange.template,
+            caller="" if exchange.caller.id == NOBODY else exchange.caller.id,
+            address=(scope.get("client") or ("",))[0],
+            at=time.time(),
+            traceparent=exchange.traceparent,
+        )
+        try:
+            self._report(incident)
+        except Exception:  # whoever listens may not fail the request
+            log.exception("an incident could not be reported")
 
     async def _fail(self, exchange: Exchange, error: TruthGPTError) -> None:
         if not exchange.started:
