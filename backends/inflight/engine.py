@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from . import sampling
 from .errors import DeadlineExceeded, EngineError, Internal, Unavailable
-from .scheduler import Scheduler
+from .scheduler import Plan, Scheduler
 from .sequence import Sequence
 
+WAITED_S = 0.02  # who was queued for longer is told when it gets a slot
 NONFINITE = "the model produced logits that are not finite (NaN or infinity); the answer stops here"
 
 
@@ -66,6 +67,7 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise Unavailable("the model is being unloaded")
+            sequence.queued_at = self._clock()
             self._scheduler.submit(sequence)
             self._changed.notify()
 
@@ -107,12 +109,19 @@ class Engine:
                     self._changed.wait(1.0)
                     continue
                 self._step_began = self._clock()
+            self._tell_admitted(plan, self._step_began)
             if self._step_delay_s:
                 time.sleep(self._step_delay_s)
             if plan.decode:
                 self._decode(plan.decode)
             for chunk in plan.prefill:
                 self._guard((chunk.sequence,), partial(self._prefill, chunk.sequence, chunk.start, chunk.stop))
+
+    @staticmethod
+    def _tell_admitted(plan: Plan, now: float) -> None:
+        for chunk in plan.prefill:
+            if chunk.start == 0 and now - chunk.sequence.queued_at >= WAITED_S:
+                chunk.sequence.sink.admitted()
 
     def _drop_the_gone(self) -> None:
         now = self._clock()

@@ -211,7 +211,8 @@ class _Responder:
     def __init__(self, sender: Any) -> None:
         self._sender = sender
         self._finish_reason = self._output_tokens = self._count_input = False
-        self.input_tokens: int | None = None  # known once the prompt is read
+        self.input_tokens = 0  # known once the prompt is read
+        self.started = False
         self._prefix = ""
 
     def describe(self, flags: dict[str, bool], prefix: str) -> None:
@@ -222,12 +223,14 @@ class _Responder:
 
     def send(self, text: str, finish: str, tokens: int, final: bool) -> None:
         if text or final:
+            self.started = True
             text, self._prefix = self._prefix + text, ""
         tensors = [pb_utils.Tensor("text_output", np.array([text.encode()], dtype=object))]
         if self._finish_reason:
             tensors.append(pb_utils.Tensor("finish_reason", np.array([finish.encode()], dtype=object)))
-        if self._count_input and self.input_tokens is not None:
-            tensors.append(pb_utils.Tensor("num_input_tokens", np.array([self.input_tokens], dtype=np.uint32)))
+        if self._count_input:
+            count = self.input_tokens if self.started else 0
+            tensors.append(pb_utils.Tensor("num_input_tokens", np.array([count], dtype=np.uint32)))
         if self._output_tokens:
             tensors.append(pb_utils.Tensor("num_output_tokens", np.array([tokens], dtype=np.uint32)))
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if final else 0)

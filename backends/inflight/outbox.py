@@ -25,7 +25,9 @@ TICK_S = 0.02
 
 
 class Responder(Protocol):
-    """One request's way back to its client."""
+    """One request's way back to its client. `started`: it has a slot, which its first text shows as well."""
+
+    started: bool
 
     def send(self, text: str, finish: str, tokens: int, final: bool) -> None: ...
 
@@ -45,7 +47,7 @@ class Stream:
         self.tokens = 0
         self.finish: str | None = None
         self.failure: EngineError | None = None
-        self.closed = self.gone = False
+        self.closed = self.gone = self.notice = False
         self.sent_at = self.polled_at = time.monotonic()
 
     def attach(self, cancel: Callable[[], None]) -> None:
@@ -57,6 +59,9 @@ class Stream:
     def cancel(self) -> None:
         self.gone = True
         self._on_cancel()
+
+    def admitted(self) -> None:
+        self._outbox.announce(self)
 
     def delta(self, delta: Delta) -> None:
         self._outbox.take(self, delta, None)
@@ -103,6 +108,14 @@ class Outbox:
                 self._lock.notify()
             stream.closed = ended
 
+    def announce(self, stream: Stream) -> None:
+        """Tell a streaming client at once, with an empty response, that its request has left the queue."""
+        with self._lock:
+            if stream.streaming and not stream.closed:
+                stream.notice = True
+                self._ready[stream] = None
+                self._lock.notify()
+
     def stop(self, timeout_s: float) -> None:
         """Send what is ready, then end the thread."""
         with self._lock:
@@ -139,6 +152,13 @@ class Outbox:
             finish, failure = stream.finish, stream.failure
             # An end that arrived after the cut goes out next time, with its text.
             ended = stream.closed and stream not in self._ready
+            notice, stream.notice = stream.notice, False
+        if notice:  # by itself, also where text has caught up with it: its time is what it says
+            stream.responder.started = True
+            stream.responder.send("", "", 0, final=False)
+            if not (text or tokens or ended):
+                stream.sent_at = time.monotonic()
+                return
         if failure is not None and ended:
             if stream.streaming and text:  # generated before it
                 stream.responder.send(text, "", tokens, final=False)

@@ -25,6 +25,8 @@ class Delta:
 class Sink(Protocol):
     """Where a sequence's answer goes. Called on the engine's thread: must not block."""
 
+    def admitted(self) -> None: ...
+
     def delta(self, delta: Delta) -> None: ...
 
     def error(self, error: EngineError) -> None: ...
@@ -49,6 +51,7 @@ class Sequence:
         self.eos = eos
         self.sink = sink
         self.deadline = deadline  # on the engine's monotonic clock, seconds
+        self.queued_at = 0.0  # on the same clock
         self.random = generator(params.seed)
         self.detokenizer = Detokenizer(decode)
         self.stops = StopFilter(params.stop)

@@ -66,8 +66,12 @@ class Collector:
 
     def __init__(self) -> None:
         self.deltas: list[Delta] = []
+        self.admissions: list[int] = []  # each with the number of deltas that had come before
         self.failure: EngineError | None = None
         self.ended = threading.Event()
+
+    def admitted(self) -> None:
+        self.admissions.append(len(self.deltas))
 
     def delta(self, delta: Delta) -> None:
         self.deltas.append(delta)

@@ -68,6 +68,20 @@ def test_sixty_four_requests_on_four_slots_all_end(make_engine):
     assert max(runner.steps) == 4
 
 
+def test_only_who_waited_is_told_of_the_admission(make_engine):
+    """A request that was queued behind another's steps is told once, before its first token; others are not told."""
+    engine, _ = make_engine(slots=1, chunk=1, step_delay_s=0.01)
+    engine.start()
+    first, second, third = Collector(), Collector(), Collector()
+    engine.submit(sequence([1], 5, first))
+    engine.submit(sequence([2, 3, 4], 2, second))
+    assert first.ended.wait(2) and second.ended.wait(2)
+    time.sleep(0.05)
+    engine.submit(sequence([5], 1, third))
+    assert third.ended.wait(2)
+    assert (first.admissions, second.admissions, third.admissions) == ([], [0], [])
+
+
 def test_a_cancelled_sequence_frees_its_slot_within_one_step(make_engine):
     """After cancelling, the one slot goes to the next request and the cancelled one gets nothing more."""
     engine, _ = make_engine(slots=1, step_delay_s=0.01)

@@ -15,7 +15,8 @@ class Client:
     def __init__(self, broken: int = 0) -> None:
         self.got: list[tuple[str, str, int]] = []
         self.failure: EngineError | None = None
-        self.broken, self.gone = broken, False
+        self.broken, self.gone, self.started = broken, False, False
+        self.started_with: list[bool] = []
         self.ended = threading.Event()
         self.late = 0  # what came after the last response
 
@@ -25,6 +26,7 @@ class Client:
             self.broken -= 1
             raise RuntimeError("no shared memory")
         self.got.append((text, finish, tokens))
+        self.started_with.append(self.started)
         if final:
             self.ended.set()
 
@@ -109,3 +111,35 @@ def test_a_response_that_cannot_be_sent_ends_its_stream_with_an_error(outbox: Ou
     assert told.is_set(), "the engine goes on for nobody"
     good.delta(Delta("two", 1, "stop"))
     assert other.ended.wait(2) and other.got[-1] == ("two", "stop", 1)
+
+
+def test_who_waited_is_told_of_the_slot_before_the_first_text(outbox: Outbox):
+    """The notice is a response of its own, also where text has caught up with it; keep-alives before it say nothing."""
+    client = Client()
+    stream = outbox.open(client, True)
+    time.sleep(1.5 * KEEP_ALIVE_S)
+    with outbox._lock:  # the sending thread comes too late to see the two apart
+        stream.admitted()
+        stream.delta(Delta("one", 1))
+    stream.delta(Delta("", 1, "stop"))
+    assert client.ended.wait(2)
+    notice = client.started_with.index(True)
+    assert notice >= 1 and set(client.got[: notice + 1]) == {("", "", 0)}
+    assert "".join(text for text, _, _ in client.got[notice + 1 :]) == "one"
+    assert client.got[-1][1] == "stop" and not client.late
+
+
+def test_a_notice_goes_out_at_once_and_to_streams_only(outbox: Outbox):
+    """An admission is not kept until the next keep-alive, and one answer without streaming stays one response."""
+    client, whole = Client(), Client()
+    stream, other = outbox.open(client, True), outbox.open(whole, False)
+    began = time.monotonic()
+    stream.admitted()
+    other.admitted()
+    while not client.got:
+        assert time.monotonic() - began < KEEP_ALIVE_S / 2
+        time.sleep(0.001)
+    for each in (stream, other):
+        each.delta(Delta("one", 1, "stop"))
+    assert client.ended.wait(2) and whole.ended.wait(2)
+    assert client.got == [("", "", 0), ("one", "stop", 1)] and whole.got == [("one", "stop", 1)]
