@@ -64,10 +64,12 @@ class CachePolicy:
 class Notes:
     """What became of a request beside its answer; filled in on the path before the first chunk, shown in headers.
 
-    `edge` is the protocol that the request came by: openai, kserve or grpc. `recorded`: a Record was made.
+    `edge` is the protocol that the request came by: openai, kserve or grpc; `route` what that calls the operation: a
+    method and a path's template, or a gRPC service and method, SERVICE/METHOD. `recorded`: a Record was made.
     """
 
     edge: str = ""
+    route: str = ""
     recorded: bool = False
     windows: tuple[Window, ...] = ()
     refused: str | None = None  # the limit that did refuse it
@@ -238,17 +240,22 @@ class Trace:
         """What Triton is sent (W3C Trace Context, version 00)."""
         return f"00-{self.trace_id}-{self.upstream_id}-{'01' if self.sampled else '00'}"
 
+    @property
+    def own(self) -> str:
+        """The request's own place, in the same form."""
+        return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What happened to one request: made once, when it ends, and handed to every sink. Never holds text of the prompt.
 
     `outcome` is ok, error or cancelled; `error` the kind of the error. `accepted` is Unix time, durations are seconds,
-    measured from acceptance; `ttft_s` is the time to the first text. `cache`, `edge`, `fallback`, `sanitized`,
-    `refused` and `shadow` are those of Notes; `limited`: limits apply to the caller, `degraded`: they were decided
-    without Redis. `input_hash` is a keyed hash of the prompt, empty where none is made. `upstream_s` is the time spent
-    waiting for Triton, or for whoever else asked it; `queue_s` what of it was the model's queue. `stages` are the
-    path's stages in order, each with the seconds from acceptance to its end.
+    measured from acceptance; `ttft_s` is the time to the first text. `cache`, `edge`, `route`, `fallback`,
+    `sanitized`, `refused` and `shadow` are those of Notes; `limited`: limits apply to the caller, `degraded`: they
+    were decided without Redis. `input_hash` is a keyed hash of the prompt, empty where none is made. `upstream_s` is
+    the time spent waiting for Triton, or for whoever else asked it; `queue_s` what of it was the model's queue.
+    `stages` are the path's stages in order, each with the seconds from acceptance to its end.
     """
 
     id: str
@@ -268,6 +275,7 @@ class Record:
     duration_s: float
     traceparent: str | None
     edge: str = ""
+    route: str = ""
     cache: str | None = None
     fallback: str | None = None
     sanitized: tuple[str, ...] = ()

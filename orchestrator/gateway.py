@@ -13,6 +13,7 @@ from orchestrator.admission import Admission
 from orchestrator.breaker import Breakers
 from orchestrator.broadcast import Outcome
 from orchestrator.cache import ticket
+from orchestrator.context import handling
 from orchestrator.domain import (
     Caller,
     Chunk,
@@ -110,6 +111,8 @@ class Gateway:
         tally, refusal = passage.tally, None
         try:
             passage.trace, passage.input_hash = self._trace(request.traceparent), self._fingerprint(request)
+            if passage.trace is not None:
+                handling.set((request.id, passage.trace.own))
             with self._admission.permit():
                 prepared: Prepared[Any] = Prepared(request)
                 try:
@@ -182,7 +185,7 @@ class Gateway:
 
         async def work() -> None:
             for index, request in rest:  # shared: whoever is free takes the next one
-                own, heard = Notes(edge=notes.edge), False
+                own, heard = Notes(edge=notes.edge, route=notes.route), False
                 try:
                     async with aclosing(self.generate(caller, request, own)) as chunks:
                         async for chunk in chunks:

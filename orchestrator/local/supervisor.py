@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import aiohttp
 import psutil
 
+from orchestrator import rotation
 from orchestrator.errors import TruthGPTError
 from orchestrator.local import alias, healing, preflight, state, tritonserver
 from orchestrator.local.preflight import StartError
@@ -26,6 +27,8 @@ HEALTHY_AGAIN_S = 10.0  # after this long without a fault the back-off starts an
 GATEWAY_SILENT_S = 10.0
 GATEWAY_END_S = 8.0  # more than its parent process waits for its workers once they have drained
 RELOAD_S = 8.0
+LOGS_S = 5.0
+LOGS_FAILED_S = 300.0
 
 Report = Callable[[str], None]
 
@@ -105,10 +108,12 @@ class Supervisor:
         self._children["triton"] = await Child.start("triton", argv, env, self._logs / "triton.log")
 
     async def _start_gateway(self) -> None:
-        given = {"home": self._home, "redis_url": self._redis_url, "model": self._model}
+        # it opens its log by itself, and so it rotates it without losing a line; what else it prints goes there, too
+        log = (self._settings.log_file or self._logs / "gateway.log").absolute()
+        given = {"home": self._home, "redis_url": self._redis_url, "model": self._model, "log_file": log}
         env = {**os.environ, **self._settings.child_environ(**given)}
         argv = [sys.executable, "-m", "orchestrator.parent"]
-        self._children["gateway"] = await Child.start("gateway", argv, env, self._logs / "gateway.log")
+        self._children["gateway"] = await Child.start("gateway", argv, env, log)
 
     async def _until(self, check: Callable[[], Awaitable[bool]], child: str, failure: str) -> bool:
         """Poll an async check until it holds. False when stopping; raises StartError at the deadline or when the
@@ -163,6 +168,7 @@ class Supervisor:
     async def _watch(self) -> None:
         """Mend what breaks until `stop` is called."""
         watchers = [asyncio.create_task(self._watch_model()), asyncio.create_task(self._watch_gateway())]
+        watchers.append(asyncio.create_task(self._watch_logs()))
         if self._redis is not None:
             watchers.append(asyncio.create_task(self._watch_redis()))
         stopping = asyncio.create_task(self._stopping.wait())
@@ -265,6 +271,19 @@ class Supervisor:
                 self._report(f"Redis does not come back: {error}")
                 continue
             self._write_state()
+
+    async def _watch_logs(self) -> None:
+        """Rotate the logs of programs that cannot do it by themselves, and that of this process."""
+        limit, keep = self._settings.log_max_bytes, self._settings.log_files
+        while True:
+            pause_s = LOGS_S
+            for name in ("triton.log", "redis.log", "supervisor.log"):
+                try:
+                    await asyncio.to_thread(rotation.trim, self._logs / name, limit, keep)
+                except OSError as error:  # the stack goes on with a log that grows
+                    self._report(f"{name} cannot be rotated: {error}")
+                    pause_s = LOGS_FAILED_S
+            await asyncio.sleep(pause_s)
 
     def _write_state(self) -> state.State:
         settings = self._settings
