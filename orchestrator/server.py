@@ -55,7 +55,7 @@ class Server(uvicorn.Server):
     def drain(self, reason: str) -> None:
         """Begin to end; told again, it changes nothing (a terminal or an init system tells every process)."""
         if self._draining is None:
-            log.debug("%s: draining", reason)
+            log.debug("%s: this worker drains", reason)
             self._draining = asyncio.create_task(self._drain(), name="drain")
 
     async def _drain(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from orchestrator.errors import TruthGPTError
+from orchestrator.triton.connection import Answer
 
 _T = TypeVar("_T")
 
@@ -31,9 +32,17 @@ class Attendance:
         self.error: TruthGPTError | None = None
         self.heard_at = 0.0  # loop time of the last bytes: a stream that is being written to proves the stub alive
         self._timer: asyncio.Timeout | None = None
+        self._answer: Answer | None = None
+
+    def follow(self, answer: Answer) -> None:
+        """Tie an answer that is being received to it. Raises what `fail()` was given before."""
+        self._raise()
+        self._answer = answer
 
     def fail(self, error: TruthGPTError) -> None:
         self.error = self.error or error
+        if self._answer is not None:
+            self._answer.fail(self.error)
         if self._timer is not None and not self._timer.expired():
             self._timer.reschedule(asyncio.get_running_loop().time())
 

@@ -7,20 +7,18 @@ backend writes at least every 250 ms. Triton's errors are translated here, once:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import quote
-
-import aiohttp
+from urllib.parse import quote, urlsplit
 
 from orchestrator.domain import TASKS, Chunk, GenerateRequest, InferRequest, InferResult
-from orchestrator.errors import DeadlineExceeded, ModelNotFound, TruthGPTError, UpstreamError, UpstreamUnavailable
+from orchestrator.errors import DeadlineExceeded, ModelNotFound, UpstreamError, UpstreamUnavailable
 from orchestrator.sse import EventParser
 from orchestrator.triton.attendance import Attendance, Deadlines
+from orchestrator.triton.connection import Answer, Pool
 from orchestrator.triton.infer import describe, infer
 from orchestrator.triton.wire import Reply, decode, error_of, payload, pieces, read_body, sampling, scalar
 
@@ -71,17 +69,14 @@ class Triton:
         self.url = url.rstrip("/")
         self._deadlines = deadlines
         self._default_max_tokens = default_max_tokens
+        at = urlsplit(self.url)
+        if at.scheme != "http" or at.hostname is None:
+            raise ValueError(f"Triton is reached over http://, not {url}")
         # No limit of its own: admission bounds the streams, and a heartbeat must never wait for a connection.
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
-            timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=deadlines.connect_s, sock_read=None),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            headers={"accept-encoding": "identity"},  # on loopback packing costs more than it saves
-        )
+        self._pool = Pool(at.hostname, at.port or 80, deadlines.connect_s)
 
     async def close(self) -> None:
-        await self._session.close()
+        self._pool.close()
 
     async def stream(self, request: GenerateRequest, attendance: Attendance) -> AsyncGenerator[Chunk, None]:
         """The answer, chunk by chunk; the last one has a finish reason. Closing the iterator cancels it in the backend.
@@ -95,51 +90,59 @@ class Triton:
         total_at = now() + whole_s - (time.monotonic() - request.accepted_at)
         deadline = first_at = min(total_at, now() + self._deadlines.first_token_s)
         wanted = request.max_tokens or self._default_max_tokens
-        response = await self._open(request, wanted, whole_s, attendance, deadline)
+        sent_at = now()
+        answer = await self._open(request, wanted, whole_s, attendance, deadline)
+        finished = False
         try:
-            parser, tokens, prompt_tokens, finished = EventParser(), 0, 0, False
-            while not finished:
+            parser, tokens, prompt_tokens, queue_s, started = EventParser(), 0, 0, 0.0, False
+            while True:
                 try:
-                    data = await self._read(response, attendance, deadline)
+                    data = await self._read(answer, attendance, deadline)
                 except DeadlineExceeded as error:
                     if deadline < total_at and deadline != first_at:
                         raise UpstreamUnavailable(f"no token for {self._deadlines.token_gap_s} s") from error
                     raise
                 for piece in pieces(parser, data):
                     tokens += piece.tokens
-                    prompt_tokens = prompt_tokens or piece.prompt_tokens
                     finished = piece.finish_reason is not None
-                    if piece.text or finished:  # what has neither only keeps the connection alive
-                        yield Chunk(piece.text, tokens, prompt_tokens, piece.finish_reason)
-                        tokens, deadline = 0, min(total_at, now() + self._deadlines.token_gap_s)
+                    if not (piece.text or finished):  # it keeps the connection alive, or tells of the admission
+                        if piece.prompt_tokens and not prompt_tokens:
+                            queue_s = now() - sent_at
+                        prompt_tokens = prompt_tokens or piece.prompt_tokens
+                        continue
+                    prompt_tokens = prompt_tokens or piece.prompt_tokens
+                    waited_s, started = None if started else queue_s, True
+                    yield Chunk(piece.text, tokens, prompt_tokens, piece.finish_reason, waited_s)
                     if finished:
-                        break
-            # The answer is complete: only the connection's reuse depends on reading the stream to its end.
-            with contextlib.suppress(TruthGPTError):
-                while await self._read(response, attendance, deadline):
-                    continue
+                        return
+                    tokens, deadline = 0, min(total_at, now() + self._deadlines.token_gap_s)
         finally:
-            # A response read to its end has given its connection back; any other one is hung up on.
-            response.close()
+            if finished:
+                answer.finish()
+            else:
+                answer.close()  # it is hung up on
 
     async def _open(
         self, request: GenerateRequest, max_tokens: int | None, whole_s: float, attendance: Attendance, deadline: float
-    ) -> aiohttp.ClientResponse:
+    ) -> Answer:
         body = json.dumps(payload(request, max_tokens, whole_s)).encode()
         headers = {"content-type": "application/json"}
         if request.traceparent:
             headers["traceparent"] = request.traceparent
-        url = f"{self.url}/{self._model_path(request.model, 'generate_stream')}"
-        response = await self._within(lambda: self._session.post(url, data=body, headers=headers), attendance, deadline)
+        path = f"/{self._model_path(request.model, 'generate_stream')}"
+        answer = await self._send("POST", path, body, headers, whole_s)
         try:
-            if response.status == 200 and response.content_type == "text/event-stream":
-                return response
+            attendance.follow(answer)
+            await self._within(answer.begun, attendance, answer, deadline)
+            if answer.status == 200 and answer.headers.get("content-type", "").startswith("text/event-stream"):
+                return answer
             # An early failure is a plain body, even with status 200, or one event with status 400: the body decides.
-            text = await self._within(lambda: read_body(response), attendance, deadline)
+            text = await self._within(lambda until: read_body(answer, until), attendance, answer, deadline)
         except BaseException:
-            response.close()
+            answer.close()
             raise
-        error = error_of(text, response.status)
+        answer.close()
+        error = error_of(text, answer.status)
         if isinstance(error, ModelNotFound):  # it was served a moment ago: it is being reloaded or removed
             raise UpstreamUnavailable(str(error)) from error
         if max_tokens and request.max_tokens is None and error.param == "max_tokens":
@@ -147,22 +150,35 @@ class Triton:
             return await self._open(request, None, whole_s, attendance, deadline)
         raise error
 
-    async def _read(self, response: aiohttp.ClientResponse, attendance: Attendance, deadline: float) -> bytes:
-        return await self._within(response.content.readany, attendance, deadline)
-
-    async def _within(self, call: Callable[[], Awaitable[_T]], attendance: Attendance, deadline: float) -> _T:
-        """Await something of Triton's until it stalls or the request's deadline passes; translate what goes wrong."""
-        now = asyncio.get_running_loop().time
+    async def _send(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], within_s: float
+    ) -> Answer:
         try:
-            if now() >= deadline:
-                raise DeadlineExceeded
-            return await attendance.wait(call, min(now() + self._deadlines.stall_s, deadline))
+            return await self._pool.request(method, path, body, headers, within_s)
+        except OSError as error:
+            raise _lost(error) from error
+
+    def _read(self, answer: Answer, attendance: Attendance, deadline: float) -> Awaitable[bytes]:
+        return self._within(answer.read, attendance, answer, deadline)
+
+    async def _within(
+        self, call: Callable[[float], Awaitable[_T]], attendance: Attendance, answer: Answer, deadline: float
+    ) -> _T:
+        """Await something of an answer until it stalls or the request's deadline passes; translate what goes wrong."""
+        now = asyncio.get_running_loop().time
+        began = now()
+        if began >= deadline:
+            raise DeadlineExceeded
+        try:
+            result = await call(min(began + self._deadlines.stall_s, deadline))
         except TimeoutError as error:
             if now() >= deadline:
                 raise DeadlineExceeded from error
             raise UpstreamUnavailable(f"Triton sent nothing for {self._deadlines.stall_s} s") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamUnavailable(f"the connection to Triton failed: {error!r}") from error
+        except OSError as error:
+            raise _lost(error) from error
+        attendance.heard_at = answer.heard_at
+        return result
 
     async def heartbeat(self, model: str) -> Heartbeat:
         """Ask a model's stub process how it is. Raises TruthGPTError when it does not answer properly in time."""
@@ -255,18 +271,18 @@ class Triton:
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> Reply:
         """One unary exchange as it is, errors of Triton's included. Raises UpstreamUnavailable, UpstreamError."""
-        url = f"{self.url}/{path.lstrip('/')}"
+        until = asyncio.get_running_loop().time() + timeout_s
+        answer = await self._send(method, f"/{path.lstrip('/')}", body, headers, timeout_s)
         try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._session.request(method, url, data=body, headers=headers) as response,
-            ):
-                text = await read_body(response)
-                return Reply(response.status, {k.lower(): v for k, v in response.headers.items()}, text)
+            await answer.begun(until)
+            return Reply(answer.status, answer.headers, await read_body(answer, until))
         except TimeoutError as error:
+            url = f"{self.url}/{path.lstrip('/')}"
             raise UpstreamUnavailable(f"Triton did not answer {url} within {timeout_s} s") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise UpstreamUnavailable(f"the connection to Triton failed: {error!r}") from error
+        except OSError as error:
+            raise _lost(error) from error
+        finally:
+            answer.close()
 
     async def _call(self, method: str, path: str, body: object, timeout_s: float | None = None) -> Any:
         """One unary call: the decoded JSON of its answer, an empty object for an empty one."""
@@ -276,6 +292,10 @@ class Triton:
         if reply.status != 200 or (isinstance(answer, dict) and "error" in answer):
             raise error_of(reply.body, reply.status)
         return answer
+
+
+def _lost(error: OSError) -> UpstreamUnavailable:
+    return UpstreamUnavailable(f"the connection to Triton failed: {error}")
 
 
 def _rank(version: str, state: str) -> tuple[bool, int]:

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
-
 from orchestrator.domain import FINISH_REASONS, Chunk, GenerateRequest
 from orchestrator.errors import (
     Cancelled,
@@ -23,6 +21,7 @@ from orchestrator.errors import (
     UpstreamUnavailable,
 )
 from orchestrator.sse import EventParser
+from orchestrator.triton.connection import Answer
 
 _KIND = re.compile(
     r"\b(invalid_argument|resource_exhausted|deadline_exceeded|unavailable|internal|cancelled): (.*)", re.DOTALL
@@ -118,14 +117,14 @@ def decode(data: bytes) -> Any:
         return None  # every caller treats it as an answer that makes no sense
 
 
-async def read_body(response: aiohttp.ClientResponse) -> bytes:
-    body = bytearray()
-    while data := await response.content.readany():
+async def read_body(answer: Answer, until: float) -> bytes:
+    """The whole body. Raises as `Answer.read` does, and UpstreamError when it is too large."""
+    body = await answer.read(until)
+    while data := await answer.read(until):
         body += data
         if len(body) > BODY_LIMIT_BYTES:
-            response.close()
             raise UpstreamError(f"Triton's answer is larger than {BODY_LIMIT_BYTES} bytes")
-    return bytes(body)
+    return body
 
 
 def error_of(body: bytes, status: int) -> TruthGPTError:
