@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import logging
 import time
@@ -145,7 +146,9 @@ class Health:
             known = self._served.get(name)
             if state == "READY" and known is None:
                 self._served[name] = served = Served(Model(name, version, int(time.time()), ready=False))
-                served.task = asyncio.create_task(self._watch(served), name=f"heartbeat {name}")
+                watch = self._watch(served)
+                # outside of the request that happened to ask for this model first
+                served.task = asyncio.create_task(watch, name=f"heartbeat {name}", context=contextvars.Context())
             elif state == "READY" and known is not None:
                 known.gone_at = None
                 if known.model.version != version:

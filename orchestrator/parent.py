@@ -223,7 +223,11 @@ def main() -> int:
     except BindError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    logs.configure(settings.log_level, settings.debug)
+    try:
+        logs.configure(settings)
+    except OSError as error:
+        print(f"error: the log cannot be written: {error}", file=sys.stderr)
+        return 1
     for warning in settings.warnings:
         log.warning("%s", warning)
     return asyncio.run(serve(settings, listeners, ops))

@@ -138,6 +138,7 @@ class Passage(Generic[Request]):
             duration_s=duration_s,
             traceparent=request.traceparent,
             edge=notes.edge,
+            route=notes.route,
             cache=notes.cache,
             fallback=notes.fallback,
             sanitized=notes.sanitized,

@@ -145,6 +145,9 @@ class Settings:
         _DEVELOPMENT["log_level"], "Least severe log line that is written; each request is one of level info.",
         choices=("debug", "info", "warning", "error"),
     )  # fmt: skip
+    log_file: Path | None = _setting(
+        None, "File that the gateway logs to. Unset: standard error, and under truthgpt up home/logs/gateway.log."
+    )
     log_max_bytes: int = _setting(64 << 20, "Size at which a log file is rotated.", minimum=4096, maximum=1 << 40)
     log_files: int = _setting(5, "Rotated files that are kept of each log.", minimum=1, maximum=1000)
     audit: bool = _setting(True, "Write what happened to each request into the audit log.")

@@ -90,7 +90,7 @@ def main() -> int:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     number, listen_fd, control_fd = map(int, sys.argv[1:])
     settings = Settings.load()
-    logs.configure(settings.log_level, settings.debug, number)
+    logs.configure(settings, number)
     listener, control = socket.socket(fileno=listen_fd), socket.socket(fileno=control_fd)
 
     async def serve() -> bool:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from orchestrator.api import errors as table
 from orchestrator.api.http import Exchange, HangUp, Receive, Refused, Scope, Send
 from orchestrator.api.routing import Router
+from orchestrator.context import handling
 from orchestrator.domain import Caller, Incident
 from orchestrator.errors import InternalError, TruthGPTError
 
@@ -65,6 +66,7 @@ class FrontDoor:
             body_limit_bytes=self._body_limit_bytes,
             traceparent=_traceparent(headers.get(b"traceparent")),
         )
+        handling.set((exchange.id, exchange.traceparent))  # in the request's own task, which ends with it
         try:
             if len(fields) > MAX_HEADERS or sum(len(name) + len(value) for name, value in fields) > MAX_HEADER_BYTES:
                 raise Refused(table.HEADERS_TOO_LARGE, table.TOO_MANY_HEADERS, ((b"connection", b"close"),))
@@ -94,6 +96,7 @@ class FrontDoor:
             allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])]).encode()
             raise Refused(table.METHOD_NOT_ALLOWED, table.WRONG_METHOD, ((b"allow", allowed),))
         exchange.template, exchange.params = found.template, found.params
+        exchange.notes.route = f"{method} {found.template}"
         if found.template not in OPEN:
             caller = self._identify(exchange.headers, (scope.get("client") or ("",))[0])
             exchange.caller = dataclasses.replace(caller, language=exchange.caller.language)

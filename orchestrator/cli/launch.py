@@ -12,11 +12,12 @@ from pathlib import Path
 
 import click
 
+from orchestrator import rotation
 from orchestrator.cli import stack, welcome
 from orchestrator.cli.base import INTERRUPTED, CommandError
 from orchestrator.cli.progress import Progress
 from orchestrator.local import state
-from orchestrator.local.process import LOG_LIMIT_BYTES, kill_group
+from orchestrator.local.process import kill_group
 from orchestrator.local.redisserver import RedisMissing
 from orchestrator.local.supervisor import Supervisor
 from orchestrator.settings import Settings
@@ -95,8 +96,7 @@ def detached(settings: Settings, model: str, progress: Progress, *, as_json: boo
     home = settings.home.absolute()
     log = home / "logs" / "supervisor.log"
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
-        log.replace(log.with_suffix(".log.1"))
+    rotation.trim(log, settings.log_max_bytes, settings.log_files)
     argv = [sys.executable, "-m", "orchestrator.cli", "up", "--background"]
     env = {**os.environ, **settings.child_environ(model=model)}
     with log.open("ab") as output:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 
-LOG_LIMIT_BYTES = 20 * 1024 * 1024
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -34,8 +33,6 @@ class Child:
     async def start(cls, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Child:
         """Start a program. Raises OSError when it cannot be executed."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        if log.exists() and log.stat().st_size > LOG_LIMIT_BYTES:
-            log.replace(log.with_suffix(".log.1"))
         with log.open("ab") as output:
             log_start = output.tell()
             process = await asyncio.create_subprocess_exec(
@@ -88,7 +85,9 @@ class Child:
         """The end of what it has logged, for an error message."""
         try:
             with self.log.open("rb") as file:
-                file.seek(max(self._log_start, self.log.stat().st_size - 8192))
+                size = self.log.stat().st_size
+                begin = self._log_start if self._log_start <= size else 0  # it has been rotated since
+                file.seek(max(begin, size - 8192))
                 text = file.read().decode("utf-8", "replace")
         except OSError:
             return ""

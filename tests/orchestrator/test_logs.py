@@ -42,7 +42,7 @@ async def test_a_request_is_one_line_without_text(stack: Stack, caplog: pytest.L
     body = {"model": "m", "messages": [{"role": "user", "content": "zanahoria"}], "stop": "berenjena"}
     await stack.post("/v1/chat/completions", body, **{"x-request-id": "log-1"})
     lines = [JsonLines(True).format(record) for record in caplog.records]
-    (found,) = [json.loads(text) for text in lines if '"id": "log-1"' in text]
+    (found,) = [json.loads(text) for text in lines if '"request_id":"log-1"' in text]
     assert {"message": "request", "model": "m", "outcome": "ok", "completion_tokens": 3}.items() <= found.items()
     assert found["duration_s"] >= found["ttft_s"] > 0
     for word in ("zanahoria", "berenjena", "¿qué tal?"):

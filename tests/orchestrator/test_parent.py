@@ -176,8 +176,13 @@ def test_log_lines_name_their_worker(gateway: Gateway) -> None:
         connection.request("POST", "/v1/completions", json.dumps({"model": "m", "prompt": "Hola"}))
         connection.getresponse().close()
         connection.close()
-    lines = [json.loads(line) for line in gateway.log.read_text().splitlines()]
-    assert {line.get("worker") for line in lines if line["message"] == "request"} == {1, 2}
+    wanted, deadline = {1, 2}, time.monotonic() + 5.0
+    while True:  # a line is written a moment after its answer
+        lines = [json.loads(line) for line in gateway.log.read_text().splitlines()]
+        if {line.get("worker") for line in lines if line["message"] == "request"} == wanted:
+            break
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.02)
     assert [line for line in lines if line["message"].startswith("listening on") and "worker" not in line]
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.local.process import LOG_LIMIT_BYTES, Child, alive
+from orchestrator.local.process import Child, alive
+from orchestrator.rotation import trim
 
 
 async def start(code: str, log: Path) -> Child:
@@ -73,14 +74,18 @@ def test_children_end_when_their_supervisor_is_killed(tmp_path: Path):
         time.sleep(0.02)
 
 
-async def test_the_log_is_rotated_and_its_telling_lines_are_found(tmp_path: Path):
-    """A log past its limit moves aside, and last_lines prefers the lines that name an error."""
+async def test_the_telling_lines_of_a_log_are_found_after_a_rotation(tmp_path: Path):
+    """last_lines prefers the lines that name an error, also where the log was emptied while the process ran."""
     log = tmp_path / "x.log"
-    with log.open("wb") as file:
-        file.truncate(LOG_LIMIT_BYTES + 1)
-    child = await start("print('all well'); print('error: no such thing'); print('bye')", log)
+    log.write_text("error: in an earlier process\n" * 10)
+    code = (
+        "import os, time\n"
+        f"while os.path.getsize({str(log)!r}) > 100: time.sleep(0.01)\n"
+        "print('all well'); print('error: no such thing'); print('bye')"
+    )
+    child = await start(code, log)
+    assert trim(log, 100, 2)
     assert await child.wait() == 0
-    assert (tmp_path / "x.log.1").exists() and log.stat().st_size < 100
     assert child.last_lines() == "error: no such thing"
 
 
