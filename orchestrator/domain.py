@@ -134,7 +134,7 @@ class Chunk:
     tokens: int = 0
     prompt_tokens: int = 0
     finish_reason: str | None = None
-    queue_s: float | None = None
+    queue_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class Gateway:
                 async for chunk in chunks:
                     passage.tally.add(chunk)
                     yield chunk
+                    if chunk.finish_reason is not None:
+                        return  # the answer's end is not waited for, only its last chunk
 
     async def infer(self, caller: Caller, request: InferRequest, notes: Notes) -> InferResult:
         """Run a model that does not generate, once. Raises TruthGPTError."""
