@@ -9,6 +9,7 @@ import asyncio
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +120,8 @@ class Hardened(HttpToolsProtocol):
         self._last = False  # the server ends: the next answer is this connection's last
         self._deadline = math.inf
         self._unread: tuple[int, float] | None = None  # of a closed connection: bytes to be read, and since when
+        self._on_gone: Callable[[], None] | None = None  # of the request that is being answered
+        self._extensions: dict[str, dict[object, object]] = {"truthgpt.when_gone": {"call": self._when_gone}}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -128,6 +131,17 @@ class Hardened(HttpToolsProtocol):
             transport.abort()
         elif crowd > 0:
             self._refuse(CROWDED)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._on_gone is not None:
+            self._on_gone()
+
+    def _when_gone(self, call: Callable[[], None] | None) -> None:
+        """The extension by which an application hears of a hang-up without waiting for it."""
+        self._on_gone = call
+        if call is not None and self.transport.is_closing():
+            self.loop.call_soon(call)
 
     def data_received(self, data: bytes) -> None:
         if self._refused is not None:
@@ -149,6 +163,7 @@ class Hardened(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["extensions"] = self._extensions
         self._fields = self._field_bytes = 0
         self._unparsed = max(self._unparsed, 1)  # when the one before ended in the same packet
 

@@ -60,7 +60,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 def json_value(data: bytes, not_json: Text, param: str | None = None) -> Any:
     """Any JSON value without NaN, lone surrogates and endless nesting. Raises InvalidRequest."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        value = _DECODE(data.decode("utf-8"))
         if b"\\u" in data:
             # A lone surrogate is legal in JSON's grammar and is no text: it could not be written out as UTF-8.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -83,6 +83,9 @@ def json_value(data: bytes, not_json: Text, param: str | None = None) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODE = json.JSONDecoder(parse_constant=_refuse_constant).decode  # json.loads would make a decoder for each body
 
 
 def _deeper_than(value: object, limit: int) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from types import TracebackType
 from typing import Any
 
 from orchestrator.api import errors as table
@@ -18,9 +18,11 @@ ASGIMessage = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[ASGIMessage]]
 Send = Callable[[ASGIMessage], Awaitable[None]]
+WhenGone = Callable[[Callable[[], None] | None], None]  # what to call, once, when the client has hung up; None: nothing
 Headers = Sequence[tuple[bytes, bytes]]
 
 JSON_TYPE = b"application/json"
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each answer
 SLOW_READER_S = 5.0  # what a client that does not read its answer gets beyond the request's own deadline
 
 
@@ -34,6 +36,35 @@ class Refused(Exception):
     def __init__(self, row: table.Row, text: Text, headers: Headers = ()) -> None:
         super().__init__(text.en)
         self.row, self.text, self.headers = row, text, headers
+
+
+class HangUpWatch:
+    """What `Exchange.cancelled_by_hang_up` returns."""
+
+    def __init__(self, exchange: Exchange, when_gone: WhenGone, within_s: float) -> None:
+        self._exchange, self._when_gone, self._within_s = exchange, when_gone, within_s
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("an exchange runs in a task")
+        self._task = task
+        self._timer = asyncio.get_running_loop().call_later(self._within_s, self._gone)
+        self._when_gone(self._gone)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._when_gone(None)
+        self._timer.cancel()
+        if kind is not None and issubclass(kind, asyncio.CancelledError):
+            if self._exchange.gone and self._task.uncancel() == 0:
+                raise HangUp from None
+
+    def _gone(self) -> None:
+        if not self._exchange.gone:
+            self._exchange.gone = True
+            self._task.cancel()
 
 
 class Exchange:
@@ -52,6 +83,8 @@ class Exchange:
         self.started = False
         self.params: dict[str, str] = {}
         self._receive, self._send = receive, send
+        # of our own server: a task that waits for `http.disconnect` would cost each request more than its routing
+        self._when_gone: WhenGone = scope["extensions"]["truthgpt.when_gone"]["call"]
         self._body_limit_bytes = body_limit_bytes
 
     async def json(self) -> dict[str, Any]:
@@ -88,32 +121,12 @@ class Exchange:
             more = message.get("more_body", False)
         return b"".join(parts)
 
-    @contextlib.asynccontextmanager
-    async def cancelled_by_hang_up(self, within_s: float) -> AsyncIterator[None]:
+    def cancelled_by_hang_up(self, within_s: float) -> HangUpWatch:
         """Cancel the block as soon as the client hangs up, or does not read its answer for `within_s`; raises HangUp.
 
         To be entered once the body has been read.
         """
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("an exchange runs in a task")
-        watcher = asyncio.create_task(self._cancel_on_hang_up(task, within_s))
-        try:
-            yield
-        except asyncio.CancelledError:
-            if self.gone and task.uncancel() == 0:
-                raise HangUp from None
-            raise
-        finally:
-            watcher.cancel()
-
-    async def _cancel_on_hang_up(self, task: asyncio.Task[Any], within_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                while (await self._receive())["type"] != "http.disconnect":
-                    continue
-        self.gone = True
-        task.cancel()
+        return HangUpWatch(self, self._when_gone, within_s)
 
     async def reply(self, status: int, body: bytes, content_type: bytes = JSON_TYPE, headers: Headers = ()) -> None:
         """The whole response at once."""
@@ -121,7 +134,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": body})
 
     async def reply_json(self, status: int, value: object, headers: Headers = ()) -> None:
-        await self.reply(status, json.dumps(value, ensure_ascii=False).encode(), headers=headers)
+        await self.reply(status, _ENCODE(value).encode(), headers=headers)
 
     async def fail(self, error: TruthGPTError) -> None:
         """An error before the response has begun."""

@@ -24,6 +24,7 @@ from orchestrator.gateway import Gateway
 log = logging.getLogger(__name__)
 
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each chunk
 Parser = Callable[[dict[str, Any], Exchange, Defaults], Call]
 
 
@@ -144,7 +145,7 @@ async def _fail(exchange: Exchange, error: TruthGPTError) -> None:
     if isinstance(error, InternalError):
         log.error("request %s failed in its stream: %s", exchange.id, error, exc_info=error)
     body = table.body_of(error, exchange.caller.language)
-    await exchange.end(sse.event(json.dumps(body, ensure_ascii=False).encode()))
+    await exchange.end(sse.event(_ENCODE(body).encode()))
 
 
 class _Form:
@@ -159,7 +160,7 @@ class _Form:
         self._created = int(time.time())
         self._model = call.request.model
         self._include_usage = call.include_usage
-        head = json.dumps(self._head(self.chunk_kind), ensure_ascii=False)[:-1]
+        head = _ENCODE(self._head(self.chunk_kind))[:-1]
         self._opening = f'data: {head}, "choices": [{{"index": '
         self._before = f"{self._opening}0, "
         self._after = '}], "usage": null}\n\n' if call.include_usage else "}]}\n\n"
@@ -187,7 +188,7 @@ class _Form:
         if not self._include_usage:
             return b""
         body = {**self._head(self.chunk_kind), "choices": [], "usage": _usage(usage)}
-        return sse.event(json.dumps(body, ensure_ascii=False).encode())
+        return sse.event(_ENCODE(body).encode())
 
     def _head(self, kind: str) -> dict[str, object]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
@@ -196,14 +197,14 @@ class _Form:
         raise NotImplementedError
 
     def _event(self, fields: str, reason: str | None) -> str:
-        return f'{self._before}{fields}, "logprobs": null, "finish_reason": {json.dumps(reason)}{self._after}'
+        return f'{self._before}{fields}, "logprobs": null, "finish_reason": {_ENCODE(reason)}{self._after}'
 
 
 class _Completion(_Form):
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
     def events(self, chunk: Chunk, first: bool) -> bytes:
-        return self._event(f'"text": {json.dumps(chunk.text, ensure_ascii=False)}', chunk.finish_reason).encode()
+        return self._event(f'"text": {_ENCODE(chunk.text)}', chunk.finish_reason).encode()
 
     def _choice(self, text: str) -> dict[str, object]:
         return {"text": text}
@@ -217,7 +218,7 @@ class _Chat(_Form):
         if first:
             events.append(self._event('"delta": {"role": "assistant", "content": ""}', None))
         if chunk.text:
-            text = json.dumps(chunk.text, ensure_ascii=False)
+            text = _ENCODE(chunk.text)
             events.append(self._event(f'"delta": {{"content": {text}}}', None))
         if chunk.finish_reason:
             events.append(self._event('"delta": {}', chunk.finish_reason))

@@ -64,6 +64,7 @@ async def ask(
     door = FrontDoor(Admin(upstream.fetch, 5.0).routes, 1000, identify)
     headers = [(b"content-type", b"text/x")] + ([(b"x-api-key", key)] if key else [])
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": headers}
+    scope["extensions"] = {"truthgpt.when_gone": {"call": lambda call: None}}
     await door(scope, receive, send)
     return sent[0]["status"], sent[1]["body"]
 
