@@ -12,7 +12,7 @@ from typing import Any
 
 from orchestrator import logs
 from orchestrator.admission import Admission
-from orchestrator.api.admin import Admin
+from orchestrator.api.admin import Admin, Scrape
 from orchestrator.api.credentials import credential_of
 from orchestrator.api.fields import Defaults
 from orchestrator.api.http import Receive, Scope, Send
@@ -30,6 +30,8 @@ from orchestrator.gateway import Gateway
 from orchestrator.health import Health
 from orchestrator.inspection import Inspector
 from orchestrator.limiter import Limiter
+from orchestrator.metrics import Metrics
+from orchestrator.metrics_readings import readings
 from orchestrator.registry import Registry
 from orchestrator.retries import RetryBudget
 from orchestrator.sanitize import Rules
@@ -37,6 +39,7 @@ from orchestrator.screening import Screen
 from orchestrator.settings import Settings
 from orchestrator.store import Store
 from orchestrator.tokens import Tokens
+from orchestrator.tracing import Tracer
 from orchestrator.triton import Deadlines, Triton
 from orchestrator.upstream import Fallback, Upstream
 
@@ -51,6 +54,7 @@ class _Application:
         self.settings = settings
         self._door: FrontDoor | None = None
         self._triton: Triton | None = None
+        self._tracer: Tracer | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,6 +75,8 @@ class _Application:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._triton is not None:
             await self._triton.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -91,6 +97,7 @@ class Application(_Application):
     """The public edge of one worker."""
 
     gateway: Gateway | None = None
+    metrics: Metrics | None = None
 
     async def start(self) -> None:
         """Assemble everything; needs a running loop."""
@@ -106,6 +113,9 @@ class Application(_Application):
         flights = Flights(store, registry.ttl_of, settings.cache_entry_bytes) if store and settings.cache else None
         fallback = Fallback(settings.fallback_model, settings.fallback_text)
         retries, inspect = RetryBudget(settings.retries), Inspector(triton, health)
+        metrics = Metrics(health.serves)
+        upstream = Upstream(triton, health, breakers, retries, fallback, settings.max_output_chars, metrics.upstream)
+        tracer = self._tracer = Tracer(settings) if settings.otlp_endpoint else None
         gateway = self.gateway = Gateway(
             health=health,
             admission=Admission(settings.max_concurrency),
@@ -114,10 +124,13 @@ class Application(_Application):
             limiter=limiter,
             flights=flights,
             breakers=breakers,
-            upstream=Upstream(triton, health, breakers, retries, fallback, settings.max_output_chars),
-            sinks=[logs.log_request],
+            upstream=upstream,
+            sinks=[logs.log_request, metrics.record, *([tracer.record] if tracer else [])],
             answer_rules=f"{settings.max_new_tokens} tokens, {settings.max_output_chars} characters",
+            trace=tracer.begin if tracer else lambda traceparent: None,
         )
+        metrics.readings |= readings(gateway, limiter, store)
+        self.metrics = metrics
         # one request alone may not ask for more places than admission has
         at_once = min(settings.max_batch_size, settings.max_concurrency)
         defaults = Defaults(temperature=settings.temperature)
@@ -131,7 +144,7 @@ class Application(_Application):
             return auth.caller(credential_of(headers), address)
 
         routes = {**openai.routes, **kserve.routes, **probes.routes, **description.routes}
-        self._door = FrontDoor(routes, settings.body_limit_bytes, identify)
+        self._door = FrontDoor(routes, settings.body_limit_bytes, identify, metrics.incident)
         running = {"health": health.run(), "limiter": limiter.run(), "registry": registry.run()}
         if store:
             running["store"] = store.run()
@@ -143,7 +156,14 @@ class Application(_Application):
 
 
 class AdminApplication(_Application):
-    """The admin edge: Triton's model control and settings, for admin keys alone."""
+    """The admin edge: Triton's model control and settings, for admin keys alone, and what `scrape` gives to all.
+
+    `metrics` count what this edge refuses.
+    """
+
+    def __init__(self, settings: Settings, scrape: Scrape, metrics: Metrics) -> None:
+        super().__init__(settings)
+        self._scrape, self._metrics = scrape, metrics
 
     async def start(self) -> None:
         """Assemble everything; needs a running loop."""
@@ -156,7 +176,8 @@ class AdminApplication(_Application):
         def identify(headers: dict[bytes, bytes], address: str) -> Caller:
             return auth.admin(credential_of(headers))
 
-        self._door = FrontDoor(Admin(triton.fetch, ADMIN_CALL_S).routes, settings.body_limit_bytes, identify)
+        routes = Admin(triton.fetch, ADMIN_CALL_S, self._scrape).routes
+        self._door = FrontDoor(routes, settings.body_limit_bytes, identify, self._metrics.incident)
         self._run(registry=registry.run(), **({"store": store.run()} if store else {}))
         if store:
             await registry.first_copy(KEYS_KNOWN_S)

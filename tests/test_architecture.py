@@ -34,6 +34,8 @@ ROOMS: dict[str, set[str]] = {
     "triton": BASE | {"sse", "tensors"},
     "tensors": {"domain", "errors"},
     "health": {"domain", "errors", "triton"},
+    "spans": {"domain", "masking"},
+    "tracing": {"domain", "settings", "spans"},
     # one rule each
     "admission": {"errors"},
     "unsafe": set(),
@@ -63,18 +65,23 @@ ROOMS: dict[str, set[str]] = {
         "passage", "screening", "tokens", "upstream",
     },
     "api": {"context", "domain", "errors", "sse", "gateway", "tensors"},
+    # what is counted
+    "metrics_table": set(),
+    "metrics": {"domain", "errors", "metrics_table"},
+    "metrics_readings": {"breaker", "gateway", "limiter", "metrics", "store"},
+    "scrape": {"metrics", "metrics_table"},
     # processes
     "hardening": {"errors"},
     "server": {"settings", "hardening"},
     "worker": {"settings", "logs", "app", "server"},
-    "parent": {"settings", "logs", "server", "app"},
+    "parent": {"settings", "logs", "tracing", "server", "app", "metrics", "scrape"},
     "local": {"rotation", "settings", "errors", "models", "pbtxt", "client", "triton"},
     "ops": {
         "settings", "errors", "domain", "triton", "store", "models", "pbtxt", "client", "local", "sse", "keys", "cache",
         "limits",
     },
 }  # fmt: skip
-ROOMS["app"] = set(ROOMS) - {"local", "ops", "client", "models", "pbtxt", "server", "hardening", "worker"}
+ROOMS["app"] = set(ROOMS) - {"local", "ops", "client", "models", "pbtxt", "server", "hardening", "worker", "scrape"}
 ROOMS["cli"] = {*ROOMS}
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "tokenizers", "safetensors", "numpy"}

@@ -1,10 +1,12 @@
 """The admin edge: Triton's model control, trace, log and shared-memory settings, handed on as they are.
 
-It has a front door of its own on the ops port, where everything but the liveness of the process needs an admin key.
+It has a front door of its own on the ops port, where everything needs an admin key but the liveness of the process and
+what Prometheus reads, which names no user and no text.
 """
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 from urllib.parse import quote
@@ -45,24 +47,36 @@ class Reply(Protocol):
 
 # method, path, body, headers, seconds
 Forward = Callable[[str, str, bytes | None, Mapping[str, str], float], Awaitable[Reply]]
+# what the Accept header says -> the metrics as text, and their media type
+Scrape = Callable[[str], tuple[bytes, str]]
 
 
 class Admin:
     """The handlers. `timeout_s` bounds each call: loading a model takes long."""
 
-    def __init__(self, forward: Forward, timeout_s: float) -> None:
-        self._forward, self._timeout_s = forward, timeout_s
+    def __init__(self, forward: Forward, timeout_s: float, scrape: Scrape) -> None:
+        self._forward, self._timeout_s, self._scrape = forward, timeout_s, scrape
 
     @property
     def routes(self) -> Routes:
         return {
             "/health/live": {"GET": self.live},
+            "/metrics": {"GET": self.metrics},
             **{path: {method: self._handler(method) for method in methods} for path, methods in CONTROL.items()},
         }
 
     async def live(self, exchange: Exchange) -> None:
         """200 as long as this process answers at all."""
         await exchange.reply_json(200, {"live": True})
+
+    async def metrics(self, exchange: Exchange) -> None:
+        """The gateway's series in the text format or OpenMetrics, by Accept; packed where gzip is asked for."""
+        body, media_type = self._scrape(exchange.headers.get(b"accept", b"").decode("latin-1"))
+        headers = [(b"vary", b"Accept, Accept-Encoding")]
+        if _takes_gzip(exchange.headers.get(b"accept-encoding", b"")):
+            body = gzip.compress(body, compresslevel=1)
+            headers.append((b"content-encoding", b"gzip"))
+        await exchange.reply(200, body, media_type.encode(), headers)
 
     def _handler(self, method: str) -> Callable[[Exchange], Awaitable[None]]:
         async def hand_on(exchange: Exchange) -> None:
@@ -77,3 +91,12 @@ class Admin:
                 await exchange.reply(reply.status, reply.body, content_type)
 
         return hand_on
+
+
+def _takes_gzip(accept: bytes) -> bool:
+    """Whether Accept-Encoding names gzip, and not only to refuse it (RFC 9110, section 12.5.3)."""
+    for item in accept.decode("latin-1").lower().split(","):
+        coding, _, weight = item.replace(" ", "").partition(";")
+        if coding == "gzip":
+            return weight.removeprefix("q=").strip("0.") != "" or not weight
+    return False

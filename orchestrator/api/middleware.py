@@ -23,8 +23,10 @@ Handler = Callable[[Exchange], Awaitable[None]]
 Routes = Mapping[str, Mapping[str, Handler]]  # path template -> method -> handler; {name} takes any one segment
 Identify = Callable[[dict[bytes, bytes], str], Caller]  # headers by lower-case name, the client's address
 
-# Probes and the API's description: no credential is asked for.
-OPEN = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/openapi.json"})
+# Probes, the API's description, and on the ops port what Prometheus reads: no credential is asked for.
+OPEN = frozenset(
+    {"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/metrics"}
+)
 NOBODY = "anonymous"
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 64 << 10
