@@ -232,6 +232,7 @@ def main() -> int:
     """Serve until SIGTERM or SIGINT; 0 after a drain, 1 when it cannot serve, 2 for wrong settings."""
     try:
         settings = Settings.load()
+        tracing.check(settings)
         raise_file_limit()
         listeners = listen(settings.host, settings.http_port, settings.workers)
         ops = listen(settings.ops_host, settings.ops_port)
@@ -239,15 +240,14 @@ def main() -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
+    except tracing.TracingMissing as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except BindError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     try:
-        tracing.check(settings)
         logs.configure(settings)
-    except tracing.TracingMissing as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"error: the log cannot be written: {error}", file=sys.stderr)
         return 1
