@@ -41,8 +41,9 @@ WAIT_S = 30.0  # for the last answers
 class Ask:
     """One kind of request, and what its answer must have.
 
-    `tokens` is the number of matches of `token` in an answer's body. `done`: a stream ends with [DONE]. `same`: every
-    request is the same, else each has a number of its own.
+    `tokens` is the number of matches of the pattern `token` in an answer's body. `done`: a stream ends with [DONE].
+    `same`, if not 0, is the number in every request, else each has one of its own. `needs` are bytes that each answer's
+    packets have to hold, such as a header.
     """
 
     port: int
@@ -51,7 +52,8 @@ class Ask:
     tokens: int
     token: str = " tick"  # noqa: S105  what a model writes
     done: bool = False
-    same: bool = False
+    same: int = 0
+    needs: bytes = b""
     headers: tuple[tuple[str, str], ...] = ()
     host: str = "127.0.0.1"
 
@@ -65,7 +67,7 @@ class Ask:
         if not number:
             return lambda: whole
         if self.same:
-            fixed = b"%s%010d%s" % (before, next(_numbers), after)
+            fixed = b"%s%010d%s" % (before, self.same, after)
             return lambda: fixed
         return lambda: b"%s%010d%s" % (before, next(_numbers), after)
 
@@ -160,11 +162,12 @@ class Client(asyncio.Protocol):
 
     def __init__(self, ask: Ask, window: Window) -> None:
         self._ask, self._window = ask, window
-        self._render, self._token = ask.render(), ask.token.encode()
+        self._render, self._token = ask.render(), re.compile(ask.token.encode())
         self.idle = asyncio.Event()
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._body: list[bytes] = []
+        self._missing = b""
         self._sent = self._first = self._now = 0.0
 
     async def __call__(self, window: Window) -> None:
@@ -188,12 +191,15 @@ class Client(asyncio.Protocol):
         assert self._transport is not None
         self._parser = httptools.HttpResponseParser(self)  # one a response: cheaper than what it parses
         self._body.clear()
+        self._missing = self._ask.needs
         data = self._render()
         self._first, self._sent = 0.0, time.perf_counter()
         self._transport.write(data)
 
     def data_received(self, data: bytes) -> None:
         self._now = time.perf_counter()
+        if self._missing and self._missing in data:
+            self._missing = b""
         parser = self._parser
         if parser is None:
             return
@@ -203,7 +209,7 @@ class Client(asyncio.Protocol):
             self._lost(f"no HTTP: {error}")
 
     def on_body(self, body: bytes) -> None:
-        if not self._first and self._token in body:
+        if not self._first and self._token.search(body):
             self._first = self._now
         self._body.append(body)
 
@@ -213,6 +219,8 @@ class Client(asyncio.Protocol):
             return
         fault = self._ask.fault(parser.get_status_code(), b"".join(self._body))
         keep = parser.should_keep_alive()
+        if fault is None and self._missing:
+            fault = f"without {self._missing.decode()!r}"
         self._parser = None
         again = self._window.saw(self._sent, self._first, self._now, fault)
         if again and keep:
@@ -294,6 +302,11 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {**at, "mean": statistics.fmean(values) * 1000}
 
 
+def new_number() -> int:
+    """Ten digits that no request had so far."""
+    return next(_numbers)
+
+
 def chat(port: int, stream: bool, tokens: int, model: str = "bench", key: str = "", **changes: Any) -> Ask:
     """A chat completion with a prompt of some 20 words."""
     prompt = f"Question {NUMBER}: what is the shortest way from the station to the old harbour on foot, and how long?"
@@ -328,7 +341,7 @@ def main(
         os.sched_setaffinity(0, {core})
     pids = [pid for root in cpu_of for pid in tree(root)]
     wanted = tokens or (16 if stream else 1)
-    ask = chat(urlsplit(url).port or 80, stream, wanted, model, key, token=token, same=same)
+    ask = chat(urlsplit(url).port or 80, stream, wanted, model, key, token=token, same=new_number() if same else 0)
     result = uvloop.run(http(ask, clients, seconds, warm_s=warm, sample=lambda: cpu_s(pids)))
     said: dict[str, Any] = {**result.__dict__, "per_s": round(result.rate, 1)}
     if pids and result.requests:

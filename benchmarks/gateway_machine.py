@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -12,8 +13,12 @@ TEST_CORE, OTHER_CORE = 0, 1
 _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 
 
+@cache
 def cores() -> tuple[int, int]:
-    """The core of the system under test, and the one of everything else. Raises RuntimeError with fewer than two."""
+    """The core of the system under test, and the one of everything else, as they are before this process pins itself.
+
+    Raises RuntimeError with fewer than two.
+    """
     allowed = sorted(os.sched_getaffinity(0))
     if len(allowed) < 2:
         raise RuntimeError("two cores are needed: one for the system under test, one for load, upstream and Redis")
