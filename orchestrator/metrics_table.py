@@ -15,6 +15,7 @@ DURATION_S = (
 )  # fmt: skip
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 OVERHEAD_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+STAGE_S = (*OVERHEAD_S, 2.5, 10.0, 60.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ TABLE: dict[str, Series] = {
         _counter(
             "truthgpt_errors_total", "kind",
             "Errors and refusals by kind, those before the request path (credentials, paths, headers) included.",
-            "a rate of `internal` above 0; a rate of `unauthenticated` far above its usual one",
+            "growing for `internal`; growing far faster than usual for `unauthenticated`",
         ),
         _histogram(
             "truthgpt_request_duration_seconds", "model endpoint outcome", DURATION_S,
@@ -76,7 +77,7 @@ TABLE: dict[str, Series] = {
         _histogram(
             "truthgpt_time_to_first_token_seconds", "model", TTFT_S,
             "Time from accepting a request to the first text of an answer that the model generated for it.",
-            "the 95th percentile above what you promise",
+            "above what you promise, at the 95th percentile",
         ),
         _histogram(
             "truthgpt_time_per_output_token_seconds", "model", TOKEN_S,
@@ -85,20 +86,20 @@ TABLE: dict[str, Series] = {
         _histogram(
             "truthgpt_queue_seconds", "model", QUEUE_S,
             "Time in the model's queue; 0 for a request that had a slot at once.",
-            "the 95th percentile above a second: add a replica or slots",
+            "above a second at the 95th percentile: add a replica or slots",
         ),
         _histogram(
             "truthgpt_overhead_seconds", "endpoint", OVERHEAD_S,
             "The gateway's own part of a request: its duration less the time spent waiting for Triton.",
-            "the median above 5 ms: the machine is too busy, or Redis slow",
+            "above 5 ms at the median: the machine is too busy, or Redis slow",
         ),
-        _histogram("truthgpt_stage_seconds", "stage", OVERHEAD_S, "Time in each stage of the request path."),
+        _histogram("truthgpt_stage_seconds", "stage", STAGE_S, "Time in each stage of the request path."),
         _counter(
             "truthgpt_tokens_total", "model kind",
             "Tokens: prompt (read by the model), completion (generated), cached (answered without generating).",
         ),
         _counter("truthgpt_fallbacks_total", "model", "Answers that another model or a fixed text gave for this model.",
-                 "a rate above 0"),
+                 "growing"),
         _gauge("truthgpt_in_flight", "", "sum", "Requests that are being answered.",
                "near `max_concurrency` times the workers: further ones get 503"),
         # what is upstream
@@ -112,7 +113,7 @@ TABLE: dict[str, Series] = {
                "0 for half a minute"),
         _gauge("truthgpt_model_requests", "model state", "max",
                "Requests in the model's slots (running) and in its queue (waiting).",
-               "waiting above 0 for minutes: scale out"),
+               "above 0 for minutes while waiting: scale out"),
         _gauge("truthgpt_triton_up", "", "min", "1 while Triton answers every worker.", "0 for half a minute"),
         # cache and limits
         _counter("truthgpt_cache_requests_total", "task result",
@@ -120,7 +121,7 @@ TABLE: dict[str, Series] = {
         _counter(
             "truthgpt_limit_decisions_total", "endpoint outcome",
             "Requests of callers with limits: allowed, refused, or shadow (let in where a limit would have refused).",
-            "the part refused far above its usual one",
+            "growing far faster than usual for `refused`",
         ),
         _gauge("truthgpt_limit_degraded", "", "max", "1 while a worker decides limits without Redis.",
                "1 for a minute"),
@@ -128,13 +129,17 @@ TABLE: dict[str, Series] = {
                  "Requests of callers with limits that were decided without Redis, as `redis_loss` says."),
         _gauge("truthgpt_redis_up", "", "min", "1 while Redis answers every worker; absent where none is configured.",
                "0 for a minute"),
+        # audit
+        _gauge("truthgpt_audit_up", "", "min", "1 while every worker can write the audit log; absent where it is off.",
+               "0"),
+        _counter("truthgpt_audit_lost_total", "", "Events that could not be written into the audit log.", "growing"),
         # processes
         _gauge("truthgpt_workers", "state", "sum",
                "Workers that say how they are (up), that have not for three seconds (silent), that do not run (down).",
-               "silent or down above 0 for a minute"),
+               "above 0 for a minute while silent or down"),
         _gauge("truthgpt_workers_ready", "", "sum", "Workers that would take a request now.", "0"),
         _counter("truthgpt_worker_restarts_total", "", "Workers that were started in place of one that had ended.",
-                 "any increase"),
+                 "growing"),
         _gauge("truthgpt_memory_usage_bytes", "", "sum", "Resident memory of the gateway's processes.",
                "above 0.9 of what the machine or container has"),
         _counter("truthgpt_cpu_seconds_total", "", "CPU time of the gateway's processes."),
