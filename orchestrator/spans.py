@@ -33,7 +33,9 @@ PATH = "/v1/traces"
 EXPORT_S = 5.0  # of one batch, retries included
 STAGES = ("prepare", "limits and cache")
 # Kinds of errors that are the client's: by the conventions they fail a server's span no more than a 404 does.
-CLIENTS_FAULT = frozenset({"invalid_argument", "unauthenticated", "permission_denied", "not_found", "rate_limited"})
+CLIENTS_FAULT = frozenset(
+    {"invalid_argument", "unsafe_input", "unauthenticated", "permission_denied", "not_found", "rate_limited"}
+)
 
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _UNSET, _FAILED = Status(StatusCode.UNSET), Status(StatusCode.ERROR)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import http.server
+import re
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf import json_format
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Wire
 
@@ -72,15 +75,26 @@ class Collector:
 
     def spans(self) -> list[Span]:
         """All that has come, as it was sent."""
-        return [span for body in self.bodies for span in _spans(ExportTraceServiceRequest.FromString(body))]
+        return [span for body in self.bodies for span in _spans(_parsed(body))]
 
     def trees(self) -> list[dict[str, Span]]:
-        """For each request its span as `server` and those below it by their names, in the order of their ends."""
+        """For each request to the gateway its span as `server` and those below it by their names, in the order of
+        their ends.
+        """
         spans = self.spans()
-        servers = sorted((span for span in spans if span.kind == "SERVER"), key=lambda span: span.end)
+        servers = sorted((span for span in spans if "truthgpt.outcome" in span.attributes), key=lambda span: span.end)
         return [
             {"server": server, **{span.name: span for span in spans if span.parent == server.id}} for server in servers
         ]
+
+
+def _parsed(body: bytes) -> ExportTraceServiceRequest:
+    """A request in either of OTLP's forms; in its JSON one, which Triton sends, ids are hexadecimal."""
+    if not body.startswith(b"{"):
+        return ExportTraceServiceRequest.FromString(body)
+    ids = re.compile(rb'("(?:traceId|spanId|parentSpanId)" *: *")([0-9a-f]*)')
+    base64 = ids.sub(lambda found: found[1] + b64encode(bytes.fromhex(found[2].decode())), body)
+    return json_format.Parse(base64, ExportTraceServiceRequest(), ignore_unknown_fields=True)
 
 
 def _spans(request: ExportTraceServiceRequest) -> Iterator[Span]:
