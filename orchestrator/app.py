@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from orchestrator import logs
+from orchestrator import audit, logs
 from orchestrator.admission import Admission
 from orchestrator.api.admin import Admin, Scrape
 from orchestrator.api.credentials import credential_of
@@ -24,7 +24,7 @@ from orchestrator.api.probes import Probes
 from orchestrator.auth import Auth
 from orchestrator.breaker import Breakers
 from orchestrator.cache import DEFAULT_TTL_S
-from orchestrator.domain import Caller, Limits
+from orchestrator.domain import Caller, Incident, Limits
 from orchestrator.flights import Flights
 from orchestrator.gateway import Gateway
 from orchestrator.health import Health
@@ -55,6 +55,7 @@ class _Application:
         self._door: FrontDoor | None = None
         self._triton: Triton | None = None
         self._tracer: Tracer | None = None
+        self._audit: audit.Audit | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,6 +78,8 @@ class _Application:
             await self._triton.close()
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close)
+        if self._audit is not None:
+            await asyncio.to_thread(self._audit.close)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -116,6 +119,8 @@ class Application(_Application):
         metrics = Metrics(health.serves)
         upstream = Upstream(triton, health, breakers, retries, fallback, settings.max_output_chars, metrics.upstream)
         tracer = self._tracer = Tracer(settings) if settings.otlp_endpoint else None
+        auditing = self._audit = audit.start(settings)
+        sinks = [logs.log_request, metrics.record, *([tracer.record] if tracer else [])]
         gateway = self.gateway = Gateway(
             health=health,
             admission=Admission(settings.max_concurrency),
@@ -125,8 +130,9 @@ class Application(_Application):
             flights=flights,
             breakers=breakers,
             upstream=upstream,
-            sinks=[logs.log_request, metrics.record, *([tracer.record] if tracer else [])],
+            sinks=[*sinks, auditing.record] if auditing else sinks,
             answer_rules=f"{settings.max_new_tokens} tokens, {settings.max_output_chars} characters",
+            fingerprint=auditing.prints.request if auditing else lambda request: "",
             trace=tracer.begin if tracer else lambda traceparent: None,
         )
         metrics.readings |= readings(gateway, limiter, store)
@@ -136,7 +142,8 @@ class Application(_Application):
         defaults = Defaults(temperature=settings.temperature)
         openai = OpenAI(gateway, defaults, settings.request_timeout_s, at_once)
         kserve = KServe(gateway, triton.describe, defaults, settings.request_timeout_s)
-        probes = Probes(gateway, triton.url, lambda: store.up if store else None)
+        audited = auditing.health if auditing else audit.off
+        probes = Probes(gateway, triton.url, lambda: store.up if store else None, audited)
 
         description = Description(defaults, settings.body_limit_bytes, settings.auth == "keys")
 
@@ -144,7 +151,8 @@ class Application(_Application):
             return auth.caller(credential_of(headers), address)
 
         routes = {**openai.routes, **kserve.routes, **probes.routes, **description.routes}
-        self._door = FrontDoor(routes, settings.body_limit_bytes, identify, metrics.incident)
+        report = reporting(metrics, auditing)
+        self._door = FrontDoor(routes, settings.body_limit_bytes, identify, report)
         running = {"health": health.run(), "limiter": limiter.run(), "registry": registry.run()}
         if store:
             running["store"] = store.run()
@@ -176,11 +184,25 @@ class AdminApplication(_Application):
         def identify(headers: dict[bytes, bytes], address: str) -> Caller:
             return auth.admin(credential_of(headers))
 
-        routes = Admin(triton.fetch, ADMIN_CALL_S, self._scrape).routes
-        self._door = FrontDoor(routes, settings.body_limit_bytes, identify, self._metrics.incident)
+        auditing = self._audit = audit.start(settings)
+        tell = auditing.incident if auditing else lambda incident: None
+        routes = Admin(triton.fetch, ADMIN_CALL_S, self._scrape, tell).routes
+        self._door = FrontDoor(routes, settings.body_limit_bytes, identify, reporting(self._metrics, auditing))
         self._run(registry=registry.run(), **({"store": store.run()} if store else {}))
         if store:
             await registry.first_copy(KEYS_KNOWN_S)
+
+
+def reporting(metrics: Metrics, auditing: audit.Audit | None) -> Callable[[Incident], None]:
+    """Whom an edge tells of what it refuses by itself."""
+    if auditing is None:
+        return metrics.incident
+
+    def report(incident: Incident) -> None:
+        metrics.incident(incident)
+        auditing.incident(incident)
+
+    return report
 
 
 def connect(settings: Settings) -> Triton:

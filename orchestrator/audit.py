@@ -6,6 +6,7 @@ writing works again. `start` and `stop` frame what a process has written: one th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -14,11 +15,13 @@ from collections import deque
 from collections.abc import Callable
 
 from orchestrator.auditevents import Flood, Minute, event_of, of_incident, of_request
-from orchestrator.auditlog import CURRENT, AuditLogError, encode, folder_of, rotated, stamp
+from orchestrator.auditlog import CURRENT, AuditLogError, check_key, encode, folder_of, rotated, stamp
 from orchestrator.auditwriter import AuditLog
 from orchestrator.domain import Incident, Record
-from orchestrator.fingerprint import Fingerprint, load_key
+from orchestrator.fingerprint import AuditKeyError, Fingerprint, load_key
 from orchestrator.settings import Settings
+
+__all__ = ["Audit", "AuditKeyError", "AuditLogError", "check", "fingerprint_of", "off", "start"]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,8 @@ class Audit:
     def __init__(
         self, log: AuditLog, prints: Fingerprint, clock: Callable[[], float] = time.time, queued: int = QUEUED
     ) -> None:
-        self._log, self._prints, self._clock, self._queued = log, prints, clock, queued
+        self.prints = prints
+        self._log, self._clock, self._queued = log, clock, queued
         self._queue: deque[Record | Incident | bytes] = deque()
         self._pending: list[bytes] = []
         self._flood = Flood()
@@ -64,6 +68,10 @@ class Audit:
     def state(self) -> str:
         """ok or degraded."""
         return "degraded" if self.reason else "ok"
+
+    def health(self) -> dict[str, object]:
+        """For people: state, the reason of a degraded one, and how many events are lost."""
+        return {"state": self.state, "reason": self.reason or None, "lost": self.lost_total}
 
     def record(self, record: Record) -> None:
         """A sink of the gateway's."""
@@ -156,8 +164,8 @@ class Audit:
     def _made(self, item: Record | Incident | bytes) -> bytes:
         if isinstance(item, Record):
             self._minute.add(item)
-            return of_request(item, self._prints)
-        return of_incident(item, self._prints) if isinstance(item, Incident) else item
+            return of_request(item, self.prints)
+        return of_incident(item, self.prints) if isinstance(item, Incident) else item
 
     def _append(self) -> None:
         del self._pending[: self._log.append(self._pending)]
@@ -204,3 +212,29 @@ def fingerprint_of(settings: Settings, create: bool = True) -> Fingerprint:
     folder = folder_of(settings.home)
     fresh = not (folder / CURRENT).exists() and not rotated(folder)
     return Fingerprint(load_key(settings.home, settings.audit_key, create and fresh))
+
+
+def check(settings: Settings) -> None:
+    """Whether there is a key, and whether it is the log's. Raises AuditKeyError or AuditLogError.
+
+    Where the log cannot be read for another reason, the sink will say so.
+    """
+    if settings.audit:
+        prints = fingerprint_of(settings)
+        with contextlib.suppress(OSError):
+            check_key(folder_of(settings.home), prints)
+
+
+def off() -> dict[str, object]:
+    """What /health says where nothing is written."""
+    return {"state": "off", "reason": None, "lost": 0}
+
+
+def start(settings: Settings) -> Audit | None:
+    """This process's sink, running; None where the settings want none. Raises AuditKeyError."""
+    if not settings.audit:
+        return None
+    prints = fingerprint_of(settings)
+    audit = Audit(AuditLog(settings.home, prints, settings.audit_max_bytes), prints)
+    audit.start()
+    return audit

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Mapping
 
-from orchestrator import logs, tracing
+from orchestrator import audit, logs, tracing
 from orchestrator.app import AdminApplication
 from orchestrator.metrics import Metrics
 from orchestrator.scrape import Scrape, build_info
@@ -233,6 +233,7 @@ def main() -> int:
     try:
         settings = Settings.load()
         tracing.check(settings)
+        audit.check(settings)
         raise_file_limit()
         listeners = listen(settings.host, settings.http_port, settings.workers)
         ops = listen(settings.ops_host, settings.ops_port)
@@ -243,6 +244,9 @@ def main() -> int:
     except tracing.TracingMissing as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (audit.AuditKeyError, audit.AuditLogError) as error:
+        print(f"error: {error}: {error.hint}", file=sys.stderr)
+        return 1
     except BindError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

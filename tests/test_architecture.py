@@ -79,7 +79,7 @@ ROOMS: dict[str, set[str]] = {
     "hardening": {"errors"},
     "server": {"settings", "hardening"},
     "worker": {"settings", "logs", "app", "server"},
-    "parent": {"settings", "logs", "tracing", "server", "app", "metrics", "scrape"},
+    "parent": {"settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape"},
     "local": {"rotation", "settings", "errors", "models", "pbtxt", "client", "triton"},
     "ops": {
         "settings", "errors", "domain", "triton", "store", "models", "pbtxt", "client", "local", "sse", "keys", "cache",

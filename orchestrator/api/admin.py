@@ -7,12 +7,14 @@ what Prometheus reads, which names no user and no text.
 from __future__ import annotations
 
 import gzip
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 from urllib.parse import quote
 
 from orchestrator.api.http import SLOW_READER_S, Exchange
 from orchestrator.api.middleware import Routes
+from orchestrator.domain import Incident
 
 # What only an administrator may call: path -> methods (Triton's model repository, trace, logging and shared-memory
 # extensions).
@@ -52,10 +54,13 @@ Scrape = Callable[[str], tuple[bytes, str]]
 
 
 class Admin:
-    """The handlers. `timeout_s` bounds each call: loading a model takes long."""
+    """The handlers. `timeout_s` bounds each call: loading a model takes long. `report` is told of each one."""
 
-    def __init__(self, forward: Forward, timeout_s: float, scrape: Scrape) -> None:
-        self._forward, self._timeout_s, self._scrape = forward, timeout_s, scrape
+    def __init__(
+        self, forward: Forward, timeout_s: float, scrape: Scrape,
+        report: Callable[[Incident], None] = lambda incident: None,
+    ) -> None:  # fmt: skip
+        self._forward, self._timeout_s, self._scrape, self._report = forward, timeout_s, scrape, report
 
     @property
     def routes(self) -> Routes:
@@ -85,12 +90,24 @@ class Admin:
             for name, value in exchange.params.items():
                 path = path.replace(f"{{{name}}}", quote(value, safe=""))
             headers = {"content-type": exchange.headers.get(b"content-type", b"application/json").decode("latin-1")}
-            async with exchange.cancelled_by_hang_up(self._timeout_s + SLOW_READER_S):
-                reply = await self._forward(method, path, body, headers, self._timeout_s)
-                content_type = reply.headers.get("content-type", "application/json").encode("latin-1")
-                await exchange.reply(reply.status, reply.body, content_type)
+            status = "unanswered"
+            try:
+                async with exchange.cancelled_by_hang_up(self._timeout_s + SLOW_READER_S):
+                    reply = await self._forward(method, path, body, headers, self._timeout_s)
+                    status = str(reply.status)
+                    content_type = reply.headers.get("content-type", "application/json").encode("latin-1")
+                    await exchange.reply(reply.status, reply.body, content_type)
+            finally:
+                self._report(_call(exchange, f"{method} {path} {status}"))
 
         return hand_on
+
+
+def _call(exchange: Exchange, detail: str) -> Incident:
+    return Incident(
+        kind="admin", id=exchange.id, edge=exchange.notes.edge, operation=exchange.template, caller=exchange.caller.id,
+        address=exchange.address, at=time.time(), traceparent=exchange.traceparent, detail=detail,
+    )  # fmt: skip
 
 
 def _takes_gzip(accept: bytes) -> bool:
