@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from orchestrator import logs
+from orchestrator import audit, logs
 from orchestrator.admission import Admission
-from orchestrator.api.admin import Admin
+from orchestrator.api.admin import Admin, Scrape
 from orchestrator.api.credentials import credential_of
 from orchestrator.api.fields import Defaults
 from orchestrator.api.http import Receive, Scope, Send
@@ -24,12 +24,14 @@ from orchestrator.api.probes import Probes
 from orchestrator.auth import Auth
 from orchestrator.breaker import Breakers
 from orchestrator.cache import DEFAULT_TTL_S
-from orchestrator.domain import Caller, Limits
+from orchestrator.domain import Caller, Incident, Limits
 from orchestrator.flights import Flights
 from orchestrator.gateway import Gateway
 from orchestrator.health import Health
 from orchestrator.inspection import Inspector
 from orchestrator.limiter import Limiter
+from orchestrator.metrics import Metrics
+from orchestrator.metrics_readings import readings
 from orchestrator.registry import Registry
 from orchestrator.retries import RetryBudget
 from orchestrator.sanitize import Rules
@@ -37,6 +39,7 @@ from orchestrator.screening import Screen
 from orchestrator.settings import Settings
 from orchestrator.store import Store
 from orchestrator.tokens import Tokens
+from orchestrator.tracing import Tracer
 from orchestrator.triton import Deadlines, Triton
 from orchestrator.upstream import Fallback, Upstream
 
@@ -51,6 +54,8 @@ class _Application:
         self.settings = settings
         self._door: FrontDoor | None = None
         self._triton: Triton | None = None
+        self._tracer: Tracer | None = None
+        self._audit: audit.Audit | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,6 +76,10 @@ class _Application:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._triton is not None:
             await self._triton.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
+        if self._audit is not None:
+            await asyncio.to_thread(self._audit.close)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -91,6 +100,7 @@ class Application(_Application):
     """The public edge of one worker."""
 
     gateway: Gateway | None = None
+    metrics: Metrics | None = None
 
     async def start(self) -> None:
         """Assemble everything; needs a running loop."""
@@ -106,6 +116,11 @@ class Application(_Application):
         flights = Flights(store, registry.ttl_of, settings.cache_entry_bytes) if store and settings.cache else None
         fallback = Fallback(settings.fallback_model, settings.fallback_text)
         retries, inspect = RetryBudget(settings.retries), Inspector(triton, health)
+        metrics = Metrics(health.serves)
+        upstream = Upstream(triton, health, breakers, retries, fallback, settings.max_output_chars, metrics.upstream)
+        tracer = self._tracer = Tracer(settings) if settings.otlp_endpoint else None
+        auditing = self._audit = audit.start(settings)
+        sinks = [logs.log_request, metrics.record, *([tracer.record] if tracer else [])]
         gateway = self.gateway = Gateway(
             health=health,
             admission=Admission(settings.max_concurrency),
@@ -114,16 +129,21 @@ class Application(_Application):
             limiter=limiter,
             flights=flights,
             breakers=breakers,
-            upstream=Upstream(triton, health, breakers, retries, fallback, settings.max_output_chars),
-            sinks=[logs.log_request],
+            upstream=upstream,
+            sinks=[*sinks, auditing.record] if auditing else sinks,
             answer_rules=f"{settings.max_new_tokens} tokens, {settings.max_output_chars} characters",
+            fingerprint=auditing.prints.request if auditing else lambda request: "",
+            trace=tracer.begin if tracer else lambda traceparent: None,
         )
+        metrics.readings |= readings(gateway, limiter, store)
+        self.metrics = metrics
         # one request alone may not ask for more places than admission has
         at_once = min(settings.max_batch_size, settings.max_concurrency)
         defaults = Defaults(temperature=settings.temperature)
         openai = OpenAI(gateway, defaults, settings.request_timeout_s, at_once)
         kserve = KServe(gateway, triton.describe, defaults, settings.request_timeout_s)
-        probes = Probes(gateway, triton.url, lambda: store.up if store else None)
+        audited = auditing.health if auditing else audit.off
+        probes = Probes(gateway, triton.url, lambda: store.up if store else None, audited)
 
         description = Description(defaults, settings.body_limit_bytes, settings.auth == "keys")
 
@@ -131,7 +151,8 @@ class Application(_Application):
             return auth.caller(credential_of(headers), address)
 
         routes = {**openai.routes, **kserve.routes, **probes.routes, **description.routes}
-        self._door = FrontDoor(routes, settings.body_limit_bytes, identify)
+        report = reporting(metrics, auditing)
+        self._door = FrontDoor(routes, settings.body_limit_bytes, identify, report)
         running = {"health": health.run(), "limiter": limiter.run(), "registry": registry.run()}
         if store:
             running["store"] = store.run()
@@ -143,7 +164,14 @@ class Application(_Application):
 
 
 class AdminApplication(_Application):
-    """The admin edge: Triton's model control and settings, for admin keys alone."""
+    """The admin edge: Triton's model control and settings, for admin keys alone, and what `scrape` gives to all.
+
+    `metrics` count what this edge refuses.
+    """
+
+    def __init__(self, settings: Settings, scrape: Scrape, metrics: Metrics) -> None:
+        super().__init__(settings)
+        self._scrape, self._metrics = scrape, metrics
 
     async def start(self) -> None:
         """Assemble everything; needs a running loop."""
@@ -156,10 +184,25 @@ class AdminApplication(_Application):
         def identify(headers: dict[bytes, bytes], address: str) -> Caller:
             return auth.admin(credential_of(headers))
 
-        self._door = FrontDoor(Admin(triton.fetch, ADMIN_CALL_S).routes, settings.body_limit_bytes, identify)
+        auditing = self._audit = audit.start(settings)
+        tell = auditing.incident if auditing else lambda incident: None
+        routes = Admin(triton.fetch, ADMIN_CALL_S, self._scrape, tell).routes
+        self._door = FrontDoor(routes, settings.body_limit_bytes, identify, reporting(self._metrics, auditing))
         self._run(registry=registry.run(), **({"store": store.run()} if store else {}))
         if store:
             await registry.first_copy(KEYS_KNOWN_S)
+
+
+def reporting(metrics: Metrics, auditing: audit.Audit | None) -> Callable[[Incident], None]:
+    """Whom an edge tells of what it refuses by itself."""
+    if auditing is None:
+        return metrics.incident
+
+    def report(incident: Incident) -> None:
+        metrics.incident(incident)
+        auditing.incident(incident)
+
+    return report
 
 
 def connect(settings: Settings) -> Triton:

@@ -295,8 +295,9 @@ class Record:
 class Incident:
     """Something that an edge did by itself, before or beside the path, and that an auditor wants to see.
 
-    `kind` is that of the error where it refused something, or `admin` for a call of an administrator that was let in.
-    `operation` is the route's template or the RPC's name, `caller` empty where nobody is known, `at` Unix time.
+    `kind` is that of the error where it refused something, or `admin` for what an administrator has done: a call that
+    was let in, or a command. `operation` is the route's template, the RPC's or the command's name, `caller` empty where
+    nobody is known, `at` Unix time. `subject` is the caller whom it was done to, `detail` what was given: no secrets.
     """
 
     kind: str
@@ -307,3 +308,5 @@ class Incident:
     address: str
     at: float
     traceparent: str | None = None
+    subject: str = ""
+    detail: str = ""

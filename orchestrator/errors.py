@@ -76,6 +76,8 @@ class PayloadTooLarge(InvalidRequest):
 class UnsafeInput(InvalidRequest):
     """`reasons`: the rules that the text breaks, as sanitize.py names them."""
 
+    kind = "unsafe_input"
+
     def __init__(self, text: Text, param: str | None = None, reasons: tuple[str, ...] = ()) -> None:
         super().__init__(text, param)
         self.reasons = reasons

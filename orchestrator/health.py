@@ -83,6 +83,10 @@ class Health:
         """Every served model by name."""
         return [self._served[name] for name in sorted(self._served)]
 
+    def serves(self, name: str) -> bool:
+        """Whether a model of this name is served, ready or not."""
+        return name in self._served
+
     async def find(self, name: str) -> Model:
         """A model that is served, ready or not. Raises ModelNotFound.
 

@@ -73,6 +73,7 @@ class Limiter:
         self._own_leases: dict[str, str] = {}  # lease -> its caller, counted in this process
         self._settling: set[asyncio.Task[None]] = set()
         self.degraded = False  # the last request with limits was decided without Redis
+        self.without_redis = 0  # requests of which that is true
 
     async def enter(
         self, caller: Caller, endpoint: str, tokens: int, lease: str, ticket: Ticket | None, notes: Notes
@@ -155,6 +156,7 @@ class Limiter:
 
     def _without_redis(self, entry: Entry, limits: Limits, tokens: int) -> None:
         self.degraded = True
+        self.without_redis += 1
         if self._store is not None:
             if self._loss == "fail_closed" and self._mode == "enforce":
                 raise LimitsUnavailable

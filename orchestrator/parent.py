@@ -15,10 +15,13 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 
-from orchestrator import logs
+from orchestrator import audit, logs, tracing
 from orchestrator.app import AdminApplication
+from orchestrator.metrics import Metrics
+from orchestrator.scrape import Scrape, build_info
 from orchestrator.server import IN_BAND_S, BindError, Server, configure, listen, raise_file_limit, url
 from orchestrator.settings import CONFIG_ENV, Settings, SettingsError
 
@@ -29,6 +32,8 @@ SILENT_TICKS = 10  # a worker says `alive` every second; time in which the paren
 START_TICKS = 60
 STEADY_S = 10.0  # a worker that dies sooner counts as a failure in a row
 ADMIN_CONNECTIONS = 100
+LINE_BYTES = 16 << 20  # of a worker's metrics; what they really take is a hundredth of it
+LAST_WORDS_S = 1.0  # for what an ended worker had said to be read
 END_S = 3.0  # for a drained worker to end
 FAILURES = 5  # in a row, and the parent gives up
 
@@ -42,33 +47,39 @@ class Worker:
     """One worker process, and what it has said so far. `up` is set as soon as it serves."""
 
     def __init__(
-        self, number: int, process: asyncio.subprocess.Process, control: socket.socket, up: asyncio.Event
-    ) -> None:
+        self, number: int, process: asyncio.subprocess.Process, reader: asyncio.StreamReader,
+        control: asyncio.StreamWriter, up: asyncio.Event, scrape: Scrape,
+    ) -> None:  # fmt: skip
         self.number, self.process = number, process
         self.drained = asyncio.Event()
-        self._control, self._up = control, up
+        self._reader, self._control, self._up, self._scrape = reader, control, up, scrape
         self._serves = False
         self._silent_ticks = 0
         self._listening = asyncio.create_task(self._listen(), name=f"worker {number} control")
 
     @classmethod
-    async def start(cls, number: int, listener: socket.socket, environ: Mapping[str, str], up: asyncio.Event) -> Worker:
-        control, theirs = socket.socketpair()
-        control.setblocking(False)
+    async def start(
+        cls, number: int, listener: socket.socket, environ: Mapping[str, str], up: asyncio.Event, scrape: Scrape
+    ) -> Worker:
+        ours, theirs = socket.socketpair()
         files = (listener.fileno(), theirs.fileno())
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "orchestrator.worker", *map(str, (number, *files)),
                 env=environ, stdin=asyncio.subprocess.DEVNULL, pass_fds=files,
             )  # fmt: skip
-        return cls(number, process, control, up)
+        scrape.started(number, process.pid)
+        reader, control = await asyncio.open_connection(sock=ours, limit=LINE_BYTES)
+        return cls(number, process, reader, control, up, scrape)
 
     async def end(self) -> int:
         """Wait for its end; the exit code, negative for a signal."""
         code = await self.process.wait()
+        await asyncio.wait([self._listening], timeout=LAST_WORDS_S)
         self._listening.cancel()
         await asyncio.gather(self._listening, return_exceptions=True)
         self._control.close()
+        self._scrape.ended(self.number)
         self.drained.set()
         return code
 
@@ -87,17 +98,18 @@ class Worker:
 
     def stop(self) -> None:
         """Tell it to end now."""
-        with contextlib.suppress(OSError):  # it may have ended by itself
-            self._control.send(b"stop\n")
+        self._control.write(b"stop\n")
 
     async def _listen(self) -> None:
-        loop = asyncio.get_running_loop()
         with contextlib.suppress(ConnectionError):
-            while said := await loop.sock_recv(self._control, 4096):
+            while line := await self._reader.readline():
                 self._silent_ticks, self._serves = 0, True
                 self._up.set()
-                if b"drained" in said:
+                said, _, what = line.rstrip().partition(b" ")
+                if said == b"drained":
                     self.drained.set()
+                elif said == b"metrics" and line.endswith(b"\n"):  # one that died may have said half of it
+                    self._scrape.heard(self.number, what)
 
 
 class Parent:
@@ -109,6 +121,10 @@ class Parent:
         self._environ = {**os.environ, **settings.child_environ(), CONFIG_ENV: ""}
         self._workers: dict[int, Worker] = {}
         self._up, self._ending = asyncio.Event(), asyncio.Event()
+        self.metrics = Metrics(lambda model: False)
+        self.metrics.readings["truthgpt_cpu_seconds_total"] = lambda: {(): time.process_time()}
+        self.metrics.readings["truthgpt_build_info"] = build_info
+        self.scrape = Scrape(len(listeners), self.metrics.snapshot)
         self._exit_code = 0
 
     async def run(self) -> int:
@@ -140,6 +156,7 @@ class Parent:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            self.scrape.tick()
             if not self._ending.is_set():
                 for worker in self._workers.values():
                     worker.tick()
@@ -149,7 +166,7 @@ class Parent:
         loop, failures = asyncio.get_running_loop(), 0
         while not self._ending.is_set():
             began = loop.time()
-            worker = await Worker.start(number, self._listeners[number - 1], self._environ, self._up)
+            worker = await Worker.start(number, self._listeners[number - 1], self._environ, self._up, self.scrape)
             self._workers[number] = worker
             if self._ending.is_set():
                 worker.signal(signal.SIGTERM)
@@ -200,10 +217,12 @@ async def serve(settings: Settings, listeners: list[socket.socket], ops: list[so
     async def nothing_to_drain() -> None:
         return
 
-    config = configure(AdminApplication(settings), settings, connections=ADMIN_CONNECTIONS)
+    parent = Parent(settings, listeners)
+    application = AdminApplication(settings, parent.scrape.text, parent.metrics)
+    config = configure(application, settings, connections=ADMIN_CONNECTIONS)
     admin = Server(config, nothing_to_drain)
     serving = asyncio.create_task(admin.serve_beside(ops), name="admin")
-    code = await Parent(settings, listeners).run()
+    code = await parent.run()
     admin.should_exit = True
     await serving
     return code
@@ -213,6 +232,8 @@ def main() -> int:
     """Serve until SIGTERM or SIGINT; 0 after a drain, 1 when it cannot serve, 2 for wrong settings."""
     try:
         settings = Settings.load()
+        tracing.check(settings)
+        audit.check(settings)
         raise_file_limit()
         listeners = listen(settings.host, settings.http_port, settings.workers)
         ops = listen(settings.ops_host, settings.ops_port)
@@ -220,6 +241,12 @@ def main() -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
+    except tracing.TracingMissing as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (audit.AuditKeyError, audit.AuditLogError) as error:
+        print(f"error: {error}: {error.hint}", file=sys.stderr)
+        return 1
     except BindError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,8 +2,9 @@
 
     python -m orchestrator.worker NUMBER LISTEN_FD CONTROL_FD
 
-Its settings are in the environment. On the control socket it says a line `alive` a second and `drained` when it has no
-request left, and is told `stop`; its end means that the parent is gone, and the worker ends too. SIGTERM drains.
+Its settings are in the environment. On the control socket it says a line `alive` and a line `metrics JSON` a second,
+and `drained` when it has no request left, and is told `stop`; its end means that the parent is gone, and the worker
+ends too. SIGTERM drains.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import json
 import signal
 import socket
 import sys
@@ -23,6 +25,7 @@ from orchestrator.server import Server, configure
 from orchestrator.settings import Settings
 
 ALIVE_S = 1.0
+UNREAD_BYTES = 1 << 20  # beyond it nothing more is said to a parent that does not read
 _PR_SET_PDEATHSIG = 1
 
 
@@ -42,20 +45,23 @@ class Worker:
 
     def __init__(self, settings: Settings, control: socket.socket) -> None:
         self._control = control
-        control.setblocking(False)
+        self._parent: asyncio.StreamWriter | None = None
         self._told = asyncio.Event()
         self.application = Application(settings)
         self.server = Server(configure(self.application, settings), self._drain)
 
     async def serve(self, listener: socket.socket) -> None:
         """Until drained and told to stop, or until the parent is gone."""
-        listening = asyncio.create_task(self._listen())
+        reader, self._parent = await asyncio.open_connection(sock=self._control)
+        listening = asyncio.create_task(self._listen(reader))
         saying = asyncio.create_task(self._say_alive())
         try:
             await self.server.serve([listener])
         finally:
             listening.cancel()
             saying.cancel()
+            self._say_metrics()  # the last of its requests count, too
+            self._parent.close()
 
     async def _drain(self) -> None:
         await _drain(self.application)
@@ -63,10 +69,9 @@ class Worker:
         self._say(b"drained\n")
         await self._told.wait()
 
-    async def _listen(self) -> None:
-        loop = asyncio.get_running_loop()
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(ConnectionError):
-            if await loop.sock_recv(self._control, 64):
+            if await reader.read(64):
                 self._told.set()
                 self.server.should_exit = True
                 return
@@ -76,12 +81,22 @@ class Worker:
         while True:
             if self.server.started:
                 self._say(b"alive\n")
+                self._say_metrics()
             await asyncio.sleep(ALIVE_S if self.server.started else 0.01)
 
+    def _say_metrics(self) -> None:
+        # To a parent that has not read the one before nothing is added: the next one has it all.
+        if self.application.metrics is not None and self._unread == 0:
+            self._say(b"metrics %s\n" % json.dumps(self.application.metrics.snapshot()).encode())
+
     def _say(self, line: bytes) -> None:
-        # A parent that is stopped does not read, and one that is gone ends this process by other means.
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            self._control.send(line)
+        # Never waits. A parent that is stopped does not read, and one that is gone ends this process by other means.
+        if self._parent is not None and self._unread < UNREAD_BYTES:
+            self._parent.write(line)
+
+    @property
+    def _unread(self) -> int:
+        return 0 if self._parent is None else self._parent.transport.get_write_buffer_size()
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md, docs/settings.md and the tables of errors in docs/gateway.md from the code.
+"""Writes docs/cli.md, docs/settings.md, the tables of errors in docs/gateway.md and of series in docs/metrics.md.
 
 With `--check` it only says whether they are up to date.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from orchestrator import errors, hardening
+from orchestrator import errors, hardening, metrics_table
 from orchestrator.api import errors as table
 from orchestrator.cli import cli
 from orchestrator.settings import PROFILES, Settings
@@ -153,13 +153,33 @@ def settings_page() -> str:
 
 def gateway_page() -> str:
     """docs/gateway.md as it stands, with its generated parts anew."""
-    text = (ROOT / "docs" / "gateway.md").read_text(encoding="utf-8")
-    for name, lines in (("errors", error_rows()), ("refusals", refusal_rows())):
+    return filled("docs/gateway.md", errors=error_rows(), refusals=refusal_rows())
+
+
+def metrics_page() -> str:
+    """docs/metrics.md as it stands, with its generated parts anew."""
+    return filled("docs/metrics.md", series=series_rows())
+
+
+def filled(page: str, **tables: list[str]) -> str:
+    """A page as it stands, with these parts of it anew."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, lines in tables.items():
         parts = re.split(rf"(?<=<!-- {name}: generated -->\n).*(?=<!-- end of {name} -->)", text, flags=re.DOTALL)
         if len(parts) != 2:
-            raise SystemExit(f"error: docs/gateway.md has no one place for its {name}")
+            raise SystemExit(f"error: {page} has no one place for its {name}")
         text = "\n".join([parts[0], *lines, "", parts[1]])
     return text
+
+
+def series_rows() -> list[str]:
+    """Every series, in the table's order."""
+    lines = ["| series | kind | labels | workers | meaning | wake somebody when it is |", "|---|---|---|---|---|---|"]
+    for series in metrics_table.TABLE.values():
+        labels = ", ".join(f"`{label}`" for label in series.labels)
+        meaning, alert = cell(series.help), cell(series.alert)
+        lines.append(f"| `{series.name}` | {series.kind} | {labels} | {series.merge} | {meaning} | {alert} |")
+    return lines
 
 
 def error_rows() -> list[str]:
@@ -207,7 +227,12 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PAGES = {"docs/cli.md": cli_page, "docs/settings.md": settings_page, "docs/gateway.md": gateway_page}
+PAGES = {
+    "docs/cli.md": cli_page,
+    "docs/settings.md": settings_page,
+    "docs/gateway.md": gateway_page,
+    "docs/metrics.md": metrics_page,
+}
 
 
 def main() -> int:

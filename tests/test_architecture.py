@@ -34,6 +34,8 @@ ROOMS: dict[str, set[str]] = {
     "triton": BASE | {"sse", "tensors"},
     "tensors": {"domain", "errors"},
     "health": {"domain", "errors", "triton"},
+    "spans": {"domain", "masking"},
+    "tracing": {"domain", "settings", "spans"},
     # one rule each
     "admission": {"errors"},
     "unsafe": set(),
@@ -49,6 +51,11 @@ ROOMS: dict[str, set[str]] = {
     "relay": {"domain", "errors", "broadcast", "store"},
     "flights": {"domain", "errors", "broadcast", "cache", "relay", "store"},
     "keys": {"domain"},
+    "fingerprint": {"domain"},
+    "auditlog": {"fingerprint"},
+    "auditwriter": {"auditlog", "fingerprint"},
+    "auditevents": {"domain", "auditlog", "fingerprint", "keys", "masking"},
+    "audit": {"domain", "settings", "auditevents", "auditlog", "auditwriter", "fingerprint"},
     "registry": {"keys", "store"},
     "auth": {"domain", "errors", "keys", "registry"},
     "inspection": {"domain", "errors", "health", "triton"},
@@ -63,18 +70,23 @@ ROOMS: dict[str, set[str]] = {
         "passage", "screening", "tokens", "upstream",
     },
     "api": {"context", "domain", "errors", "sse", "gateway", "tensors"},
+    # what is counted
+    "metrics_table": set(),
+    "metrics": {"domain", "errors", "metrics_table"},
+    "metrics_readings": {"breaker", "gateway", "limiter", "metrics", "store"},
+    "scrape": {"metrics", "metrics_table"},
     # processes
     "hardening": {"errors"},
     "server": {"settings", "hardening"},
     "worker": {"settings", "logs", "app", "server"},
-    "parent": {"settings", "logs", "server", "app"},
+    "parent": {"settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape"},
     "local": {"rotation", "settings", "errors", "models", "pbtxt", "client", "triton"},
     "ops": {
         "settings", "errors", "domain", "triton", "store", "models", "pbtxt", "client", "local", "sse", "keys", "cache",
         "limits",
     },
 }  # fmt: skip
-ROOMS["app"] = set(ROOMS) - {"local", "ops", "client", "models", "pbtxt", "server", "hardening", "worker"}
+ROOMS["app"] = set(ROOMS) - {"local", "ops", "client", "models", "pbtxt", "server", "hardening", "worker", "scrape"}
 ROOMS["cli"] = {*ROOMS}
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "tokenizers", "safetensors", "numpy"}

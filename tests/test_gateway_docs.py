@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,14 +25,16 @@ from orchestrator.parent import ADMIN_CONNECTIONS
 from orchestrator.settings import Settings
 from tests.counting import write_entry
 from tests.e2e.stack import Stack
+from tests.examples import Example, examples
 from tests.test_docs import check_command
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "docs" / "gateway.md").read_text(encoding="utf-8")
+PAGE = ROOT / "docs" / "gateway.md"
+TEXT = PAGE.read_text(encoding="utf-8")
 EDGE = ("hardening", *(f"api.{path.stem}" for path in sorted((ROOT / "orchestrator" / "api").glob("[a-z]*.py"))))
 PROCESSES = ("app", "server", "parent", "worker")
 HEADER = re.compile(rb"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+EXAMPLES = examples(PAGE)
 
 
 def part(heading: str) -> str:
@@ -146,7 +145,7 @@ def test_every_setting_of_the_gateway_is_named() -> None:
 
 async def test_every_path_is_named() -> None:
     """Each path that the public edge serves is in the text, in full or as the end of one, and the admin paths are."""
-    application = Application(Settings.load(environ={}))
+    application = Application(Settings.load({"audit": False}, environ={}))
     await application.start()
     try:
         assert application._door is not None
@@ -189,14 +188,14 @@ def test_the_numbers_are_those_of_the_code() -> None:
 
 def test_every_command_in_a_block_exists() -> None:
     """Each line of a console block that runs truthgpt names a command with these options; the Python compiles."""
-    lines = [line for kind, block in BLOCKS if kind == "console" for line in block.splitlines()]
+    lines = [line for each in EXAMPLES if each.kind == "console" for line in each.code.splitlines()]
     commands = [line.split("truthgpt ", 1)[1] for line in lines if re.match(r"([A-Z_]+=\S+ )*truthgpt ", line)]
     assert len(commands) >= 15
     for command in commands:
         check_command(command.split())
-    for kind, block in BLOCKS:
-        if kind == "python":
-            compile(block, "docs/gateway.md", "exec")
+    for example in EXAMPLES:
+        if example.kind == "python":
+            compile(example.code, "docs/gateway.md", "exec")
 
 
 def test_lines_fit() -> None:
@@ -211,9 +210,9 @@ def test_the_quick_start_runs() -> None:
         tritonserver.find()
     except tritonserver.ServerMissing as error:
         pytest.skip(str(error))
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", part("Quick start"), re.DOTALL | re.MULTILINE)
-    runnable = [(kind, block) for kind, block in blocks if kind == "python" or block.startswith("curl")]
-    assert [kind for kind, _ in runnable] == ["console", "python", "python"]
+    quick = [each for each in EXAMPLES if each.heading == "Quick start"]
+    runnable = [each for each in quick if each.kind == "python" or each.code.startswith("curl")]
+    assert [each.kind for each in runnable] == ["console", "python", "python"]
     folder = Path(tempfile.mkdtemp(prefix="truthgpt-docs-"))
     write_entry(folder / "repository", slots=2)
     stack = Stack(folder / "home", folder / "repository", extra={"ENVIRONMENT": "staging"})
@@ -222,12 +221,10 @@ def test_the_quick_start_runs() -> None:
         made = stack.cli("keys", "create", "--tenant", "acme", "--json")
         key = re.search(r'"key": "(tg_[^"]+)"', made.stdout)
         assert key is not None, made.stderr
-        environ = {**os.environ, "TRUTHGPT_API_KEY": key[1]}
-        for kind, block in runnable:
-            block = block.replace(":8080", f":{stack.ports['HTTP']}").replace('"demo"', f'"{stack.model}"')
-            block = re.sub(r'("content": )"[^"]*"', r'\1"one two"', block)
-            argv = [sys.executable, "-c", block] if kind == "python" else ["bash", "-c", block]
-            done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=60)
+        for example in runnable:
+            code = example.code.replace(":8080", f":{stack.ports['HTTP']}").replace('"demo"', f'"{stack.model}"')
+            code = re.sub(r'("content": )"[^"]*"', r'\1"one two"', code)
+            done = Example("", example.kind, code).run({"TRUTHGPT_API_KEY": key[1]})
             assert done.returncode == 0, done.stderr
             assert "three" in done.stdout, done.stdout
     finally:

@@ -75,6 +75,7 @@ class Exchange:
         headers: dict[bytes, bytes], body_limit_bytes: int, traceparent: str | None,
     ) -> None:  # fmt: skip
         self.path: str = scope["path"]
+        self.address: str = (scope.get("client") or ("",))[0]
         self.template = ""  # the route's, once it is found
         self.id, self.caller, self.accepted_at = id, caller, accepted_at
         self.headers, self.traceparent = headers, traceparent

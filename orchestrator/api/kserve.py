@@ -8,22 +8,21 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from orchestrator import sse
 from orchestrator.api import errors as table
-from orchestrator.api import kserve_request, kserve_tensors, policy
+from orchestrator.api import kserve_path, kserve_request, kserve_tensors
 from orchestrator.api.admin import CONTROL
 from orchestrator.api.fields import Defaults
 from orchestrator.api.http import SLOW_READER_S, Exchange
 from orchestrator.api.kserve_request import Call
 from orchestrator.api.kserve_tensors import InferBody
 from orchestrator.api.middleware import Routes
-from orchestrator.domain import Chunk, InferRequest, Model, Tensor, Usage
-from orchestrator.errors import InternalError, ModelNotFound, PermissionDenied, Text, TruthGPTError, UpstreamError
+from orchestrator.domain import Chunk, Model, Tensor
+from orchestrator.errors import InternalError, ModelNotFound, PermissionDenied, TruthGPTError, UpstreamError
 from orchestrator.gateway import Gateway
 
 log = logging.getLogger(__name__)
@@ -31,16 +30,7 @@ log = logging.getLogger(__name__)
 # Model, version and "" (metadata), "config" or "stats" -> Triton's JSON; without a model that of all.
 Describe = Callable[[str, str, str], Awaitable[Any]]
 
-# Triton's names of what is offered at this edge.
-EXTENSIONS = (
-    "classification", "schedule_policy", "model_configuration", "binary_tensor_data", "parameters",
-    "statistics", "generate",
-)  # fmt: skip
-ADMIN_ONLY = Text(
-    "Model control, trace, log and shared-memory settings are offered on the admin port only, with an admin key.",
-    "El control de modelos y los ajustes de trazas, registro y memoria compartida solo se ofrecen en el puerto de "
-    "administración, con una clave de administrador.",
-)
+EXTENSIONS = (*kserve_path.EXTENSIONS, "generate")  # over HTTP alone
 
 
 class KServe:
@@ -100,7 +90,7 @@ class KServe:
         model = await self._model(exchange)
         call = kserve_request.generate(await exchange.json(), exchange, model, self._defaults)
         async with exchange.cancelled_by_hang_up(self._within_s):
-            whole = await self._collect(exchange, call)
+            whole = await kserve_path.collect(self._gateway, exchange, call)
             await exchange.reply(200, _Answer(call, model).body(whole))
 
     async def generate_stream(self, exchange: Exchange) -> None:
@@ -112,7 +102,7 @@ class KServe:
             if call.request.stream:
                 async with aclosing(self._gateway.generate(exchange.caller, call.request, exchange.notes)) as chunks:
                     return await _stream(exchange, answer, chunks)
-            whole = await self._collect(exchange, call)
+            whole = await kserve_path.collect(self._gateway, exchange, call)
             await exchange.begin_events()
             await exchange.end(sse.event(answer.body(whole)))
 
@@ -120,26 +110,9 @@ class KServe:
         model = await self._model(exchange)
         body = kserve_tensors.read(await exchange.body(), exchange.headers)
         head: dict[str, object] = {} if body.id is None else {"id": body.id}
-        # Of a model that does not answer it may not be known yet what it is: 503 then, for whatever it is.
-        if model.generates and (model.ready or any(tensor.name == "text_input" for tensor in body.inputs)):
-            call = kserve_request.infer(body, exchange, model, self._defaults)
-            async with exchange.cancelled_by_hang_up(self._within_s):
-                whole = await self._collect(exchange, call)
-                head |= {"model_name": model.name, "model_version": model.version}
-                return await _reply(exchange, head, body, _tensors(call, whole))
-        request = InferRequest(
-            id=exchange.id,
-            model=model.name,
-            accepted_at=exchange.accepted_at,
-            inputs=body.inputs,
-            outputs={wanted.name: wanted.classes for wanted in body.outputs},
-            parameters=body.parameters,
-            task=policy.task(exchange.headers, model.task),
-            cache=policy.cache_policy(exchange.headers),
-            traceparent=exchange.traceparent,
-        )
+        call = kserve_path.generation(body, exchange, model, self._defaults)
         async with exchange.cancelled_by_hang_up(self._within_s):
-            result = await self._gateway.infer(exchange.caller, request, exchange.notes)
+            result = await kserve_path.infer(self._gateway, body, exchange, model, call)
             head |= {"model_name": result.model, "model_version": result.version}
             await _reply(exchange, head, body, result.outputs)
 
@@ -148,27 +121,11 @@ class KServe:
         await exchange.reply_json(200, await self._describe(model.name, exchange.params.get("version", ""), what))
 
     async def _model(self, exchange: Exchange) -> Model:
-        """The model of the path. Raises ModelNotFound also when another version of it is served."""
-        name, version = exchange.params["model"], exchange.params.get("version")
-        model = await self._gateway.find(name)
-        if version is not None and model.version and version != model.version:
-            raise ModelNotFound(name, version)
-        return model
-
-    async def _collect(self, exchange: Exchange, call: Call) -> Chunk:
-        """The whole answer as one chunk."""
-        parts, usage, reason = [], Usage(), None
-        async with aclosing(self._gateway.generate(exchange.caller, call.request, exchange.notes)) as chunks:
-            async for chunk in chunks:
-                parts.append(chunk.text)
-                usage, reason = usage.plus(chunk), chunk.finish_reason
-        if reason is None:
-            raise UpstreamError("the answer has no end")
-        return Chunk("".join(parts), usage.completion_tokens, usage.prompt_tokens, reason)
+        return await kserve_path.find(self._gateway, exchange.params["model"], exchange.params.get("version"))
 
 
 async def _admin_only(exchange: Exchange) -> None:
-    raise PermissionDenied(ADMIN_ONLY)
+    raise PermissionDenied(kserve_path.ADMIN_ONLY)
 
 
 async def _stream(exchange: Exchange, answer: _Answer, chunks: AsyncIterator[Chunk]) -> None:
@@ -213,18 +170,6 @@ class _Answer:
         }
         fields = self._fixed | {name: value for name, value in values.items() if name in self._asked}
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
-
-
-def _tensors(call: Call, whole: Chunk) -> list[Tensor]:
-    """The outputs that were asked for, each of one element."""
-    number = struct.Struct("<I").pack
-    every = (
-        Tensor("text_output", "BYTES", (1,), elements=((call.prefix + whole.text).encode(),)),
-        Tensor("finish_reason", "BYTES", (1,), elements=((whole.finish_reason or "").encode(),)),
-        Tensor("num_input_tokens", "UINT32", (1,), number(whole.prompt_tokens)),
-        Tensor("num_output_tokens", "UINT32", (1,), number(whole.tokens)),
-    )
-    return [tensor for tensor in every if tensor.name in call.outputs]
 
 
 async def _reply(exchange: Exchange, head: dict[str, object], asked: InferBody, tensors: Sequence[Tensor]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from orchestrator.api import policy
 from orchestrator.api.bodies import json_value
@@ -26,9 +26,8 @@ from orchestrator.api.fields import (
     unknown,
     wrong,
 )
-from orchestrator.api.http import Exchange
 from orchestrator.api.kserve_tensors import InferBody, scalars
-from orchestrator.domain import GenerateRequest, Model, Tensor
+from orchestrator.domain import Caller, GenerateRequest, Model, Notes, Tensor
 from orchestrator.errors import InvalidRequest, Text
 
 TEXTS = ("text_input", "sampling_parameters")
@@ -48,6 +47,23 @@ TIMEOUT_US = (0, 2**63 - 1)
 MAX_TIMEOUT_S = 86_400.0
 
 
+class Asked(Protocol):
+    """One request at an edge. Header names are lower-case, `accepted_at` is monotonic seconds."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def caller(self) -> Caller: ...
+    @property
+    def accepted_at(self) -> float: ...
+    @property
+    def headers(self) -> Mapping[bytes, bytes]: ...
+    @property
+    def traceparent(self) -> str | None: ...
+    @property
+    def notes(self) -> Notes: ...
+
+
 @dataclass(frozen=True)
 class Call:
     """What to generate, and which fields the answer has. `prefix` stands in front of the text."""
@@ -58,7 +74,7 @@ class Call:
     prefix: str
 
 
-def generate(body: dict[str, Any], exchange: Exchange, model: Model, defaults: Defaults) -> Call:
+def generate(body: dict[str, Any], asked: Asked, model: Model, defaults: Defaults) -> Call:
     """`POST v2/models/{model}/generate` and `generate_stream`. Raises InvalidRequest naming the parameter."""
     known = (*TEXTS, *FLAGS, *SAMPLING, *KSERVE)
     given = scalars(body.get("parameters"))
@@ -88,12 +104,12 @@ def generate(body: dict[str, Any], exchange: Exchange, model: Model, defaults: D
     id = body.get("id")
     if id is not None and not isinstance(id, str):
         raise wrong("id", "a string", "un texto")
-    asked = {name for name in OUTPUTS if name != "text_output" and boolean(fields, f"return_{name}")}
+    returned = {name for name in OUTPUTS if name != "text_output" and boolean(fields, f"return_{name}")}
     echo = "exclude_input_in_output" in fields and not boolean(fields, "exclude_input_in_output")
     request = GenerateRequest(
-        id=exchange.id,
+        id=asked.id,
         model=model.name,
-        accepted_at=exchange.accepted_at,
+        accepted_at=asked.accepted_at,
         max_tokens=integer(fields, "max_tokens", *MAX_TOKENS),
         temperature=number(fields, "temperature", *TEMPERATURE, defaults.temperature),
         top_p=top_p(fields),
@@ -102,15 +118,15 @@ def generate(body: dict[str, Any], exchange: Exchange, model: Model, defaults: D
         stop=stop(fields),
         stream=boolean(fields, "stream"),
         timeout_s=_timeout_s(fields),
-        task=policy.task(exchange.headers, model.task),
-        cache=policy.cache_policy(exchange.headers),
-        traceparent=exchange.traceparent,
+        task=policy.task(asked.headers, model.task),
+        cache=policy.cache_policy(asked.headers),
+        traceparent=asked.traceparent,
         **_prompt(fields),
     )
-    return Call(request, id, frozenset({"text_output", *asked}), request.text or "" if echo else "")
+    return Call(request, id, frozenset({"text_output", *returned}), request.text or "" if echo else "")
 
 
-def infer(body: InferBody, exchange: Exchange, model: Model, defaults: Defaults) -> Call:
+def infer(body: InferBody, asked: Asked, model: Model, defaults: Defaults) -> Call:
     """An inference request to a generation model: its tensors are the fields of `generate`. Raises InvalidRequest."""
     fields: dict[str, Any] = {"id": body.id, "parameters": body.parameters}
     for tensor in body.inputs:
@@ -128,7 +144,7 @@ def infer(body: InferBody, exchange: Exchange, model: Model, defaults: Defaults)
                 ),
                 "outputs",
             )
-    call = generate(fields, exchange, model, defaults)
+    call = generate(fields, asked, model, defaults)
     return Call(call.request, call.id, frozenset(names) or call.outputs, call.prefix)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import quote
 
 from orchestrator.api import errors as table
+from orchestrator.api.headers import language_of, request_id, traceparent_of
 from orchestrator.api.http import Exchange, HangUp, Receive, Refused, Scope, Send
 from orchestrator.api.routing import Router
 from orchestrator.context import handling
@@ -23,15 +22,13 @@ Handler = Callable[[Exchange], Awaitable[None]]
 Routes = Mapping[str, Mapping[str, Handler]]  # path template -> method -> handler; {name} takes any one segment
 Identify = Callable[[dict[bytes, bytes], str], Caller]  # headers by lower-case name, the client's address
 
-# Probes and the API's description: no credential is asked for.
-OPEN = frozenset({"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/openapi.json"})
+# Probes, the API's description, and on the ops port what Prometheus reads: no credential is asked for.
+OPEN = frozenset(
+    {"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/metrics"}
+)
 NOBODY = "anonymous"
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 64 << 10
-
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-# W3C Trace Context, version 00: an all-zero trace or parent id is invalid
-_TRACEPARENT = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class FrontDoor:
@@ -59,12 +56,12 @@ class FrontDoor:
             scope,
             receive,
             send,
-            id=_request_id(headers.get(b"x-request-id")),
-            caller=Caller(NOBODY, language=_language(headers.get(b"accept-language", b""))),
+            id=request_id(headers.get(b"x-request-id")),
+            caller=Caller(NOBODY, language=language_of(headers.get(b"accept-language", b""))),
             accepted_at=accepted_at,
             headers=headers,
             body_limit_bytes=self._body_limit_bytes,
-            traceparent=_traceparent(headers.get(b"traceparent")),
+            traceparent=traceparent_of(headers.get(b"traceparent")),
         )
         handling.set((exchange.id, exchange.traceparent))  # in the request's own task, which ends with it
         try:
@@ -124,31 +121,3 @@ class FrontDoor:
         if not exchange.started:
             await exchange.fail(error)
         # Otherwise the server closes the connection in the middle, which no client takes for a complete answer.
-
-
-def _request_id(given: bytes | None) -> str:
-    return given.decode() if given and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
-
-
-def _traceparent(given: bytes | None) -> str | None:
-    return given.decode() if given and _TRACEPARENT.fullmatch(given) else None
-
-
-def _language(accept: bytes) -> str:
-    """en or es by Accept-Language (RFC 9110): highest weight, then order; English without either."""
-    best, weight = "en", 0.0
-    for item in accept.decode("latin-1").lower().split(",")[:20]:
-        tag, *parameters = (part.strip() for part in item.split(";"))
-        language = tag.partition("-")[0]
-        if language not in ("en", "es"):
-            continue
-        q = 1.0
-        for parameter in parameters:
-            if parameter.startswith("q="):
-                try:
-                    q = float(parameter[2:])
-                except ValueError:
-                    q = 0.0
-        if q > weight:
-            best, weight = language, q
-    return best

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from orchestrator.api.http import Exchange
 from orchestrator.api.middleware import Routes
@@ -11,10 +11,13 @@ from orchestrator.gateway import Gateway
 
 
 class Probes:
-    """`redis_up` tells whether Redis answers, None where none is configured."""
+    """`redis_up` tells whether Redis answers, None where none is configured; `audit` what /health says of it."""
 
-    def __init__(self, gateway: Gateway, triton_url: str, redis_up: Callable[[], bool | None]) -> None:
-        self._gateway, self._triton_url, self._redis_up = gateway, triton_url, redis_up
+    def __init__(
+        self, gateway: Gateway, triton_url: str, redis_up: Callable[[], bool | None],
+        audit: Callable[[], Mapping[str, object]],
+    ) -> None:  # fmt: skip
+        self._gateway, self._triton_url, self._redis_up, self._audit = gateway, triton_url, redis_up, audit
         self._started_at = time.monotonic()
 
     @property
@@ -67,6 +70,7 @@ class Probes:
                 "breakers": gateway.breakers,
                 "limits": {"degraded": gateway.limits_degraded},
                 "redis": {"configured": self._redis_up() is not None, "up": bool(self._redis_up())},
+                "audit": self._audit(),
             },
         )
 

@@ -90,14 +90,14 @@ class Load:
         try:
             async with self._http.post(f"{self.url}/v1/completions", json=body) as response:
                 status, at = response.status, time.monotonic()
-                outcome = _outcome(status, await response.read(), stream)
+                outcome = outcome_of(status, await response.read(), stream)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             outcome = f"{type(error).__name__}: {error}"
             at = time.monotonic()
         return Sample(began, at - began, status, outcome)
 
 
-def _outcome(status: int, body: bytes, stream: bool) -> str:
+def outcome_of(status: int, body: bytes, stream: bool) -> str:
     if status != 200:
         return str(json.loads(body)["error"]["code"])
     if not stream:

@@ -79,7 +79,7 @@ async def eventually(check: Callable[[], Awaitable[bool]], timeout_s: float = 10
 @asynccontextmanager
 async def serving(fake: FakeTriton, wait: bool = True, **changes: Any) -> AsyncIterator[Stack]:
     """The real application under uvicorn in front of this fake, with short intervals."""
-    quick = {"heartbeat_interval_s": 0.03, "heartbeat_timeout_s": 0.4, "stall_s": 0.6, "drain_s": 2.0}
+    quick = {"heartbeat_interval_s": 0.03, "heartbeat_timeout_s": 0.4, "stall_s": 0.6, "drain_s": 2.0, "audit": False}
     settings = replace(Settings(), triton_http_port=fake.port, **{**quick, **changes})
     # asyncio switches Nagle's algorithm off only where the protocol is named
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

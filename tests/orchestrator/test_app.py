@@ -32,7 +32,7 @@ async def gateway(triton_port: int, **changes: object) -> AsyncIterator[tuple[Pr
     """`python -m orchestrator.app` with these settings, once it is live."""
     port, ops = free_ports(2)
     settings = replace(
-        Settings(), http_port=port, ops_port=ops, triton_http_port=triton_port, heartbeat_interval_s=0.05
+        Settings(), http_port=port, ops_port=ops, triton_http_port=triton_port, heartbeat_interval_s=0.05, audit=False
     )
     environ = {**os.environ, **settings.child_environ(**changes)}
     process = await asyncio.create_subprocess_exec(
@@ -152,7 +152,7 @@ async def test_a_taken_port_fails_the_start() -> None:
     """A second gateway on one port exits with 1 and names the address."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        settings = replace(Settings(), http_port=port)
+        settings = replace(Settings(), http_port=port, audit=False)
         environ = {**os.environ, **settings.child_environ()}
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "orchestrator.app", stderr=PIPE, env=environ

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -78,9 +79,9 @@ def alive(connection: HTTPConnection) -> bool:
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[Gateway]:
+def running(folder: Path, **changes: Any) -> Iterator[Gateway]:
     port, ops = free_ports(2)
-    settings = replace(Settings(), http_port=port, ops_port=ops, workers=2, drain_s=1.0)
+    settings = replace(Settings(), home=folder, http_port=port, ops_port=ops, workers=2, drain_s=1.0, **changes)
     environ = {**os.environ, **settings.child_environ()}
     log = folder / "log"
     with log.open("wb") as output:

@@ -133,7 +133,7 @@ async def test_a_request_that_is_refused_counts_and_is_recorded(fake: FakeTriton
         bad = {"model": "m", "prompt": "<script>x</script>"}
         statuses = [(await stack.post("/v1/completions", bad))[0] for _ in range(3)]
         assert statuses == [400, 400, 429]
-        assert [record.error for record in stack.records] == ["invalid_argument", "invalid_argument", "rate_limited"]
+        assert [record.error for record in stack.records] == ["unsafe_input", "unsafe_input", "rate_limited"]
 
 
 async def test_the_protocol_does_not_double_a_limit(fake: FakeTriton, server: RealRedis) -> None:

@@ -61,7 +61,7 @@ async def ask(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    door = FrontDoor(Admin(upstream.fetch, 5.0).routes, 1000, identify)
+    door = FrontDoor(Admin(upstream.fetch, 5.0, lambda accept: (accept.encode(), "text/plain")).routes, 1000, identify)
     headers = [(b"content-type", b"text/x")] + ([(b"x-api-key", key)] if key else [])
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": headers}
     scope["extensions"] = {"truthgpt.when_gone": {"call": lambda call: None}}

@@ -11,11 +11,9 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from orchestrator.api.http import Exchange
-from orchestrator.api.middleware import FrontDoor, _language
+from orchestrator.api.middleware import FrontDoor
 from orchestrator.domain import Caller
 from orchestrator.errors import Unauthenticated
 
@@ -51,32 +49,6 @@ async def test_traceparent_reaches_triton(stack: Stack) -> None:
     await stack.post("/v1/completions", BODY, traceparent="00-" + "0" * 32 + "-00f067aa0ba902b7-01")
     assert [headers.get("traceparent") for headers in stack.fake.headers] == [good, None]
     assert [record.traceparent for record in stack.records] == [good, None]
-
-
-@pytest.mark.parametrize(
-    ("header", "language"),
-    [
-        ("", "en"),
-        ("es", "es"),
-        ("es-MX,es;q=0.9,en;q=0.8", "es"),
-        ("en;q=0.5, ES;q=0.9", "es"),
-        ("fr, de", "en"),
-        ("fr, es;q=0.1", "es"),
-        ("es;q=0, en;q=0.1", "en"),
-        ("es;q=nonsense", "en"),
-        ("en, es", "en"),
-        (";;;,,,", "en"),
-    ],
-)
-def test_language_is_negotiated(header: str, language: str) -> None:
-    """The highest weight of English and Spanish wins."""
-    assert _language(header.encode()) == language
-
-
-@given(st.binary(max_size=200))
-def test_any_language_header_is_survived(header: bytes) -> None:
-    """No header breaks the negotiation."""
-    assert _language(header) in ("en", "es")
 
 
 async def test_unknown_paths_and_methods(stack: Stack) -> None:

@@ -1,0 +1,145 @@
+"""What the audit log says: a request, an incident, a minute, and a flood of which not every drop is written."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from operator import attrgetter
+
+from orchestrator.auditlog import encode
+from orchestrator.domain import Incident, Record
+from orchestrator.fingerprint import Fingerprint
+from orchestrator.keys import subject_of
+from orchestrator.masking import masked, suspicious
+
+EVENTS = ("generation", "error", "security", "performance", "lost", "recovered", "start", "stop")
+# Errors that say something about who asks rather than about the service.
+SECURITY = frozenset({"unauthenticated", "permission_denied", "rate_limited", "unsafe_input", "admin"})
+TEXT_CHARS = 512  # of each field that a client has a say in
+
+_AS_THEY_ARE = (
+    "id", "tenant", "operation", "edge", "route", "model", "task", "stream", "outcome", "error", "finish_reason",
+    "cache", "fallback", "sanitized", "refused", "shadow", "degraded", "input_hash", "prompt_tokens",
+    "completion_tokens", "output_chars",
+)  # fmt: skip
+_fields = attrgetter(*_AS_THEY_ARE)
+
+
+def event_of(kind: str | None) -> str:
+    """The event of an error's kind."""
+    return "generation" if kind is None else "security" if kind in SECURITY else "error"
+
+
+def of_request(record: Record, prints: Fingerprint) -> bytes:
+    """`generation` where the request was answered or its client left, else `error` or `security`."""
+    fields = dict(zip(_AS_THEY_ARE, _fields(record), strict=True))
+    if suspicious(record.id + record.model):  # all that a client can choose
+        fields["id"], fields["model"] = masked(record.id), masked(record.model)
+    fields["caller"] = prints.caller(record.caller)
+    fields["duration_s"] = round(record.duration_s, 6)
+    if record.ttft_s is not None:
+        fields["ttft_s"] = round(record.ttft_s, 6)
+    fields["traceparent"] = record.traceparent if record.trace is None else record.trace.own
+    return encode(event_of(record.error), record.accepted + record.duration_s, fields)
+
+
+def of_incident(incident: Incident, prints: Fingerprint) -> bytes:
+    """What was refused before the path, or done by an administrator. Addresses are hashed as callers are."""
+    address = prints.caller(subject_of(incident.address)) if incident.address else ""
+    fields = {
+        "kind": incident.kind, "id": masked(incident.id), "edge": incident.edge, "operation": incident.operation,
+        "caller": prints.caller(incident.caller), "address": address, "subject": prints.caller(incident.subject),
+        "detail": incident.detail, "traceparent": incident.traceparent,
+    }  # fmt: skip
+    clipped = {name: value if value is None else value[:TEXT_CHARS] for name, value in fields.items()}
+    return encode(event_of(incident.kind), incident.at, clipped)
+
+
+class Flood:
+    """How much of what costs a client nothing is written: of each kind `burst` lines, then `rate` lines a second.
+
+    The rest is counted. `admits` is for one thread, `over` may be called in any.
+    """
+
+    def __init__(
+        self, burst: float = 100, rate: float = 5, clock: Callable[[], float] = time.monotonic, kinds: int = 64
+    ) -> None:
+        self._burst, self._rate, self._clock, self._kinds = burst, rate, clock, kinds
+        self._buckets: dict[str, tuple[float, float]] = {}  # kind -> lines that may be written, as of when
+        self._over: dict[str, int] = {}
+
+    def admits(self, kind: str) -> bool:
+        """Whether one more of this kind is written."""
+        if kind not in self._buckets and len(self._buckets) >= self._kinds:
+            kind = "other"
+        now = self._clock()
+        left, at = self._buckets.get(kind, (self._burst, now))
+        left = min(self._burst, left + (now - at) * self._rate)
+        if left < 1:
+            self._buckets[kind] = left, now
+            self._over[kind] = self._over.get(kind, 0) + 1
+            return False
+        self._buckets[kind] = left - 1, now
+        return True
+
+    def over(self) -> dict[str, int]:
+        """How many of each kind were not written, since the beginning."""
+        return dict(self._over)
+
+
+class Quantiles:
+    """Quantiles of positive numbers in constant memory, to within 1 %: counts in buckets that grow by 2 %."""
+
+    _STEP = math.log(1.02)
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, value: float) -> None:
+        self._counts[round(math.log(max(value, 1e-9)) / self._STEP)] += 1
+
+    def at(self, *parts: float) -> dict[str, float] | None:
+        """`{"p50": …}` for the part 0.5, by nearest rank; None where there is nothing."""
+        count = self._counts.total()
+        if not count:
+            return None
+        found, below = {}, 0
+        wanted = {part: math.ceil(part * count) for part in parts}
+        for bucket, number in sorted(self._counts.items()):
+            below += number
+            for part in [part for part, rank in wanted.items() if rank <= below]:
+                found[f"p{part * 100:g}"] = float(f"{math.exp(bucket * self._STEP):.3g}")
+                del wanted[part]
+        return found
+
+
+class Minute:
+    """What a worker did in some time. Not every request of a flood is in the quantiles, but all are counted."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self._outcomes: Counter[str] = Counter()
+        self._tokens = 0
+        self._duration, self._ttft = Quantiles(), Quantiles()
+
+    def add(self, record: Record) -> None:
+        self._outcomes[record.outcome] += 1
+        self._tokens += record.completion_tokens
+        self._duration.add(record.duration_s)
+        if record.ttft_s is not None:
+            self._ttft.add(record.ttft_s)
+
+    def figures(self, now: float, unwritten: int) -> dict[str, object]:
+        """What came to pass; empty for nothing. `unwritten`: failed requests that were only counted."""
+        requests, seconds = self._outcomes.total() + unwritten, max(now - self.began, 1e-3)
+        if not requests:
+            return {}
+        parts = (0.5, 0.95, 0.99)
+        return {
+            "seconds": round(seconds, 3), "requests": requests, "errors": self._outcomes["error"] + unwritten,
+            "cancelled": self._outcomes["cancelled"], "completion_tokens": self._tokens,
+            "tokens_per_s": round(self._tokens / seconds, 3), "duration_s": self._duration.at(*parts),
+            "ttft_s": self._ttft.at(*parts),
+        }  # fmt: skip

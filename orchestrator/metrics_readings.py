@@ -1,0 +1,43 @@
+"""The series of a worker that are not counted but read from the parts that know them, once a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from orchestrator.breaker import CLOSED, HALF_OPEN, OPEN
+from orchestrator.gateway import Gateway
+from orchestrator.limiter import Limiter
+from orchestrator.metrics import Labels, Reading
+from orchestrator.store import Store
+
+BREAKER_STATES = {CLOSED: 0.0, HALF_OPEN: 1.0, OPEN: 2.0}
+
+
+def readings(gateway: Gateway, limiter: Limiter, store: Store | None) -> dict[str, Reading]:
+    """By name of the series, see metrics_table.py."""
+
+    def breakers() -> Mapping[Labels, float]:
+        states = {**{served.model.name: CLOSED for served in gateway.served}, **gateway.breakers}
+        return {(model,): BREAKER_STATES[state] for model, state in states.items()}
+
+    def model_requests() -> Mapping[Labels, float]:
+        values: dict[Labels, float] = {}
+        for served in gateway.served:
+            if served.beat is not None:
+                values[served.model.name, "running"] = served.beat.running
+                values[served.model.name, "waiting"] = served.beat.waiting
+        return values
+
+    return {
+        "truthgpt_in_flight": lambda: {(): float(gateway.in_flight)},
+        "truthgpt_breaker_state": breakers,
+        "truthgpt_model_ready": lambda: {(s.model.name,): float(s.model.ready) for s in gateway.served},
+        "truthgpt_model_requests": model_requests,
+        "truthgpt_triton_up": lambda: {(): float(gateway.triton_up)},
+        "truthgpt_limit_degraded": lambda: {(): float(gateway.limits_degraded)},
+        "truthgpt_limit_without_redis_total": lambda: {(): float(limiter.without_redis)},
+        "truthgpt_redis_up": lambda: {} if store is None else {(): float(store.up)},
+        "truthgpt_workers_ready": lambda: {(): float(gateway.ready)},
+        "truthgpt_cpu_seconds_total": lambda: {(): time.process_time()},
+    }

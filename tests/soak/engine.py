@@ -1,0 +1,148 @@
+"""A real stack under mixed load for some time, what was seen of it, and the verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.counting import write_entry
+from tests.e2e.stack import Stack
+
+from .load import Traffic
+from .sampling import Figure, Gone, Sample, Sampler
+from .verdict import Bound, Finding, judge
+
+SAMPLE_S = 1.0
+SETTLE_S = 3.0  # before the first sample: connections and pools
+ANSWER_TTL_S = 5  # so short that as many answers expire as are stored
+KIB, MIB = 1 << 10, 1 << 20
+BOUNDS: dict[str, Bound] = {
+    "uss": Bound(slope=2 * MIB, rise=1.5 * MIB),
+    "files": Bound(slope=10, rise=10),
+    "threads": Bound(slope=2, rise=3),
+    "regions": Bound(slope=1, rise=1),
+    "bytes": Bound(slope=MIB, rise=MIB),
+    "used": Bound(slope=MIB, rise=MIB),
+    "keys": Bound(slope=100, rise=100),
+}
+WRITTEN_BYTES = 4096  # of logs, audit and Redis's file together, a request
+
+
+@dataclass(frozen=True)
+class Report:
+    """`written` is bytes on disk by folder; `wrong` are answers that should not have come."""
+
+    seconds: float
+    requests: int
+    outcomes: Mapping[tuple[str, str], int]
+    wrong: tuple[str, ...]
+    findings: Mapping[Figure, Finding]
+    written: Mapping[str, int]
+
+    @property
+    def written_each(self) -> float:
+        """Bytes on disk that a request costs."""
+        return sum(self.written.values()) / max(1, self.requests)
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong, a line each; none when the soak was passed."""
+        growing = [
+            f"{who} {what} grows by {found.slope:,.0f} in 10,000 requests ({found.begin:,.0f} -> {found.end:,.0f})"
+            for (who, what), found in self.findings.items()
+            if not found.flat
+        ]
+        if self.written_each > WRITTEN_BYTES:
+            growing.append(f"{self.written_each:,.0f} bytes are written to disk a request")
+        return [*growing, *(f"wrong answer: {wrong}" for wrong in sorted(set(self.wrong))[:20])]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, for people."""
+
+    elapsed_s: float
+    requests: int
+    wrong: int
+    sample: Sample
+
+
+@contextmanager
+def running(environ: Mapping[str, str]) -> Iterator[Stack]:
+    """A stack with two workers and everything switched on; gone afterwards, with nothing left of it."""
+    folder = Path(tempfile.mkdtemp(prefix="truthgpt-soak-"))
+    write_entry(folder / "repository", slots=8, step_delay_ms=3, max_queue=80, max_len=2000)
+    extra = {
+        "TRUTHGPT_WORKERS": "2", "TRUTHGPT_AUTH": "keys", "TRUTHGPT_SANITIZE": "reject", "TRUTHGPT_DEBUG": "false",
+        "TRUTHGPT_LOG_LEVEL": "info", **environ,
+    }  # fmt: skip
+    stack = Stack(folder / "home", folder / "repository", extra=extra)
+    try:
+        stack.start()
+        yield stack
+    finally:
+        stack.stop()
+        left = stack.leftovers()
+        shutil.rmtree(folder)
+        assert left == []
+
+
+def run(
+    seconds: float, rate: float, environ: Mapping[str, str] | None = None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Report:  # fmt: skip
+    """Start a stack, ask `rate` requests a second of it for `seconds`, and judge. `environ` is added to the stack's."""
+    with running(environ or {}) as stack:
+        key, limited = _key(stack), _key(stack, "--per-minute", "20", "--tokens-per-minute", "100000")
+        done = stack.cli("cache", "ttl", "text_generation", str(ANSWER_TTL_S))
+        assert done.returncode == 0, done.stderr
+        ports = {name: f"127.0.0.1:{port}" for name, port in stack.ports.items()}
+        traffic = Traffic(
+            http=f"http://{ports['HTTP']}", grpc=ports["GRPC"], ops=f"http://{ports['OPS']}", model=stack.model,
+            key=key, limited=limited, rate=rate,
+        )  # fmt: skip
+        sampler = Sampler(stack)
+        try:
+            return asyncio.run(_soak(traffic, sampler, seconds, progress))
+        finally:
+            sampler.close()
+
+
+async def _soak(traffic: Traffic, sampler: Sampler, seconds: float, progress: Callable[[Progress], None]) -> Report:
+    series: dict[Figure, list[tuple[float, float]]] = {}
+    gone: tuple[str, ...] = ()
+    async with traffic:
+        await asyncio.sleep(SETTLE_S)
+        began, before, served = time.monotonic(), sampler.disk(), traffic.done
+        while (elapsed := time.monotonic() - began) < seconds and not gone:
+            try:
+                sample = await asyncio.to_thread(sampler.take)
+            except Gone as error:
+                gone = (str(error),)
+                break
+            for figure, value in sample.items():
+                series.setdefault(figure, []).append((traffic.done, value))
+            progress(Progress(elapsed, traffic.done, len(traffic.wrong), sample))
+            await asyncio.sleep(max(0.0, SAMPLE_S - (time.monotonic() - began - elapsed)))
+    written = {name: size - before.get(name, 0) for name, size in sampler.disk().items()}
+    findings = {
+        figure: judge(points, BOUNDS[figure[1]])
+        for figure, points in series.items()
+        if figure[1] in BOUNDS and not gone
+    }
+    unseen = tuple(f"{kind} was never asked" for kind in traffic.kinds - {kind for kind, _ in traffic.outcomes})
+    wrong = (*gone, *traffic.wrong, *unseen)
+    return Report(time.monotonic() - began, traffic.done - served, traffic.outcomes, wrong, findings, written)
+
+
+def _key(stack: Stack, *options: str) -> str:
+    made = stack.cli("keys", "create", "--tenant", "acme", *options, "--json")
+    assert made.returncode == 0, made.stderr
+    return str(json.loads(made.stdout)["key"])
