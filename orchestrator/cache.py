@@ -10,10 +10,11 @@ An entry is looked up, counted and its flight's lock taken in one script, togeth
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from dataclasses import dataclass
 from typing import Any
+
+import orjson
 
 from orchestrator.domain import CachePolicy, Caller, Chunk, GenerateRequest, Model
 from orchestrator.store import Script, answer_key, flight_key, stats_key
@@ -161,9 +162,9 @@ def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = 
     settings that make an answer longer or shorter.
     """
     task = request.task or model.task
-    canonical = json.dumps(
+    canonical = orjson.dumps(
         [
-            "1",  # of this serialisation
+            "2",  # of this serialisation
             rules,
             caller.tenant,
             task,
@@ -179,10 +180,9 @@ def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = 
             request.top_k,
             request.seed,
             request.stop,
-        ],
-        separators=(",", ":"),
+        ]
     )
-    key = hashlib.sha256(canonical.encode()).hexdigest()
+    key = hashlib.sha256(canonical).hexdigest()
     return Ticket(key, caller.tenant, model.name, task, request.cache)
 
 
@@ -198,7 +198,7 @@ def lookup_of(reply: list[Any]) -> Lookup:
 def encode(answer: Answer, model: str, task: str) -> bytes:
     """The entry, without its time; LEAVE fills it in."""
     fields = [answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens]
-    body, form = json.dumps(fields, separators=(",", ":")).encode(), "p"
+    body, form = orjson.dumps(fields), "p"
     if len(body) > _COMPRESS_OVER_BYTES:
         body, form = zlib.compress(body, 1), "z"
     return f"TG1 {form} {_NO_TIME} {task} {model}\n".encode(errors="replace") + body
@@ -216,7 +216,7 @@ def decode(entry: bytes) -> Answer | None:
             body = inflater.decompress(body, _TEXT_MAX_BYTES)
             if not inflater.eof:
                 return None
-        text, finish_reason, prompt_tokens, completion_tokens = json.loads(body)
+        text, finish_reason, prompt_tokens, completion_tokens = orjson.loads(body)
     except (ValueError, TypeError, RecursionError, zlib.error):
         return None
     if not (isinstance(text, str) and isinstance(finish_reason, str)):

@@ -48,7 +48,8 @@ class Upstream:
         `outcome.fallback` is set before the first chunk where not the model itself answers. Raises TruthGPTError.
         """
         guard = OutputGuard(self._max_output_chars)
-        async with aclosing(self._with_fallback(request, outcome)) as chunks:
+        nothing = self._fallback == Fallback()
+        async with aclosing(self._ask(request) if nothing else self._with_fallback(request, outcome)) as chunks:
             async for given in chunks:
                 chunk = guard.feed(given)
                 if chunk.finish_reason is not None:
@@ -60,20 +61,20 @@ class Upstream:
     async def _with_fallback(self, request: GenerateRequest, outcome: Outcome) -> AsyncGenerator[Chunk, None]:
         started = False
         try:
-            async with aclosing(self._with_retries(request)) as chunks:
+            async with aclosing(self._ask(request)) as chunks:
                 async for chunk in chunks:
                     started = True
                     yield chunk
             return
         except (Unavailable, UpstreamError, DeadlineExceeded) as error:
-            if started or isinstance(error, (Overloaded, Draining)) or self._fallback == Fallback():
+            if started or isinstance(error, (Overloaded, Draining)):
                 raise
             failure = error
         other = self._fallback.model
         if other is not None and other != request.model:
             try:
                 outcome.fallback = f"model={other}"
-                async with aclosing(self._with_retries(replace(request, model=other))) as chunks:
+                async with aclosing(self._ask(replace(request, model=other))) as chunks:
                     async for chunk in chunks:
                         started = True
                         yield chunk
@@ -88,47 +89,33 @@ class Upstream:
         outcome.fallback = "text"
         yield Chunk(self._fallback.text, finish_reason="stop")
 
-    async def _with_retries(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    async def _ask(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """However often it is tried, a request is one success or one failure of its model's breaker."""
         self._health.require(request.model)  # a name that only its client knows gets no breaker
-        with self._breakers.guard(request.model) as guard:
-            async with aclosing(self._attempts(request)) as chunks:
-                async for chunk in chunks:
-                    guard.chunk(last=chunk.finish_reason is not None)
-                    yield chunk
-
-    async def _attempts(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self._retries.asked()
         attempt = 1
-        while True:
-            started = False
-            try:
-                async with aclosing(self._once(request)) as chunks:
-                    async for chunk in chunks:
-                        started = True
-                        yield chunk
-                return
-            except Away as error:
-                if started or not self._retries.take(attempt):
-                    raise
-                log.info("request %s is tried again: %s", request.id, error)
-            await asyncio.sleep(self._retries.pause_s(attempt))
-            attempt += 1
-
-    async def _once(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        outcome = "cancelled"
-        try:
-            with self._health.attend(request.model) as attendance:
-                async with aclosing(self._triton.stream(request, attendance)) as chunks:
-                    async for chunk in chunks:
-                        if chunk.finish_reason is not None:  # whoever has it all may leave before the iterator ends
-                            outcome = "ok"
-                        yield chunk
-        except TruthGPTError:
-            outcome = "error"
-            raise
-        finally:
-            self._observe(request.model, outcome)
+        with self._breakers.guard(request.model) as guard:
+            while True:
+                started, outcome = False, "cancelled"
+                try:
+                    with self._health.attend(request.model) as attendance:
+                        async with aclosing(self._triton.stream(request, attendance)) as chunks:
+                            async for chunk in chunks:
+                                started, last = True, chunk.finish_reason is not None
+                                if last:  # whoever has it all may leave before the iterator ends
+                                    outcome = "ok"
+                                guard.chunk(last)
+                                yield chunk
+                    return
+                except TruthGPTError as error:
+                    outcome = "error"
+                    if started or not isinstance(error, Away) or not self._retries.take(attempt):
+                        raise
+                    log.info("request %s is tried again: %s", request.id, error)
+                finally:
+                    self._observe(request.model, outcome)
+                await asyncio.sleep(self._retries.pause_s(attempt))
+                attempt += 1
 
     async def infer(self, request: InferRequest) -> InferResult:
         """Run a model that does not generate. Raises TruthGPTError."""

@@ -6,6 +6,8 @@ import json
 import zlib
 from typing import Any
 
+import orjson
+
 from orchestrator.errors import InvalidRequest, PayloadTooLarge, Text
 
 MAX_DEPTH = 64
@@ -60,7 +62,15 @@ def json_object(body: bytes) -> dict[str, Any]:
 def json_value(data: bytes, not_json: Text, param: str | None = None) -> Any:
     """Any JSON value without NaN, lone surrogates and endless nesting. Raises InvalidRequest."""
     try:
-        value = _DECODE(data.decode("utf-8"))
+        return _checked(orjson.loads(data), param)
+    except ValueError:  # why, is found out by one that is slower, and takes numbers of any size
+        value = _slowly(data, not_json, param)
+    return _checked(value, param)
+
+
+def _slowly(data: bytes, not_json: Text, param: str | None) -> Any:
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
         if b"\\u" in data:
             # A lone surrogate is legal in JSON's grammar and is no text: it could not be written out as UTF-8.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -70,6 +80,10 @@ def json_value(data: bytes, not_json: Text, param: str | None = None) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(not_json, param) from error
+    return value
+
+
+def _checked(value: Any, param: str | None) -> Any:
     if _deeper_than(value, MAX_DEPTH):
         raise InvalidRequest(
             Text(
@@ -83,9 +97,6 @@ def json_value(data: bytes, not_json: Text, param: str | None = None) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-_DECODE = json.JSONDecoder(parse_constant=_refuse_constant).decode  # json.loads would make a decoder for each body
 
 
 def _deeper_than(value: object, limit: int) -> bool:

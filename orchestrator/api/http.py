@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any
+
+import orjson
 
 from orchestrator.api import errors as table
 from orchestrator.api.bodies import CODINGS, decompress, json_object
@@ -22,7 +23,6 @@ WhenGone = Callable[[Callable[[], None] | None], None]  # what to call, once, wh
 Headers = Sequence[tuple[bytes, bytes]]
 
 JSON_TYPE = b"application/json"
-_ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each answer
 SLOW_READER_S = 5.0  # what a client that does not read its answer gets beyond the request's own deadline
 
 
@@ -84,8 +84,7 @@ class Exchange:
         self.started = False
         self.params: dict[str, str] = {}
         self._receive, self._send = receive, send
-        # of our own server: a task that waits for `http.disconnect` would cost each request more than its routing
-        self._when_gone: WhenGone = scope["extensions"]["truthgpt.when_gone"]["call"]
+        self._extensions = scope.get("extensions", {})
         self._body_limit_bytes = body_limit_bytes
 
     async def json(self) -> dict[str, Any]:
@@ -127,7 +126,9 @@ class Exchange:
 
         To be entered once the body has been read.
         """
-        return HangUpWatch(self, self._when_gone, within_s)
+        # of our own server: a task that waits for `http.disconnect` would cost each request more than its routing
+        when_gone: WhenGone = self._extensions["truthgpt.when_gone"]["call"]
+        return HangUpWatch(self, when_gone, within_s)
 
     async def reply(self, status: int, body: bytes, content_type: bytes = JSON_TYPE, headers: Headers = ()) -> None:
         """The whole response at once."""
@@ -135,7 +136,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": body})
 
     async def reply_json(self, status: int, value: object, headers: Headers = ()) -> None:
-        await self.reply(status, _ENCODE(value).encode(), headers=headers)
+        await self.reply(status, orjson.dumps(value), headers=headers)
 
     async def fail(self, error: TruthGPTError) -> None:
         """An error before the response has begun."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from typing import Any, Self
+
+import orjson
 
 from orchestrator import sse
 from orchestrator.api import errors as table
@@ -24,7 +25,6 @@ from orchestrator.gateway import Gateway
 log = logging.getLogger(__name__)
 
 
-_ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each chunk
 Parser = Callable[[dict[str, Any], Exchange, Defaults], Call]
 
 
@@ -89,7 +89,7 @@ class OpenAI:
     async def _generate_all(self, exchange: Exchange, call: Call, answer: _Form) -> None:
         """Several prompts: a choice each, and one end, one usage and one failure for all of them."""
         indexes = range(len(call.requests))
-        choices = [answer.of_choice(index) for index in indexes]
+        choices = [answer.of_choice(index) for index in indexes] if call.request.stream else []
         texts: list[list[str]] = [[] for _ in indexes]
         reasons: list[str | None] = [None for _ in indexes]
         usages = [Usage() for _ in indexes]
@@ -145,7 +145,7 @@ async def _fail(exchange: Exchange, error: TruthGPTError) -> None:
     if isinstance(error, InternalError):
         log.error("request %s failed in its stream: %s", exchange.id, error, exc_info=error)
     body = table.body_of(error, exchange.caller.language)
-    await exchange.end(sse.event(_ENCODE(body).encode()))
+    await exchange.end(sse.event(orjson.dumps(body)))
 
 
 class _Form:
@@ -160,15 +160,16 @@ class _Form:
         self._created = int(time.time())
         self._model = call.request.model
         self._include_usage = call.include_usage
-        head = _ENCODE(self._head(self.chunk_kind))[:-1]
-        self._opening = f'data: {head}, "choices": [{{"index": '
-        self._before = f"{self._opening}0, "
-        self._after = '}], "usage": null}\n\n' if call.include_usage else "}]}\n\n"
+        if call.request.stream:
+            head = orjson.dumps(self._head(self.chunk_kind))[:-1]
+            self._opening = b'data: %b,"choices":[{"index":' % head
+            self._before = b"%b0," % self._opening
+            self._after = b'}],"usage":null}\n\n' if call.include_usage else b"}]}\n\n"
 
     def of_choice(self, index: int) -> Self:
         """The form whose events belong to another choice of this answer than the first."""
         other = copy.copy(self)
-        other._before = f"{self._opening}{index}, "
+        other._before = b"%b%d," % (self._opening, index)
         return other
 
     def whole(self, answers: Iterable[tuple[str, str | None]], usage: Usage) -> dict[str, object]:
@@ -188,7 +189,7 @@ class _Form:
         if not self._include_usage:
             return b""
         body = {**self._head(self.chunk_kind), "choices": [], "usage": _usage(usage)}
-        return sse.event(_ENCODE(body).encode())
+        return sse.event(orjson.dumps(body))
 
     def _head(self, kind: str) -> dict[str, object]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
@@ -196,15 +197,16 @@ class _Form:
     def _choice(self, text: str) -> dict[str, object]:
         raise NotImplementedError
 
-    def _event(self, fields: str, reason: str | None) -> str:
-        return f'{self._before}{fields}, "logprobs": null, "finish_reason": {_ENCODE(reason)}{self._after}'
+    def _event(self, fields: bytes, reason: str | None) -> bytes:
+        ended = b"null" if reason is None else orjson.dumps(reason)
+        return b'%b%b,"logprobs":null,"finish_reason":%b%b' % (self._before, fields, ended, self._after)
 
 
 class _Completion(_Form):
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
     def events(self, chunk: Chunk, first: bool) -> bytes:
-        return self._event(f'"text": {_ENCODE(chunk.text)}', chunk.finish_reason).encode()
+        return self._event(b'"text":' + orjson.dumps(chunk.text), chunk.finish_reason)
 
     def _choice(self, text: str) -> dict[str, object]:
         return {"text": text}
@@ -216,13 +218,12 @@ class _Chat(_Form):
     def events(self, chunk: Chunk, first: bool) -> bytes:
         events = []
         if first:
-            events.append(self._event('"delta": {"role": "assistant", "content": ""}', None))
+            events.append(self._event(b'"delta":{"role":"assistant","content":""}', None))
         if chunk.text:
-            text = _ENCODE(chunk.text)
-            events.append(self._event(f'"delta": {{"content": {text}}}', None))
+            events.append(self._event(b'"delta":{"content":%b}' % orjson.dumps(chunk.text), None))
         if chunk.finish_reason:
-            events.append(self._event('"delta": {}', chunk.finish_reason))
-        return "".join(events).encode()
+            events.append(self._event(b'"delta":{}', chunk.finish_reason))
+        return b"".join(events)
 
     def _choice(self, text: str) -> dict[str, object]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}

@@ -7,12 +7,13 @@ backend writes at least every 250 ms. Triton's errors are translated here, once:
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
+
+import orjson
 
 from orchestrator.domain import TASKS, Chunk, GenerateRequest, InferRequest, InferResult
 from orchestrator.errors import DeadlineExceeded, ModelNotFound, UpstreamError, UpstreamUnavailable
@@ -125,7 +126,7 @@ class Triton:
     async def _open(
         self, request: GenerateRequest, max_tokens: int | None, whole_s: float, attendance: Attendance, deadline: float
     ) -> Answer:
-        body = json.dumps(payload(request, max_tokens, whole_s)).encode()
+        body = orjson.dumps(payload(request, max_tokens, whole_s))
         headers = {"content-type": "application/json"}
         if request.traceparent:
             headers["traceparent"] = request.traceparent
@@ -186,7 +187,7 @@ class Triton:
             "POST", self._model_path(model, "generate"), {"text_input": "", "parameters": {"heartbeat": True}}
         )
         try:
-            beat = json.loads(scalar(answer["text_output"]))
+            beat = orjson.loads(scalar(answer["text_output"]))
             return Heartbeat(
                 running=int(beat["running"]),
                 waiting=int(beat["waiting"]),
@@ -202,12 +203,12 @@ class Triton:
         """Ask the model's tokenizer about a prompt. Raises InvalidRequest, UpstreamUnavailable, UpstreamError."""
         body = {
             "text_input": request.text or "",
-            "sampling_parameters": json.dumps(sampling(request)),
+            "sampling_parameters": orjson.dumps(sampling(request)).decode(),
             "parameters": {"inspect": True},
         }
         answer = await self._call("POST", self._model_path(request.model, "generate"), body, timeout_s)
         try:
-            said = json.loads(scalar(answer["text_output"]))
+            said = orjson.loads(scalar(answer["text_output"]))
             return Prompt(int(said["tokens"]), said.get("text"))
         except (KeyError, TypeError, ValueError) as error:
             raise UpstreamError(f"{request.model} says nothing of a prompt that makes sense") from error
@@ -286,7 +287,7 @@ class Triton:
 
     async def _call(self, method: str, path: str, body: object, timeout_s: float | None = None) -> Any:
         """One unary call: the decoded JSON of its answer, an empty object for an empty one."""
-        data = None if body is None else json.dumps(body).encode()
+        data = None if body is None else orjson.dumps(body)
         reply = await self.fetch(method, path, data, {}, timeout_s or self._deadlines.heartbeat_s)
         answer = decode(reply.body) if reply.body else {}
         if reply.status != 200 or (isinstance(answer, dict) and "error" in answer):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import orjson
 
 from orchestrator.domain import FINISH_REASONS, Chunk, GenerateRequest
 from orchestrator.errors import (
@@ -68,7 +69,7 @@ def payload(request: GenerateRequest, max_tokens: int | None, timeout_s: float) 
         "id": request.id,
         "text_input": request.text or "",
         "stream": True,
-        "sampling_parameters": json.dumps(given),
+        "sampling_parameters": orjson.dumps(given).decode(),
         "return_finish_reason": True,
         "return_num_input_tokens": True,
         "return_num_output_tokens": True,
@@ -112,7 +113,7 @@ def scalar(value: Any) -> Any:
 
 def decode(data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return orjson.loads(data)
     except (ValueError, RecursionError):
         return None  # every caller treats it as an answer that makes no sense
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.triton.connection import HIGH_BYTES, ConnectionFailed, Pool
@@ -94,6 +94,7 @@ async def test_a_kept_connection_that_dies_is_forgotten() -> None:
         assert server.connections == 2
 
 
+@settings(max_examples=30, deadline=None)
 @given(cuts=st.lists(st.integers(0, 90), max_size=8))
 def test_a_chunked_body_cut_anywhere(cuts: list[int]) -> None:
     """However the bytes arrive, status, headers and body are the same."""
