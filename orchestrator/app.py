@@ -31,7 +31,7 @@ from orchestrator.health import Health
 from orchestrator.inspection import Inspector
 from orchestrator.limiter import Limiter
 from orchestrator.metrics import Metrics
-from orchestrator.metrics_readings import readings
+from orchestrator.metrics_readings import audit_readings, readings
 from orchestrator.registry import Registry
 from orchestrator.retries import RetryBudget
 from orchestrator.sanitize import Rules
@@ -135,7 +135,7 @@ class Application(_Application):
             fingerprint=auditing.prints.request if auditing else lambda request: "",
             trace=tracer.begin if tracer else lambda traceparent: None,
         )
-        metrics.readings |= readings(gateway, limiter, store)
+        metrics.readings |= readings(gateway, limiter, store) | audit_readings(auditing)
         self.metrics = metrics
         # one request alone may not ask for more places than admission has
         at_once = min(settings.max_batch_size, settings.max_concurrency)
@@ -185,6 +185,7 @@ class AdminApplication(_Application):
             return auth.admin(credential_of(headers))
 
         auditing = self._audit = audit.start(settings)
+        self._metrics.readings |= audit_readings(auditing)
         tell = auditing.incident if auditing else lambda incident: None
         routes = Admin(triton.fetch, ADMIN_CALL_S, self._scrape, tell).routes
         self._door = FrontDoor(routes, settings.body_limit_bytes, identify, reporting(self._metrics, auditing))

@@ -73,7 +73,7 @@ ROOMS: dict[str, set[str]] = {
     # what is counted
     "metrics_table": set(),
     "metrics": {"domain", "errors", "metrics_table"},
-    "metrics_readings": {"breaker", "gateway", "limiter", "metrics", "store"},
+    "metrics_readings": {"audit", "breaker", "gateway", "limiter", "metrics", "store"},
     "scrape": {"metrics", "metrics_table"},
     # processes
     "hardening": {"errors"},
