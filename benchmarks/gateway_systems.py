@@ -160,9 +160,11 @@ def own_environ() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("TRUTHGPT_") and k != "ENVIRONMENT"}
 
 
-async def post(port: int, path: str, body: object, key: str = "") -> tuple[int, Any, Mapping[str, str]]:
+async def post(
+    port: int, path: str, body: object, key: str = "", headers: Mapping[str, str] | None = None
+) -> tuple[int, Any, Mapping[str, str]]:
     """One request beside the load: status, decoded body (text where it is no JSON), headers."""
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    headers = headers or ({"authorization": f"Bearer {key}"} if key else {})
     timeout = aiohttp.ClientTimeout(total=10)
     async with (
         aiohttp.ClientSession(timeout=timeout, headers=headers) as http,
