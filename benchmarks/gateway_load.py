@@ -87,7 +87,8 @@ class Ask:
 
 @dataclass
 class Result:
-    """A measured window. Times are milliseconds; `first` is the time to the first token of a stream's answer.
+    """A measured window. Times are milliseconds; `first` is the time to the first token of an answer,
+    `chunks` the mean number of events that had one.
 
     `before` and `after` are what the sampler said at the window's ends.
     """
@@ -98,6 +99,7 @@ class Result:
     errors: dict[str, int]
     whole: dict[str, float]
     first: dict[str, float]
+    chunks: float
     generator_us: float
     before: Any = None
     after: Any = None
@@ -121,6 +123,7 @@ class Window:
         self.open, self.closed = False, asyncio.Event()
         self.whole: list[float] = []
         self.first: list[float] = []
+        self.chunks = 0
         self.errors: Counter[str] = Counter()
         self.before = self.after = None
         self._began = self._until = self._cpu = 0.0
@@ -132,12 +135,13 @@ class Window:
         self._began = time.perf_counter()
         self._until, self.open = self._began + self._seconds, True
 
-    def saw(self, sent: float, first: float, ended: float, fault: str | None) -> bool:
+    def saw(self, sent: float, first: float, ended: float, fault: str | None, chunks: int = 0) -> bool:
         """One answer has ended; whether to ask again."""
         if fault is not None:
             self.errors[fault] += 1  # also during the warm-up and after the end
         elif self.open:
             self.whole.append(ended - sent)
+            self.chunks += chunks
             if first:
                 self.first.append(first - sent)
             if ended >= self._until and len(self.whole) >= self._at_least:
@@ -217,12 +221,13 @@ class Client(asyncio.Protocol):
         parser, transport = self._parser, self._transport
         if parser is None or transport is None:
             return
-        fault = self._ask.fault(parser.get_status_code(), b"".join(self._body))
+        body = b"".join(self._body)
+        fault = self._ask.fault(parser.get_status_code(), body)
         keep = parser.should_keep_alive()
         if fault is None and self._missing:
             fault = f"without {self._missing.decode()!r}"
         self._parser = None
-        again = self._window.saw(self._sent, self._first, self._now, fault)
+        again = self._window.saw(self._sent, self._first, self._now, fault, body.count(b"data:"))
         if again and keep:
             if fault is None:
                 self._send()
@@ -284,6 +289,7 @@ async def drive(
     count = len(window.whole)
     return Result(
         clients, count, window.seconds, dict(window.errors), quantiles(window.whole), quantiles(window.first),
+        window.chunks / count if count else 0.0,
         window.generator_s / count * 1e6 if count else 0.0, window.before, window.after,
     )  # fmt: skip
 
