@@ -24,12 +24,12 @@ SETTLE_S = 3.0  # before the first sample: connections and pools
 ANSWER_TTL_S = 5  # so short that as many answers expire as are stored
 KIB, MIB = 1 << 10, 1 << 20
 BOUNDS: dict[str, Bound] = {
-    "uss": Bound(slope=2 * MIB, rise=1.5 * MIB),
+    "uss": Bound(slope=512 * KIB, rise=512 * KIB),
     "files": Bound(slope=10, rise=10),
     "threads": Bound(slope=2, rise=3),
     "regions": Bound(slope=1, rise=1),
     "bytes": Bound(slope=MIB, rise=MIB),
-    "used": Bound(slope=MIB, rise=MIB),
+    "used": Bound(slope=512 * KIB, rise=512 * KIB),
     "keys": Bound(slope=100, rise=100),
 }
 WRITTEN_BYTES = 4096  # of logs, audit and Redis's file together, a request
