@@ -80,11 +80,12 @@ def alive(connection: HTTPConnection) -> bool:
 
 @contextlib.contextmanager
 def running(folder: Path, **changes: Any) -> Iterator[Gateway]:
-    port, ops = free_ports(2)
-    settings = replace(Settings(), home=folder, http_port=port, ops_port=ops, workers=2, drain_s=1.0, **changes)
+    port, ops, grpc = free_ports(3)
+    ports = {"http_port": port, "ops_port": ops, "grpc_port": grpc}
+    settings = replace(Settings(), home=folder, workers=2, drain_s=1.0, **ports, **changes)
     environ = {**os.environ, **settings.child_environ()}
     log = folder / "log"
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         argv = [sys.executable, "-m", "orchestrator.parent"]
         started = subprocess.Popen(argv, env=environ, stderr=output, start_new_session=True)
     try:
@@ -297,3 +298,42 @@ async def test_a_worker_that_does_not_end_is_killed(
 def test_backoff_grows_and_is_bounded() -> None:
     """The first start after a death is immediate, the others wait longer and longer, up to 4 s."""
     assert [backoff_s(n) for n in range(1, 8)] == [0.0, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
+
+
+def test_workers_rotate_their_log_under_load_and_lose_no_line(tmp_path: Path) -> None:
+    """Each request of many is in one whole line of the log or of those moved aside, whoever of the three processes
+    rotated them, after a drain all of them; the stack of a worker that crashed is there, too.
+    """
+    log = tmp_path / "log"
+    with running(tmp_path, log_file=log, log_level="info", log_max_bytes=10_000, log_files=1000) as gateway:
+
+        def ask(connection: HTTPConnection, first: int) -> None:
+            with contextlib.closing(connection):
+                for number in range(first, first + 150):
+                    headers = {"X-Request-Id": f"number-{number}"}
+                    connection.request("POST", "/v1/completions", b'{"model": "m", "prompt": "Hola"}', headers)
+                    connection.getresponse().read()
+
+        threads = [
+            threading.Thread(target=ask, args=(connection, index * 150))
+            for index, connection in enumerate(gateway.connect_to_each().values())
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        crashed = next(iter(gateway.workers))
+        os.kill(crashed, signal.SIGSEGV)
+        deadline = time.monotonic() + 20
+        while crashed in gateway.workers or len(gateway.workers) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        gateway.process.terminate()
+        assert gateway.process.wait(20) == 0
+    files = [path.read_text() for path in tmp_path.glob("log*")]
+    assert len(files) > 5
+    lines = [line for text in files for line in text.splitlines()]
+    requests = [row for row in (json.loads(line) for line in lines if line[:1] == "{") if row["message"] == "request"]
+    assert sorted(row["request_id"] for row in requests) == sorted(f"number-{number}" for number in range(300))
+    assert {row["worker"] for row in requests} == {1, 2}
+    assert "Fatal Python error: Segmentation fault" in lines
