@@ -7,8 +7,7 @@ import gzip
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import redis
+from typing import Any
 
 Place = tuple[str, bytes]  # a name for people, and what stands there
 
@@ -41,8 +40,8 @@ def files(folder: Path) -> Iterator[Place]:
             yield str(path.relative_to(folder)), path.read_bytes()
 
 
-def everything(client: redis.Redis) -> Iterator[Place]:
-    """Every key of a Redis and all that is stored below it, whatever its type. Raises ValueError for a new type."""
+def everything(client: Any) -> Iterator[Place]:
+    """Every key of a Redis, by redis-py, and all that is stored below it. Raises ValueError for an unknown type."""
     for key in client.scan_iter(count=1000):
         kind, name = client.type(key).decode(), key.decode("utf-8", "replace")
         yield "redis key", key
