@@ -60,8 +60,8 @@ async def test_a_scrape_answers_whatever_is_down(tmp_path: Path, fake: FakeTrito
             async with aiohttp.ClientSession() as http:
                 page = Page(http, gateway)
                 await page.shows(lambda now: now.get("truthgpt_workers_ready{}") == 2, 20)
-                await ask(http, gateway, 40)
-                await page.shows(lambda now: page.answered == 40)
+                await ask(http, gateway, 12)
+                await page.shows(lambda now: page.answered == 12)
                 victim, other = gateway.workers.values()
 
                 victim.suspend()
@@ -69,16 +69,15 @@ async def test_a_scrape_answers_whatever_is_down(tmp_path: Path, fake: FakeTrito
                 fake.stopped = True
                 await page.shows(lambda now: now["truthgpt_workers{silent}"] == 1)
                 await page.shows(lambda now: now["truthgpt_redis_up{}"] == 0 == now["truthgpt_model_ready{m}"])
-                assert page.answered == 40
+                assert page.answered == 12
 
                 redis.kill()
                 await fake.stop()
                 for worker in (victim, other):
                     os.kill(worker.pid, signal.SIGKILL)
-                await page.shows(
-                    lambda now: now["truthgpt_worker_restarts_total{}"] == 2 == now["truthgpt_workers{down}"]
-                )
-                assert page.answered == 40 and "truthgpt_in_flight{}" not in await page.read()
+                restarted = {"truthgpt_worker_restarts_total{}": 2, "truthgpt_workers{down}": 2}
+                await page.shows(lambda now: restarted.items() <= now.items() and "truthgpt_in_flight{}" not in now)
+                assert page.answered == 12
         await fake.start()
 
 
