@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import keys, logs
@@ -101,6 +101,7 @@ def test_what_asyncio_says_of_a_task_has_no_text() -> None:
     assert json.loads(JsonLines(debug=True).format(made))["message"] == "Task exception was never retrieved"
 
 
+@settings(max_examples=40)
 @given(
     texts=st.fixed_dictionaries({name: TEXT for name in ("id", *logs._TEXTS)}),
     numbers=st.fixed_dictionaries({name: st.integers(0, 10**9) for name in logs._COUNTS}),

@@ -22,6 +22,7 @@ import pytest
 
 from orchestrator import parent
 from orchestrator.local import process
+from orchestrator.logwriter import COLLECT_S
 from orchestrator.parent import Parent, backoff_s
 from orchestrator.server import BindError, listen
 from orchestrator.settings import Settings
@@ -322,6 +323,7 @@ def test_workers_rotate_their_log_under_load_and_lose_no_line(tmp_path: Path) ->
             thread.start()
         for thread in threads:
             thread.join()
+        time.sleep(10 * COLLECT_S)  # a crash costs the lines that were not written yet
         crashed = next(iter(gateway.workers))
         os.kill(crashed, signal.SIGSEGV)
         deadline = time.monotonic() + 20

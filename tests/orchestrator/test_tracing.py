@@ -247,7 +247,7 @@ def test_off_nothing_of_it_is_imported() -> None:
         "from orchestrator.worker import build\n"
         "from orchestrator.settings import Settings\n"
         "async def main():\n"
-        "    application = build(Settings(audit=False)).config.app\n"
+        "    application = build(Settings(audit=False, grpc=False)).config.app\n"
         "    await application.start()\n"
         "    assert application.gateway is not None\n"
         "    await application.stop()\n"
