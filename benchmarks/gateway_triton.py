@@ -20,9 +20,9 @@ from benchmarks.gateway_systems import System, chat_body, own_environ, post, sta
 from orchestrator.local import tritonserver
 from tests.counting import write_entry
 
+BACKEND = Path(__file__).parent / "instant_backend.py"
 COUNTING, IDENTITY = "counting", "identity"
 WORD = "(?:one|two|three)"
-SLOTS = 64
 PROMPTS = 20_000  # of perf_analyzer, so that none is asked twice in a run
 _IDENTITY = """name: "identity"
 backend: "python"
@@ -47,8 +47,8 @@ class TritonPythonModel:
 
 
 def write_models(repository: Path) -> list[str]:
-    """An entry of our own backend that counts and takes no time for it, and one that gives back its input."""
-    write_entry(repository, COUNTING, slots=SLOTS, max_queue=1024)
+    """An entry of our own backend, for which `BACKEND` stands in, and one that gives back its input."""
+    write_entry(repository, COUNTING)
     folder = repository / IDENTITY
     (folder / "1").mkdir(parents=True)
     (folder / "config.pbtxt").write_text(_IDENTITY)
@@ -116,8 +116,7 @@ async def perf(
     ]  # fmt: skip
     if system.key:
         argv += ["-H", f"x-api-key: {system.key}"]
-    if stream:
-        argv += ["--streaming", "--input-data", str(folder / "prompts.json")]
+    argv += ["--streaming", "--input-data", str(folder / "prompts.json")] if stream else ["--input-data", "zero"]
     libraries = os.pathsep.join([str(PERF_ANALYZER), tritonserver.find().library_path()])
     before = sample()
     process = start(
@@ -130,7 +129,7 @@ async def perf(
     cpu = sample() - before
     if code != 0 or not exported.exists():
         raise click.ClickException(f"{system.name}: perf_analyzer ended with {code}:\n{process.last_words()}")
-    rows = json.loads(exported.read_text())["experiments"][0]["requests"]
+    rows = json.loads(exported.read_text(errors="replace"), strict=False)["experiments"][0]["requests"]
     return {**_kept(rows, stream), "cpu_us": round(cpu / max(len(rows), 1) * 1e6, 1)}
 
 
