@@ -261,7 +261,7 @@ def search(cache: bool) -> Search:
         finally:
             assert stack.leftovers() == []
             shutil.rmtree(folder)
-    secret = key.rpartition("_")[2]
+    secret = key.split("_", 2)[2]
     seen = found([*vars(marks).values(), secret, extra["TRUTHGPT_AUDIT_KEY"]], places)
     return Search(marks, secret, {name for name, _ in places}, seen, set(talk.statuses))
 

@@ -81,7 +81,9 @@ def running(environ: Mapping[str, str]) -> Iterator[Stack]:
     write_entry(folder / "repository", slots=8, step_delay_ms=3, max_queue=80, max_len=2000)
     extra = {
         "TRUTHGPT_WORKERS": "2", "TRUTHGPT_AUTH": "keys", "TRUTHGPT_SANITIZE": "reject", "TRUTHGPT_DEBUG": "false",
-        "TRUTHGPT_LOG_LEVEL": "info", **environ,
+        "TRUTHGPT_LOG_LEVEL": "info",
+        # how soon a model counts as dead is no matter here, and a busy machine must not kill it
+        "TRUTHGPT_HEARTBEAT_TIMEOUT_S": "10", "TRUTHGPT_STALL_S": "20", **environ,
     }  # fmt: skip
     stack = Stack(folder / "home", folder / "repository", extra=extra)
     try:

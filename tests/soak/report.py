@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+from rich import box
 from rich.table import Table
 
 from .engine import Progress, Report
@@ -31,10 +32,10 @@ def moment(now: Progress) -> Table:
 
 
 def table(report: Report) -> Table:
-    """Every figure with its median after the warm-up and at the end, its growth and the verdict."""
-    rows = Table(title=f"{report.requests:,} requests in {report.seconds:,.0f} s", title_justify="left")
-    for heading in ("of", "what", "after warm-up", "at the end", "peak", "in 10,000 requests", "may be", ""):
-        rows.add_column(heading, justify="left" if heading in ("of", "what", "") else "right")
+    """Every figure with its median after the warm-up and at the end, its growth in 10,000 requests and the verdict."""
+    rows = Table(title=f"{report.requests:,} requests in {report.seconds:,.0f} s", box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("of", "what", "warm", "end", "peak", "per 10,000", "bound", ""):
+        rows.add_column(heading, justify="left" if heading in ("of", "what", "") else "right", no_wrap=True)
     for (who, what), found in report.findings.items():
         shown = (_shown(what, value) for value in (found.begin, found.end, found.peak, found.slope, found.bound.slope))
         rows.add_row(who, what, *shown, "flat" if found.flat else "[bold red]grows")
