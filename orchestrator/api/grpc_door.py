@@ -34,8 +34,8 @@ class Rpc:
     def __init__(self, context: Any, method: str) -> None:
         self.accepted_at = time.monotonic()
         self.context = context
-        pairs = [(name.encode(), _bytes(value)) for name, value in context.invocation_metadata()]
-        self.headers: dict[bytes, bytes] = dict(reversed(pairs))  # the first of a repeated name counts
+        # backwards: the first of a repeated name counts
+        self.headers = {name.encode(): _bytes(value) for name, value in reversed(context.invocation_metadata())}
         self.id = request_id(self.headers.get(b"x-request-id"))
         self.traceparent = traceparent_of(self.headers.get(b"traceparent"))
         self.caller = Caller(NOBODY, language=language_of(self.headers.get(b"accept-language", b"")))
@@ -107,7 +107,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         """Log and report an error that ends a request; what of it the client may know."""
         known = error if isinstance(error, TruthGPTError) else InternalError(type(error).__name__)
         if isinstance(known, InternalError):
-            log.error("request %s failed: %s", rpc.id, error, exc_info=error)
+            log.error("request %s failed: %s", rpc.id, known, exc_info=error)
         if not rpc.notes.recorded:
             self._incident(rpc, known.kind, rpc.notes.route)
         return known

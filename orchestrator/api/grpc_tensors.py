@@ -110,8 +110,9 @@ def _input(row: Any, raw: bytes | None) -> Tensor:
         tensor = Tensor(name, datatype, shape, elements=tuple(values))
     else:
         try:
-            tensor = Tensor(name, datatype, shape, struct.pack(f"<{len(values)}{letter}", *values))
+            data = struct.pack(f"<{len(values)}{letter}", *values) if letter else b""
         except struct.error as error:
             raise wrong(f"the data of input '{name}'", f"values of {datatype}", f"valores de {datatype}") from error
+        tensor = Tensor(name, datatype, shape, data)
     check(tensor)
     return tensor
