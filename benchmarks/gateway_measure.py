@@ -87,8 +87,8 @@ def kept(result: Result) -> dict[str, Any]:
     row |= {f"first_{name}_ms": round(value, 4) for name, value in result.first.items()}
     if result.before is not None and result.requests:
         row["cpu_us"] = round((result.after - result.before) / result.requests * 1e6, 1)
-    if result.chunks:
-        row["events"] = round(result.chunks, 1)
+    if result.events:
+        row["events"] = round(result.events, 1)
     row["generator_us"] = round(result.generator_us, 1)
     return row
 

@@ -19,7 +19,7 @@ FIGURES = (
     ("added p50 ms", "added_p50_ms", 3),
     ("added p99 ms", "added_p99_ms", 3),
     ("CPU µs", "cpu_us", 0),
-    ("chunks", "chunks", 1),
+    ("events", "events", 1),
 )
 SHORT = ("requests/s", "p50 ms", "p99 ms", "first chunk p50 ms", "added p50 ms", "CPU µs")
 
@@ -29,9 +29,18 @@ def rows(result: dict[str, Any], names: tuple[str, ...]) -> Iterator[list[str]]:
     for system, runs in result["systems"].items():
         for run, figures in runs.items():
             if "errors" in figures:
-                yield [system, run, f"no result: {figures['errors']}", *[""] * (len(names) - 1)]
+                yield [system, run, "no result", *[""] * (len(names) - 1)]
                 continue
             yield [system, run, *(_cell(figures.get(key), digits) for name, key, digits in FIGURES if name in names)]
+
+
+def failures(result: dict[str, Any]) -> Iterator[str]:
+    """A line for each run that is no result."""
+    for system, runs in result["systems"].items():
+        for run, figures in runs.items():
+            for errors in figures.get("errors", ()):
+                said = "; ".join(f"{count} × {' '.join(str(what).split())[-200:]}" for what, count in errors.items())
+                yield f"{system}, {run}: {said}"
 
 
 def bar_rows(result: dict[str, Any]) -> Iterator[list[str]]:
@@ -47,12 +56,15 @@ BAR_COLUMNS = ("bar", "", "measured", "promised", "", "ours / theirs")
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Two tables: the figures, and the bars."""
+    console.width = max(console.width, 130)
     table = Table(title=f"Gateways: medians of {result['rounds']} rounds")
     for name in ("system", "run", *SHORT):
         table.add_column(name, justify="left" if name in ("system", "run") else "right")
     for row in rows(result, SHORT):
         table.add_row(*row)
     console.print(table)
+    for line in failures(result):
+        console.print(line, markup=False, style="red")
     table = Table(title="Bars")
     for name in BAR_COLUMNS:
         table.add_column(name)
@@ -75,6 +87,7 @@ def markdown(result: dict[str, Any]) -> str:
         _table(BAR_COLUMNS, bar_rows(result)),
         "## Figures",
         _table(("system", "run", *(name for name, _, _ in FIGURES)), rows(result, tuple(f[0] for f in FIGURES))),
+        "\n".join(f"- no result: {line}" for line in failures(result)),
         "## Memory (10^6 bytes, all processes of a system together; PSS is what is compared)",
         _table(
             ("system", "requests so far", "PSS", "USS", "RSS"),

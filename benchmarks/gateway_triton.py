@@ -146,5 +146,5 @@ def _kept(rows: list[dict[str, Any]], stream: bool) -> dict[str, Any]:
     if stream:
         first = [(row["response_timestamps"][0] - row["timestamp"]) / 1e9 for row in rows]
         kept |= {f"first_{name}_ms": round(value, 4) for name, value in gateway_load.quantiles(first).items()}
-        kept["chunks"] = round(sum(len(row["response_timestamps"]) for row in rows) / len(rows), 1)
+        kept["events"] = round(sum(len(row["response_timestamps"]) for row in rows) / len(rows), 1)
     return kept
