@@ -87,7 +87,8 @@ class Ask:
 
 @dataclass
 class Result:
-    """A measured window. Times are milliseconds; `first` is the time to the first token of a stream's answer.
+    """A measured window. Times are milliseconds; `first` is the time to the first token of an answer,
+    `events` the mean number of server-sent events in one.
 
     `before` and `after` are what the sampler said at the window's ends.
     """
@@ -98,6 +99,7 @@ class Result:
     errors: dict[str, int]
     whole: dict[str, float]
     first: dict[str, float]
+    events: float
     generator_us: float
     before: Any = None
     after: Any = None
@@ -121,6 +123,7 @@ class Window:
         self.open, self.closed = False, asyncio.Event()
         self.whole: list[float] = []
         self.first: list[float] = []
+        self.events = 0
         self.errors: Counter[str] = Counter()
         self.before = self.after = None
         self._began = self._until = self._cpu = 0.0
@@ -132,12 +135,15 @@ class Window:
         self._began = time.perf_counter()
         self._until, self.open = self._began + self._seconds, True
 
-    def saw(self, sent: float, first: float, ended: float, fault: str | None) -> bool:
+    def saw(self, sent: float, first: float, ended: float, fault: str | None, events: int = 0) -> bool:
         """One answer has ended; whether to ask again."""
         if fault is not None:
             self.errors[fault] += 1  # also during the warm-up and after the end
+            if self.open and ended >= self._until:
+                self.end(ended)
         elif self.open:
             self.whole.append(ended - sent)
+            self.events += events
             if first:
                 self.first.append(first - sent)
             if ended >= self._until and len(self.whole) >= self._at_least:
@@ -217,12 +223,13 @@ class Client(asyncio.Protocol):
         parser, transport = self._parser, self._transport
         if parser is None or transport is None:
             return
-        fault = self._ask.fault(parser.get_status_code(), b"".join(self._body))
+        body = b"".join(self._body)
+        fault = self._ask.fault(parser.get_status_code(), body)
         keep = parser.should_keep_alive()
         if fault is None and self._missing:
             fault = f"without {self._missing.decode()!r}"
         self._parser = None
-        again = self._window.saw(self._sent, self._first, self._now, fault)
+        again = self._window.saw(self._sent, self._first, self._now, fault, body.count(b"data:"))
         if again and keep:
             if fault is None:
                 self._send()
@@ -245,18 +252,18 @@ class Client(asyncio.Protocol):
 
     def _lost(self, fault: str) -> None:
         self._parser = None
-        self._window.saw(self._sent, 0.0, self._now, fault)
+        self._window.saw(self._sent, 0.0, time.perf_counter(), fault)
         if self._transport is not None:
             self._transport.abort()
 
 
 async def drive(
     connecting: Callable[[Window], Connecting], clients: int, seconds: float, *, warm_s: float = 0.5,
-    at_least: int = 0, at_most_s: float = 60.0, sample: Callable[[], Any] = lambda: None,
+    at_least: int = 0, at_most_s: float = 60.0, wait_s: float = WAIT_S, sample: Callable[[], Any] = lambda: None,
 ) -> Result:  # fmt: skip
     """Ask with so many clients for `seconds` after the warm-up, or until `at_least` answers, not past `at_most_s`.
 
-    An answer that has not come WAIT_S after the end is an error. `sample` is called at both ends of the window.
+    An answer that has not come `wait_s` after the end is an error. `sample` is called at both ends of the window.
     """
     window = Window(seconds, at_least, sample)
     asyncio.get_running_loop().set_exception_handler(lambda _, context: window.fail(context))
@@ -271,7 +278,7 @@ async def drive(
                 await window.closed.wait()
         except TimeoutError:
             window.end(time.perf_counter())
-        _, late = await asyncio.wait(tasks, timeout=WAIT_S)
+        _, late = await asyncio.wait(tasks, timeout=wait_s)
         for task in late:
             window.errors["no answer"] += 1
             task.cancel()
@@ -284,6 +291,7 @@ async def drive(
     count = len(window.whole)
     return Result(
         clients, count, window.seconds, dict(window.errors), quantiles(window.whole), quantiles(window.first),
+        window.events / count if count else 0.0,
         window.generator_s / count * 1e6 if count else 0.0, window.before, window.after,
     )  # fmt: skip
 

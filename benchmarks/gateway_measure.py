@@ -87,12 +87,14 @@ def kept(result: Result) -> dict[str, Any]:
     row |= {f"first_{name}_ms": round(value, 4) for name, value in result.first.items()}
     if result.before is not None and result.requests:
         row["cpu_us"] = round((result.after - result.before) / result.requests * 1e6, 1)
+    if result.events:
+        row["events"] = round(result.events, 1)
     row["generator_us"] = round(result.generator_us, 1)
     return row
 
 
 async def turn(system: System, runs: tuple[Run, ...], pace: Pace) -> dict[str, dict[str, Any]]:
-    """Every workload of one system, once. Raises ClickException at the first error: such a run is no result."""
+    """Every workload of one system, once. A run with errors is no result: it has nothing but them."""
     await system.turn()
     pids = system.process.pids if system.process is not None else []
     rows: dict[str, dict[str, Any]] = {}
@@ -101,10 +103,11 @@ async def turn(system: System, runs: tuple[Run, ...], pace: Pace) -> dict[str, d
         result = await gateway_load.http(
             await primed(system, run), run.clients, pace.seconds, sample=sample, **pace.options
         )
-        if result.errors or not result.requests:
-            raise click.ClickException(f"{system.name}: {run.name}: {result.errors or 'nothing was answered'}")
         system.answered += result.requests
-        rows[run.name] = kept(result)
+        if result.errors or not result.requests:
+            rows[run.name] = {"errors": result.errors or {"nothing was answered": 1}}
+        else:
+            rows[run.name] = kept(result)
     system.extra["mb"] = memory_mb(pids) if pids else None
     system.rest()
     return rows
@@ -138,9 +141,9 @@ async def _stage_sums(system: System) -> Mapping[str, tuple[float, float]]:
 
 
 async def growth(system: System, upto: int, mark: int, step: int) -> dict[str, Any]:
-    """Memory every `step` requests, all of them misses, until `upto`, and its slope from `mark` on.
+    """Memory every `step` requests, all of them misses, until `upto`: the points, and their slope from `mark` on.
 
-    Least squares; 10^6 bytes for 10,000 requests.
+    By least squares, in 10^6 bytes for 10,000 requests. The result's `mark` is the index of that point.
     """
     await system.turn()
     assert system.process is not None
@@ -154,12 +157,12 @@ async def growth(system: System, upto: int, mark: int, step: int) -> dict[str, A
         points.append((done, memory_mb(system.process.pids)))
     system.answered += done
     system.rest()
-    tail = [(count / 10_000, mb["pss"]) for count, mb in points if count >= mark]
-    at_mark = next(mb for count, mb in points if count >= mark)
+    at = next(index for index, (count, _) in enumerate(points) if count >= mark)
     return {
         "points": [{"requests": count, **mb} for count, mb in points],
-        f"after_{mark}": at_mark, f"after_{upto}": points[-1][1], "slope_mb_per_10000": round(_slope(tail), 3),
-    }  # fmt: skip
+        "mark": at,
+        "slope_mb_per_10000": round(_slope([(count / 10_000, mb["pss"]) for count, mb in points[at:]]), 3),
+    }
 
 
 def _slope(points: list[tuple[float, float]]) -> float:

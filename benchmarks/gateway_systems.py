@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -160,9 +161,11 @@ def own_environ() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("TRUTHGPT_") and k != "ENVIRONMENT"}
 
 
-async def post(port: int, path: str, body: object, key: str = "") -> tuple[int, Any, Mapping[str, str]]:
+async def post(
+    port: int, path: str, body: object, key: str = "", headers: Mapping[str, str] | None = None
+) -> tuple[int, Any, Mapping[str, str]]:
     """One request beside the load: status, decoded body (text where it is no JSON), headers."""
-    headers = {"authorization": f"Bearer {key}"} if key else {}
+    headers = headers or ({"authorization": f"Bearer {key}"} if key else {})
     timeout = aiohttp.ClientTimeout(total=10)
     async with (
         aiohttp.ClientSession(timeout=timeout, headers=headers) as http,
@@ -254,8 +257,8 @@ def ours(
     return System(name, http, process, verify, key, model, token, miss=MISS, hit=HIT, extra=extra)
 
 
-async def triton(folder: Path, repository: Path, models: list[str]) -> tuple[Child, dict[str, int]]:
-    """A real tritonserver with these models, on the other core, and its ports."""
+async def triton(folder: Path, repository: Path, models: list[str], backend: Path) -> tuple[Child, dict[str, int]]:
+    """A real tritonserver with these models, on the other core, and its ports. `backend` takes our backend's place."""
     http, grpc, metrics = free_ports(3)
     home = folder / "triton-home"
     home.mkdir()
@@ -268,6 +271,7 @@ async def triton(folder: Path, repository: Path, models: list[str]) -> tuple[Chi
     )  # fmt: skip
     installation = tritonserver.find()
     argv = ["taskset", "--cpu-list", str(cores()[1]), *tritonserver.command(installation, settings, models)]
+    shutil.copy2(backend, home / "triton" / "backends" / "inflight" / "model.py")
     child = await Child.start("triton", argv, tritonserver.environment(installation), home / "triton.log")
     deadline = time.monotonic() + START_S
     for model in models:

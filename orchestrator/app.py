@@ -1,4 +1,4 @@
-"""The composition root: settings -> objects -> ASGI application. `python -m orchestrator.app` serves it.
+"""The composition root: settings -> objects -> ASGI application and gRPC server. `python -m orchestrator.app` runs it.
 
 Knows everyone, and nobody knows it. Starts and stays live while Triton is away; ready once its models answer.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import audit, logs
 from orchestrator.admission import Admission
@@ -31,7 +31,7 @@ from orchestrator.health import Health
 from orchestrator.inspection import Inspector
 from orchestrator.limiter import Limiter
 from orchestrator.metrics import Metrics
-from orchestrator.metrics_readings import readings
+from orchestrator.metrics_readings import audit_readings, readings
 from orchestrator.registry import Registry
 from orchestrator.retries import RetryBudget
 from orchestrator.sanitize import Rules
@@ -42,6 +42,9 @@ from orchestrator.tokens import Tokens
 from orchestrator.tracing import Tracer
 from orchestrator.triton import Deadlines, Triton
 from orchestrator.upstream import Fallback, Upstream
+
+if TYPE_CHECKING:
+    from orchestrator.api.grpc_server import GrpcServer
 
 ADMIN_CALL_S = 600.0  # loading a model of many gigabytes
 KEYS_KNOWN_S = 1.0  # a gateway starts without Redis, too
@@ -101,6 +104,7 @@ class Application(_Application):
 
     gateway: Gateway | None = None
     metrics: Metrics | None = None
+    grpc: GrpcServer | None = None
 
     async def start(self) -> None:
         """Assemble everything; needs a running loop."""
@@ -135,7 +139,7 @@ class Application(_Application):
             fingerprint=auditing.prints.request if auditing else lambda request: "",
             trace=tracer.begin if tracer else lambda traceparent: None,
         )
-        metrics.readings |= readings(gateway, limiter, store)
+        metrics.readings |= readings(gateway, limiter, store) | audit_readings(auditing)
         self.metrics = metrics
         # one request alone may not ask for more places than admission has
         at_once = min(settings.max_batch_size, settings.max_concurrency)
@@ -161,6 +165,19 @@ class Application(_Application):
         self._run(**running)
         if store:
             await registry.first_copy(KEYS_KNOWN_S)
+        if settings.grpc:
+            # here, because whoever does without has no need of what it costs: 20 MB
+            from orchestrator.api.grpc_server import GrpcServer, methods
+
+            served = methods(gateway, triton.describe, defaults, settings.request_timeout_s)
+            limit_bytes = settings.body_limit_bytes
+            self.grpc = GrpcServer(served, identify, report, settings.trusted_proxies, limit_bytes)
+            await self.grpc.start(settings.host, settings.grpc_port)
+
+    async def stop(self) -> None:
+        if self.grpc is not None:
+            await self.grpc.stop()
+        await super().stop()
 
 
 class AdminApplication(_Application):
@@ -185,6 +202,7 @@ class AdminApplication(_Application):
             return auth.admin(credential_of(headers))
 
         auditing = self._audit = audit.start(settings)
+        self._metrics.readings |= audit_readings(auditing)
         tell = auditing.incident if auditing else lambda incident: None
         routes = Admin(triton.fetch, ADMIN_CALL_S, self._scrape, tell).routes
         self._door = FrontDoor(routes, settings.body_limit_bytes, identify, reporting(self._metrics, auditing))

@@ -49,6 +49,7 @@ class Audit:
         self._log, self._clock, self._queued = log, clock, queued
         self._queue: deque[Record | Incident | bytes] = deque()
         self._pending: list[bytes] = []
+        self._batch = BATCH
         self._flood = Flood()
         self._over: dict[str, int] = {}  # how many of a flood have been told of
         self._refused = self._refused_told = 0  # requests among them
@@ -125,9 +126,13 @@ class Audit:
                 self._summarise()
             if self._clock() - self._minute.began >= MINUTE_S:
                 self._end_minute()
-            if self._write() and now - synced >= SYNC_S:
-                synced = now
-                self._attempt(self._log.sync)
+            well = self._write()
+            if well and now - synced >= SYNC_S:
+                well = self._attempt(self._log.sync)
+                synced = now if well else synced
+            if well and self.reason:
+                log.warning("the audit log is written again; %d events were lost so far", self.lost_total)
+                self.reason = ""
         if self._write():
             self._summarise()
             self._end_minute()
@@ -142,7 +147,9 @@ class Audit:
             if not self._pending:
                 return True
             if not self._attempt(self._append):
+                self._batch = max(1, self._batch // 8)  # there may be room for some
                 return False
+            self._batch = min(BATCH, self._batch * 2)
             lost = self.lost_total
             if lost > self._lost_told:
                 since = None if self._lost_since is None else stamp(self._lost_since)
@@ -168,7 +175,7 @@ class Audit:
         return of_incident(item, self.prints) if isinstance(item, Incident) else item
 
     def _append(self) -> None:
-        del self._pending[: self._log.append(self._pending)]
+        del self._pending[: self._log.append(self._pending[: self._batch])]
 
     def _attempt(self, step: Callable[[], None]) -> bool:
         try:
@@ -179,9 +186,6 @@ class Audit:
                 log.error("the audit log cannot be written: %s; up to %d events wait", reason, self._queued)
             self.reason = reason
             return False
-        if self.reason:
-            log.warning("the audit log is written again; %d events were lost so far", self.lost_total)
-            self.reason = ""
         return True
 
     def _summarise(self) -> None:

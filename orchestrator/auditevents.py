@@ -140,6 +140,6 @@ class Minute:
         return {
             "seconds": round(seconds, 3), "requests": requests, "errors": self._outcomes["error"] + unwritten,
             "cancelled": self._outcomes["cancelled"], "completion_tokens": self._tokens,
-            "tokens_per_s": round(self._tokens / seconds, 3), "duration_s": self._duration.at(*parts),
-            "ttft_s": self._ttft.at(*parts),
+            "tokens_per_s": round(self._tokens / seconds, 3), "duration_quantiles_s": self._duration.at(*parts),
+            "ttft_quantiles_s": self._ttft.at(*parts),
         }  # fmt: skip

@@ -111,7 +111,7 @@ class Writer:
                 written = self._target.write(left)
                 self._torn, left = left[written - 1 : written] != b"\n", left[written:]
         except OSError:  # a full disk: it is counted, and told of as soon as there is room
-            return left.count(b"\n")
+            return min(left.count(b"\n"), data.count(b"\n"))  # the newline after a torn line is nobody's
         return 0
 
 

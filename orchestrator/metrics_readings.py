@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+from orchestrator.audit import Audit
 from orchestrator.breaker import CLOSED, HALF_OPEN, OPEN
 from orchestrator.gateway import Gateway
 from orchestrator.limiter import Limiter
@@ -40,4 +41,14 @@ def readings(gateway: Gateway, limiter: Limiter, store: Store | None) -> dict[st
         "truthgpt_redis_up": lambda: {} if store is None else {(): float(store.up)},
         "truthgpt_workers_ready": lambda: {(): float(gateway.ready)},
         "truthgpt_cpu_seconds_total": lambda: {(): time.process_time()},
+    }
+
+
+def audit_readings(audit: Audit | None) -> dict[str, Reading]:
+    """Those of a process that writes the audit log; none where nothing is written."""
+    if audit is None:
+        return {}
+    return {
+        "truthgpt_audit_up": lambda: {(): float(audit.state == "ok")},
+        "truthgpt_audit_lost_total": lambda: {(): float(audit.lost_total)},
     }

@@ -22,7 +22,7 @@ from orchestrator import audit, logs, tracing
 from orchestrator.app import AdminApplication
 from orchestrator.metrics import Metrics
 from orchestrator.scrape import Scrape, build_info
-from orchestrator.server import IN_BAND_S, BindError, Server, configure, listen, raise_file_limit, url
+from orchestrator.server import IN_BAND_S, BindError, Server, configure, listen, raise_file_limit, reserve, url
 from orchestrator.settings import CONFIG_ENV, Settings, SettingsError
 
 log = logging.getLogger("orchestrator.parent")  # run as a program, its module has no name of its own
@@ -139,6 +139,8 @@ class Parent:
             others = range(2, len(self._listeners) + 1)
             keepers += [asyncio.create_task(self._keep(n), name=f"worker {n}") for n in others]
             log.info("listening on %s", url(self._settings.host, self._settings.http_port))
+            if self._settings.grpc:
+                log.info("gRPC on %s", url(self._settings.host, self._settings.grpc_port, "grpc"))
             await self._ending.wait()
         await self._end(keepers)
         ticking.cancel()
@@ -237,6 +239,7 @@ def main() -> int:
         raise_file_limit()
         listeners = listen(settings.host, settings.http_port, settings.workers)
         ops = listen(settings.ops_host, settings.ops_port)
+        reserved = reserve(settings.host, settings.grpc_port) if settings.grpc else None
     except SettingsError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -257,7 +260,8 @@ def main() -> int:
         return 1
     for warning in settings.warnings:
         log.warning("%s", warning)
-    return asyncio.run(serve(settings, listeners, ops))
+    with reserved or contextlib.nullcontext():
+        return asyncio.run(serve(settings, listeners, ops))
 
 
 if __name__ == "__main__":

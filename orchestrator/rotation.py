@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 STDERR = 2
+UNIT_BYTES = 1 << 16  # of one write
 
 
 class LogFile:
@@ -18,10 +19,9 @@ class LogFile:
     cannot be had.
     """
 
-    unit_bytes = 1 << 16
-
     def __init__(self, path: Path, max_bytes: int, keep: int) -> None:
         self._path, self._max_bytes, self._keep = path, max_bytes, keep
+        self.unit_bytes = min(UNIT_BYTES, max_bytes)
         self._fd = -1
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._open()

@@ -107,8 +107,7 @@ def listen(host: str, port: int, count: int = 1) -> list[socket.socket]:
     """
     sockets: list[socket.socket] = []
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        family, address = _resolve(host, port)
         for number in range(count):
             # the protocol is named: asyncio switches Nagle's algorithm off only where it is
             sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -126,10 +125,43 @@ def listen(host: str, port: int, count: int = 1) -> list[socket.socket]:
     except OSError as error:
         for sock in sockets:
             sock.close()
-        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-        raise BindError(f"cannot listen on {url(host, port)}: {(reason or str(error)).lower()}") from error
+        raise _bind_error(url(host, port), error) from error
     return sockets
 
 
-def url(host: str, port: int) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+def reserve(host: str, port: int) -> socket.socket:
+    """A socket that keeps an address for this process and its children, whose own sockets listen there (SO_REUSEPORT).
+
+    It does not listen itself, or it would get its part of the connections. Raises BindError.
+    """
+    sock = None
+    try:
+        family, address = _resolve(host, port)
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the gateway before may linger
+        sock.bind(address)
+        sock.listen(1)  # the kernel refuses this where anybody else listens
+        sock.shutdown(socket.SHUT_RD)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # with it, a second one could listen here now
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise _bind_error(url(host, port, "grpc"), error) from error
+    return sock
+
+
+def _resolve(host: str, port: int) -> tuple[int, Any]:
+    """The first address of a name, an IPv4 one if it has any."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return family, address
+
+
+def _bind_error(where: str, error: OSError) -> BindError:
+    reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+    return BindError(f"cannot listen on {where}: {(reason or str(error)).lower()}")
+
+
+def url(host: str, port: int, scheme: str = "http") -> str:
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

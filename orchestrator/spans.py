@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import cast
@@ -56,15 +57,20 @@ class _Expand(SpanExporter):
 
     def __init__(self, exporter: SpanExporter, resource: Resource, scope: InstrumentationScope) -> None:
         self._exporter, self._resource, self._scope = exporter, resource, scope
+        self._over = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        if self._over:
+            return SpanExportResult.FAILURE
         ended = cast(Sequence[Ended], spans)
         return self._exporter.export(
             [span for one in ended for span in spans_of(one.record, self._resource, self._scope)]
         )
 
     def shutdown(self) -> None:
-        self._exporter.shutdown()
+        if not self._over:
+            self._over = True
+            self._exporter.shutdown()
 
 
 class Outlet:
@@ -80,15 +86,21 @@ class Outlet:
         resource = Resource.create(
             {**name, "service.version": release, "service.instance.id": f"{socket.gethostname()}-{os.getpid()}"}
         )
-        exporter = OTLPSpanExporter(url if url.endswith(PATH) else url + PATH, timeout=EXPORT_S)
-        self._processor = BatchSpanProcessor(_Expand(exporter, resource, InstrumentationScope("truthgpt", release)))
+        otlp = OTLPSpanExporter(url if url.endswith(PATH) else url + PATH, timeout=EXPORT_S)
+        self._exporter = _Expand(otlp, resource, InstrumentationScope("truthgpt", release))
+        self._processor = BatchSpanProcessor(self._exporter)
 
     def put(self, record: Record) -> None:
         """Queue a record. A full queue loses its oldest one, and the SDK logs that it does."""
         self._processor.on_end(cast(ReadableSpan, Ended(record)))
 
-    def close(self) -> None:
-        self._processor.shutdown()  # type: ignore[no-untyped-call]  # the SDK says no types here
+    def close(self, timeout_s: float) -> None:
+        """Send what is queued, for at most `timeout_s` seconds; the rest is dropped."""
+        # the SDK's own patience with a collector that hangs is half a minute
+        sending = threading.Thread(target=self._processor.shutdown, name="tracing ends", daemon=True)
+        sending.start()
+        sending.join(timeout_s)
+        self._exporter.shutdown()
 
 
 def spans_of(record: Record, resource: Resource, scope: InstrumentationScope) -> list[ReadableSpan]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import threading
 
 from orchestrator.domain import Record, Trace
 from orchestrator.settings import Settings
@@ -69,7 +68,4 @@ class Tracer:
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Send what is left, for at most `timeout_s` seconds."""
-        # the SDK's own patience with a collector that hangs is half a minute
-        closing = threading.Thread(target=self._outlet.close, name="tracing ends", daemon=True)
-        closing.start()
-        closing.join(timeout_s)
+        self._outlet.close(timeout_s)

@@ -26,6 +26,7 @@ from orchestrator.server import Server, configure
 from orchestrator.settings import Settings
 
 ALIVE_S = 1.0
+LAST_WORDS_S = 0.5  # for the parent to read what it is told at the end
 UNREAD_BYTES = 1 << 20  # beyond it nothing more is said to a parent that does not read
 _PR_SET_PDEATHSIG = 1
 
@@ -63,6 +64,8 @@ class Worker:
             saying.cancel()
             self._say_metrics()  # the last of its requests count, too
             self._parent.close()
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                await asyncio.wait_for(self._parent.wait_closed(), LAST_WORDS_S)
 
     async def _drain(self) -> None:
         await _drain(self.application)

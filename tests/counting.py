@@ -44,16 +44,17 @@ TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 
 
 def write_entry(
-    repository: Path, name: str = "counting", max_len: int = 4096, nan_after: str | None = None, **parameters: object
-) -> Path:
-    """Write the entry and return its folder. With `nan_after` the row after that word is NaN; `parameters` go to
-    config.pbtxt.
+    repository: Path, name: str = "counting", max_len: int = 4096, nan_after: str | None = None,
+    words: tuple[str, str, str] = WORDS, **parameters: object,
+) -> Path:  # fmt: skip
+    """Write the entry and return its folder. It counts with `words`; with `nan_after` the row after that one is NaN;
+    `parameters` go to config.pbtxt.
     """
     folder = repository / name
     version = folder / "1"
     version.mkdir(parents=True)
-    onnx.save(_graph(nan_after), version / "model.onnx")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=WORDS[0]))
+    onnx.save(_graph(None if nan_after is None else words.index(nan_after)), version / "model.onnx")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(version / "tokenizer.json"))
     (version / "chat_template.jinja").write_text(TEMPLATE)
@@ -81,10 +82,10 @@ def write_entry(
     return folder
 
 
-def _graph(nan_after: str | None) -> onnx.ModelProto:
+def _graph(nan_after: int | None) -> onnx.ModelProto:
     table = np.eye(len(WORDS), dtype=np.float32)[[1, 2, 0]] * 50  # so sure of itself that sampling counts, too
     if nan_after is not None:
-        table[WORDS.index(nan_after)] = np.nan
+        table[nan_after] = np.nan
     constants = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array([1]), "axis")]
     nodes = [
         helper.make_node("Unsqueeze", ["last_index", "axis"], ["index"]),

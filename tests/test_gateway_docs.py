@@ -145,7 +145,7 @@ def test_every_setting_of_the_gateway_is_named() -> None:
 
 async def test_every_path_is_named() -> None:
     """Each path that the public edge serves is in the text, in full or as the end of one, and the admin paths are."""
-    application = Application(Settings.load({"audit": False}, environ={}))
+    application = Application(Settings.load({"audit": False, "grpc": False}, environ={}))
     await application.start()
     try:
         assert application._door is not None

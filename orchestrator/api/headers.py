@@ -22,6 +22,8 @@ def traceparent_of(given: bytes | None) -> str | None:
 
 def language_of(accept: bytes) -> str:
     """en or es by Accept-Language (RFC 9110): highest weight, then order; English without either."""
+    if not accept:
+        return "en"
     best, weight = "en", 0.0
     for item in accept.decode("latin-1").lower().split(",")[:20]:
         tag, *parameters = (part.strip() for part in item.split(";"))

@@ -57,7 +57,8 @@ async def infer(
     """The whole answer: of a generation model, whose `call` is given, collected. Raises TruthGPTError."""
     if call is not None:
         whole = await collect(gateway, asked, call)
-        return InferResult(model.name, model.version, tuple(tensors(call, whole)))
+        whole = replace(whole, text=call.prefix + whole.text)
+        return InferResult(model.name, model.version, tuple(tensors(call.outputs, whole)))
     request = InferRequest(
         id=asked.id,
         model=model.name,
@@ -85,12 +86,12 @@ async def collect(gateway: Gateway, asked: Asked, call: Call) -> Chunk:
     return Chunk("".join(parts), usage.completion_tokens, usage.prompt_tokens, reason)
 
 
-def tensors(call: Call, chunk: Chunk) -> list[Tensor]:
+def tensors(outputs: frozenset[str], chunk: Chunk) -> list[Tensor]:
     """The outputs that were asked for, each of one element."""
     every = (
-        Tensor("text_output", "BYTES", (1,), elements=((call.prefix + chunk.text).encode(),)),
+        Tensor("text_output", "BYTES", (1,), elements=(chunk.text.encode(),)),
         Tensor("finish_reason", "BYTES", (1,), elements=((chunk.finish_reason or "").encode(),)),
         Tensor("num_input_tokens", "UINT32", (1,), _UINT32(chunk.prompt_tokens)),
         Tensor("num_output_tokens", "UINT32", (1,), _UINT32(chunk.tokens)),
     )
-    return [tensor for tensor in every if tensor.name in call.outputs]
+    return [tensor for tensor in every if tensor.name in outputs]

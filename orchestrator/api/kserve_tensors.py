@@ -72,10 +72,7 @@ def read(body: bytes, headers: Mapping[bytes, bytes]) -> InferBody:
     for row in _rows(fields, "inputs"):
         tensor, at = _input(row, body, at)
         if tensor.name in inputs:
-            raise InvalidRequest(
-                Text(f"input '{tensor.name}' already exists in request", f"la entrada '{tensor.name}' está repetida"),
-                "inputs",
-            )
+            raise repeated(tensor.name)
         inputs[tensor.name] = tensor
     if at != len(body):
         raise InvalidRequest(
@@ -85,7 +82,7 @@ def read(body: bytes, headers: Mapping[bytes, bytes]) -> InferBody:
             ),
             "binary_data_size",
         )
-    outputs = tuple(_wanted(row, binary) for row in _rows(fields, "outputs"))
+    outputs = tuple(wanted(row, binary) for row in _rows(fields, "outputs"))
     return InferBody(id, tuple(inputs.values()), outputs, binary, parameters)
 
 
@@ -99,6 +96,13 @@ def scalars(value: object) -> dict[str, str | int | float | bool]:
         if not isinstance(item, (str, int, float, bool)):
             raise wrong(f"parameters.{name}", "a string, a number, true or false", "un texto, un número, true o false")
     return dict(value)
+
+
+def repeated(name: str) -> InvalidRequest:
+    """The refusal of a second input of the same name."""
+    return InvalidRequest(
+        Text(f"input '{name}' already exists in request", f"la entrada '{name}' está repetida"), "inputs"
+    )
 
 
 def write(
@@ -183,7 +187,8 @@ def _input(row: dict[str, Any], body: bytes, at: int) -> tuple[Tensor, int]:
     return unpack(name, datatype, tuple(shape), body[at:end]), end
 
 
-def _wanted(row: dict[str, Any], binary: bool) -> Wanted:
+def wanted(row: Mapping[str, Any], binary: bool) -> Wanted:
+    """An output as it is asked for. Raises InvalidRequest, or PermissionDenied where it is shared memory."""
     parameters = scalars(row.get("parameters"))
     if any(parameter.startswith("shared_memory") for parameter in parameters):
         raise PermissionDenied(NO_SHARED_MEMORY)

@@ -27,6 +27,7 @@ Examples:
         "limits": "orchestrator.cli.limits:limits",
         "cache": "orchestrator.cli.cache:cache",
         "breaker": "orchestrator.cli.breaker:breaker",
+        "audit": "orchestrator.cli.audit:audit",
         "models": "orchestrator.cli.models:models",
         "config": "orchestrator.cli.config:config",
         "doctor": "orchestrator.cli.doctor:doctor",

@@ -240,6 +240,15 @@ def settings_options(*names: str, load: bool = True) -> Callable[[_F], _F]:
     return decorate
 
 
+def audited(settings: Settings, operation: str, subject: str = "", detail: str = "") -> None:
+    """Write what a command has changed into the audit log. It is done: that nobody can write it down is a warning."""
+    from orchestrator.ops.auditing import note
+
+    problem = note(settings, operation, subject, detail)
+    if problem:
+        click.echo(f"warning: this is not in the audit log: {problem}", err=True)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from orchestrator.cli.base import Command, CommandError, Group, json_option, print_json, settings_options
+from orchestrator.cli.base import Command, CommandError, Group, audited, json_option, print_json, settings_options
 from orchestrator.settings import Settings
 
 
@@ -65,6 +65,7 @@ def reset(settings: Settings, model: str | None, as_json: bool) -> None:
         heard = breakers.reset(client, model)
     if not heard:
         raise CommandError("no gateway heard it", "`truthgpt status` shows whether one runs")
+    audited(settings, "breaker reset", detail=f"model={model}" if model else "all models")
     if as_json:
         print_json({"reset": model, "workers": heard})
     else:

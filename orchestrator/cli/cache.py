@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from orchestrator.cli.base import Command, CommandError, Group, json_option, print_json, settings_options
+from orchestrator.cli.base import Command, CommandError, Group, audited, json_option, print_json, settings_options
 from orchestrator.cli.keyflags import NAME, confirmed
 from orchestrator.domain import TASKS
 from orchestrator.settings import Settings
@@ -76,6 +76,7 @@ def clear(settings: Settings, tenant: str | None, model: str | None, yes: bool, 
     with connect(settings) as client:
         confirmed(yes, f"Forget the answers {of}?" if of else "Forget every cached answer?")
         removed = cachetools.clear(client, tenant, model)
+    audited(settings, "cache clear", detail=f"{of or 'everything'}: {removed} entries")
     if as_json:
         print_json({"removed": removed})
     else:
@@ -143,6 +144,7 @@ def ttl(settings: Settings, task: str | None, seconds: int | None, adapt: bool, 
     with connect(settings) as client:
         if adapt:
             adapted = cachetools.adapt_ttls(client)
+            audited(settings, "cache ttl", detail="adapt")
             if as_json:
                 print_json(adapted)
             else:
@@ -151,6 +153,7 @@ def ttl(settings: Settings, task: str | None, seconds: int | None, adapt: bool, 
             return
         if task is not None and seconds is not None:
             cachetools.set_ttl(client, task, seconds)
+            audited(settings, "cache ttl", detail=f"{task}={seconds}")
         found = cachetools.ttls(client)
     if task is not None:
         found = {task: found[task]}

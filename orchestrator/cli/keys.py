@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.cli.base import Command, Group, json_option, print_json, settings_options
+from orchestrator.cli.base import Command, Group, audited, json_option, print_json, settings_options
 from orchestrator.cli.keyflags import DURATION, NAME, confirmed, limit_options, when
 from orchestrator.keys import OPEN_TENANT
 from orchestrator.settings import Settings
@@ -56,6 +56,8 @@ def create(
     given = {name: value for name, value in limits.items() if value is not None}
     with connect(settings) as client:
         key, credential = Keyring(client).create(tenant, scope, given, expires_s, _printable(note))
+    shown = "".join(f" {name}={value}" for name, value in given.items())
+    audited(settings, "keys create", key.id, f"tenant={tenant} scope={scope}{shown}")
     _hand_over(settings, key, credential, as_json)
 
 
@@ -149,6 +151,7 @@ def revoke(settings: Settings, id: str, yes: bool, as_json: bool) -> None:
         key = keyring.get(id)
         confirmed(yes, f"Revoke the key {id} of {key.tenant}{f' ({key.note})' if key.note else ''}?")
         key = keyring.revoke(id)
+    audited(settings, "keys revoke", id, f"tenant={key.tenant}")
     if as_json:
         print_json(_document(key))
     else:
@@ -175,6 +178,7 @@ def rotate(settings: Settings, id: str, grace_s: int | None, as_json: bool) -> N
 
     with connect(settings) as client:
         key, credential = Keyring(client).rotate(id, float(grace_s or 0))
+    audited(settings, "keys rotate", id, f"tenant={key.tenant} grace_s={grace_s or 0}")
     _hand_over(settings, key, credential, as_json)
 
 

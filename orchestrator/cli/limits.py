@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.cli.base import Command, Group, json_option, print_json, settings_options
+from orchestrator.cli.base import Command, Group, audited, json_option, print_json, settings_options
 from orchestrator.cli.keyflags import UNSET, confirmed, limit_options
 from orchestrator.settings import Settings
 
@@ -99,6 +99,7 @@ def set_limits(settings: Settings, id: str, as_json: bool, **changes: int | None
         subject = usage.find(client, id)
         Keyring(client).set_limits(subject.id, given)
         subject = usage.find(client, id)
+    audited(settings, "limits set", subject.id, " ".join(f"{name}={value}" for name, value in given.items()))
     holding = asdict(subject.limits(default_limits(settings)))
     if as_json:
         document = {"id": subject.id, "tenant": subject.tenant, "limits": holding, "set": dict(subject.override)}
@@ -129,6 +130,7 @@ def reset(settings: Settings, id: str, yes: bool, as_json: bool) -> None:
         subject = usage.find(client, id)
         confirmed(yes, f"Forget what {subject.id} of {subject.tenant} has used?")
         count = usage.forget(client, subject)
+    audited(settings, "limits reset", subject.id)
     if as_json:
         print_json({"id": subject.id, "tenant": subject.tenant, "endpoints": count})
     else:

@@ -246,3 +246,19 @@ def test_up_into_an_empty_repository_exports_the_demo_model_and_says_hello(make_
     stack.stop()
     began = time.monotonic()
     assert stack.cli("up", "--detach").returncode == 0 and time.monotonic() - began < 15
+
+
+@pytest.mark.slow
+def test_every_log_of_a_stack_is_rotated(make_stack):
+    """Triton's log, which Triton does not rotate, the supervisor's and the gateway's move aside at their limit."""
+    stack = make_stack()
+    stack.environ |= {"TRUTHGPT_LOG_MAX_BYTES": "4096", "TRUTHGPT_LOG_FILES": "2"}
+    stack.start()
+    logs = stack.home / "logs"
+    wait_until((logs / "triton.log.1").exists, 10, "Triton's log of its start is moved aside")
+    assert (logs / "triton.log").stat().st_size <= 4096
+    for _ in range(20):
+        assert stack.request("POST", "/v1/completions", {"model": stack.model, "prompt": "one"})[0] == 200
+    wait_until((logs / "gateway.log.1").exists, 5, "the gateway's log is moved aside by itself")
+    lines = [*(logs / "gateway.log.1").read_text().splitlines(), *(logs / "gateway.log").read_text().splitlines()]
+    assert sum(json.loads(line)["message"] == "request" for line in lines) > 4

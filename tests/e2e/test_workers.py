@@ -18,6 +18,7 @@ import aiohttp
 import psutil
 import pytest
 
+from orchestrator.logwriter import COLLECT_S
 from tests.counting import write_entry
 
 from .stack import Stack, wait_until
@@ -77,6 +78,7 @@ async def ask(http: aiohttp.ClientSession, **body: Any) -> tuple[int, str, str]:
 
 def served_by(stack: Stack) -> Counter[int]:
     """Requests that each worker has recorded."""
+    time.sleep(2 * COLLECT_S)  # a line is written a moment after its answer
     lines = (stack.home / "logs" / "gateway.log").read_text().splitlines()
     return Counter(row["worker"] for row in map(json.loads, lines) if row["message"] == "request")
 

@@ -36,6 +36,7 @@ class Stack:
     gateway: Gateway
     server: Server
     records: list[Record]
+    grpc: str = ""  # address of the gRPC edge, where it is switched on
 
     async def post(self, path: str, body: object, **headers: str) -> tuple[int, Any, dict[str, str]]:
         """Status, decoded body and lower-case headers of one POST; bytes are sent as they are."""
@@ -79,7 +80,8 @@ async def eventually(check: Callable[[], Awaitable[bool]], timeout_s: float = 10
 @asynccontextmanager
 async def serving(fake: FakeTriton, wait: bool = True, **changes: Any) -> AsyncIterator[Stack]:
     """The real application under uvicorn in front of this fake, with short intervals."""
-    quick = {"heartbeat_interval_s": 0.03, "heartbeat_timeout_s": 0.4, "stall_s": 0.6, "drain_s": 2.0, "audit": False}
+    quick = {"heartbeat_interval_s": 0.03, "heartbeat_timeout_s": 0.4, "stall_s": 0.6, "drain_s": 2.0}
+    quick |= {"audit": False, "grpc": False, "grpc_port": 0}
     settings = replace(Settings(), triton_http_port=fake.port, **{**quick, **changes})
     # asyncio switches Nagle's algorithm off only where the protocol is named
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -100,7 +102,8 @@ async def serving(fake: FakeTriton, wait: bool = True, **changes: Any) -> AsyncI
         try:
             if wait:
                 await until(lambda: gateway.ready)
-            yield Stack(url, fake, http, gateway, server, records)
+            grpc = f"127.0.0.1:{application.grpc.port}" if application.grpc is not None else ""
+            yield Stack(url, fake, http, gateway, server, records, grpc)
         finally:
             await http.close()
             for listening in server.servers:

@@ -30,10 +30,11 @@ PLAIN = {"model": "m", "prompt": "Hola"}
 @asynccontextmanager
 async def gateway(triton_port: int, **changes: object) -> AsyncIterator[tuple[Process, str, aiohttp.ClientSession]]:
     """`python -m orchestrator.app` with these settings, once it is live."""
-    port, ops = free_ports(2)
+    port, grpc, ops = free_ports(3)
     settings = replace(
-        Settings(), http_port=port, ops_port=ops, triton_http_port=triton_port, heartbeat_interval_s=0.05, audit=False
-    )
+        Settings(), http_port=port, grpc_port=grpc, ops_port=ops, triton_http_port=triton_port,
+        heartbeat_interval_s=0.05, audit=False,
+    )  # fmt: skip
     environ = {**os.environ, **settings.child_environ(**changes)}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "orchestrator.app", stderr=PIPE, env=environ, start_new_session=True

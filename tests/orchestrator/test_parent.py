@@ -17,11 +17,16 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 import pytest
 
-from orchestrator import parent
+from orchestrator import audit, parent
+from orchestrator.auditlog import folder_of
 from orchestrator.local import process
+from orchestrator.logwriter import COLLECT_S
+from orchestrator.ops.auditcheck import verify
+from orchestrator.ops.auditread import lines
 from orchestrator.parent import Parent, backoff_s
 from orchestrator.server import BindError, listen
 from orchestrator.settings import Settings
@@ -80,11 +85,12 @@ def alive(connection: HTTPConnection) -> bool:
 
 @contextlib.contextmanager
 def running(folder: Path, **changes: Any) -> Iterator[Gateway]:
-    port, ops = free_ports(2)
-    settings = replace(Settings(), home=folder, http_port=port, ops_port=ops, workers=2, drain_s=1.0, **changes)
+    port, ops, grpc = free_ports(3)
+    ports = {"http_port": port, "ops_port": ops, "grpc_port": grpc}
+    settings = replace(Settings(), home=folder, workers=2, drain_s=1.0, **ports, **changes)
     environ = {**os.environ, **settings.child_environ()}
     log = folder / "log"
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         argv = [sys.executable, "-m", "orchestrator.parent"]
         started = subprocess.Popen(argv, env=environ, stderr=output, start_new_session=True)
     try:
@@ -161,6 +167,29 @@ def test_a_worker_that_ends_under_load_is_replaced(gateway: Gateway, sign: signa
     assert len(broken) <= (4 if sign is signal.SIGKILL else 0), broken
 
 
+def test_grpc_is_shared_by_the_workers_and_by_nobody_else(gateway: Gateway, tmp_path: Path) -> None:
+    """Both workers get connections on the one gRPC port; a second gateway with that port in common is refused."""
+
+    def listened(worker: psutil.Process) -> set[int]:
+        return {c.laddr.port for c in worker.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+
+    (port,) = set.intersection(*map(listened, gateway.workers.values())) - {gateway.port}
+    own = (("grpc.use_local_subchannel_pool", 1),)  # a connection each
+    channels = [grpc.insecure_channel(f"127.0.0.1:{port}", own) for _ in range(24)]
+    for channel in channels:
+        assert channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=10) == b"\x08\x01"
+    for worker in gateway.workers.values():
+        assert [c for c in worker.net_connections("tcp") if c.raddr and c.laddr.port == port]
+    for channel in channels:
+        channel.close()
+    http, ops = free_ports(2)
+    settings = replace(Settings(), home=tmp_path, http_port=http, ops_port=ops, grpc_port=port, audit=False)
+    environ = {**os.environ, **settings.child_environ()}
+    second = subprocess.run([sys.executable, "-m", "orchestrator.parent"], env=environ, capture_output=True, timeout=20)
+    assert second.returncode == 1
+    assert second.stderr.decode() == f"error: cannot listen on grpc://127.0.0.1:{port}: address already in use\n"
+
+
 def test_the_admin_application_is_beside_the_workers(gateway: Gateway) -> None:
     """The ops port answers from the parent, and to admin keys alone."""
     connection = HTTPConnection("127.0.0.1", gateway.ops, timeout=15)
@@ -185,6 +214,25 @@ def test_log_lines_name_their_worker(gateway: Gateway) -> None:
         assert time.monotonic() < deadline, lines
         time.sleep(0.02)
     assert [line for line in lines if line["message"].startswith("listening on") and "worker" not in line]
+
+
+def test_all_processes_write_one_audit_log(gateway: Gateway) -> None:
+    """What two workers and the admin application saw is in one chain, also after workers were killed."""
+    for connection in gateway.connect_to_each().values():
+        connection.request("POST", "/v1/completions", json.dumps({"model": "m", "prompt": "Hola"}))
+        connection.getresponse().close()
+        connection.close()
+    home, deadline = gateway.log.parent, time.monotonic() + 5.0
+    prints = audit.fingerprint_of(replace(Settings(), home=home), create=False)
+    while True:  # an event is written a moment after it
+        rows = [json.loads(line) for line in lines(folder_of(home))]
+        if sum(row["event"] == "error" for row in rows) >= 2:
+            break
+        assert time.monotonic() < deadline, rows
+        time.sleep(0.02)
+    assert len({row["pid"] for row in rows if row["event"] == "start"}) >= 3
+    report = verify(folder_of(home), prints)
+    assert report.broken is None and report.running == 3
 
 
 def test_a_killed_parent_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -297,3 +345,43 @@ async def test_a_worker_that_does_not_end_is_killed(
 def test_backoff_grows_and_is_bounded() -> None:
     """The first start after a death is immediate, the others wait longer and longer, up to 4 s."""
     assert [backoff_s(n) for n in range(1, 8)] == [0.0, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
+
+
+def test_workers_rotate_their_log_under_load_and_lose_no_line(tmp_path: Path) -> None:
+    """Each request of many is in one whole line of the log or of those moved aside, whoever of the three processes
+    rotated them, after a drain all of them; the stack of a worker that crashed is there, too.
+    """
+    log = tmp_path / "log"
+    with running(tmp_path, log_file=log, log_level="info", log_max_bytes=10_000, log_files=1000) as gateway:
+
+        def ask(connection: HTTPConnection, first: int) -> None:
+            with contextlib.closing(connection):
+                for number in range(first, first + 150):
+                    headers = {"X-Request-Id": f"number-{number}"}
+                    connection.request("POST", "/v1/completions", b'{"model": "m", "prompt": "Hola"}', headers)
+                    connection.getresponse().read()
+
+        threads = [
+            threading.Thread(target=ask, args=(connection, index * 150))
+            for index, connection in enumerate(gateway.connect_to_each().values())
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        time.sleep(10 * COLLECT_S)  # a crash costs the lines that were not written yet
+        crashed = next(iter(gateway.workers))
+        os.kill(crashed, signal.SIGSEGV)
+        deadline = time.monotonic() + 20
+        while crashed in gateway.workers or len(gateway.workers) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        gateway.process.terminate()
+        assert gateway.process.wait(20) == 0
+    files = [path.read_text() for path in tmp_path.glob("log*")]
+    assert len(files) > 5
+    lines = [line for text in files for line in text.splitlines()]
+    requests = [row for row in (json.loads(line) for line in lines if line[:1] == "{") if row["message"] == "request"]
+    assert sorted(row["request_id"] for row in requests) == sorted(f"number-{number}" for number in range(300))
+    assert {row["worker"] for row in requests} == {1, 2}
+    assert "Fatal Python error: Segmentation fault" in lines

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy
 import pytest
 import redis
 from hypothesis import given
 from hypothesis import strategies as st
+from tritonclient.grpc.aio import InferenceServerClient, InferInput
 
 from orchestrator.api.errors import TABLE
 from orchestrator.settings import Settings
@@ -135,6 +137,25 @@ async def test_each_way_of_a_request_has_its_spans(
     assert not [word for word in (b"berenjena", b"calabaza", b"too much", b"127.0.0.1", b"ip-") if word in sent]
 
 
+async def test_grpc_is_traced_by_the_same_sink(fake: FakeTriton, collector: Collector) -> None:
+    """A gRPC call with a traceparent in its metadata has the same spans, named after the method, up to Triton's header
+    and down to the client's span.
+    """
+    async with serving(fake, otlp_endpoint=collector.url, grpc=True) as stack:
+        async with InferenceServerClient(stack.grpc) as client:
+            text = InferInput("text_input", [1], "BYTES")
+            text.set_data_from_numpy(numpy.array([b"zanahoria"], dtype=numpy.object_))
+            await client.infer("m", [text], headers={"traceparent": CLIENT})
+    (tree,) = collector.trees()
+    assert list(tree) == ["server", "prepare", "limits and cache", "text_completion m"]
+    server = tree["server"]
+    assert (server.name, server.kind) == ("inference.GRPCInferenceService/ModelInfer", "SERVER")
+    assert (server.trace, server.parent) == (TRACE, PARENT)
+    assert {"rpc.system.name": "grpc", "rpc.method": server.name}.items() <= server.attributes.items()
+    assert fake.headers[0]["traceparent"] == f"00-{TRACE}-{tree['text_completion m'].id}-01"
+    assert b"zanahoria" not in b"".join(collector.bodies)
+
+
 async def test_a_request_that_is_refused_ends_in_its_stage(
     fake: FakeTriton, server: RealRedis, client: redis.Redis, collector: Collector
 ) -> None:
@@ -226,7 +247,7 @@ def test_off_nothing_of_it_is_imported() -> None:
         "from orchestrator.worker import build\n"
         "from orchestrator.settings import Settings\n"
         "async def main():\n"
-        "    application = build(Settings(audit=False)).config.app\n"
+        "    application = build(Settings(audit=False, grpc=False)).config.app\n"
         "    await application.start()\n"
         "    assert application.gateway is not None\n"
         "    await application.stop()\n"

@@ -24,12 +24,12 @@ SETTLE_S = 3.0  # before the first sample: connections and pools
 ANSWER_TTL_S = 5  # so short that as many answers expire as are stored
 KIB, MIB = 1 << 10, 1 << 20
 BOUNDS: dict[str, Bound] = {
-    "uss": Bound(slope=2 * MIB, rise=1.5 * MIB),
+    "uss": Bound(slope=512 * KIB, rise=512 * KIB),
     "files": Bound(slope=10, rise=10),
     "threads": Bound(slope=2, rise=3),
     "regions": Bound(slope=1, rise=1),
     "bytes": Bound(slope=MIB, rise=MIB),
-    "used": Bound(slope=MIB, rise=MIB),
+    "used": Bound(slope=512 * KIB, rise=512 * KIB),
     "keys": Bound(slope=100, rise=100),
 }
 WRITTEN_BYTES = 4096  # of logs, audit and Redis's file together, a request
@@ -81,7 +81,9 @@ def running(environ: Mapping[str, str]) -> Iterator[Stack]:
     write_entry(folder / "repository", slots=8, step_delay_ms=3, max_queue=80, max_len=2000)
     extra = {
         "TRUTHGPT_WORKERS": "2", "TRUTHGPT_AUTH": "keys", "TRUTHGPT_SANITIZE": "reject", "TRUTHGPT_DEBUG": "false",
-        "TRUTHGPT_LOG_LEVEL": "info", **environ,
+        "TRUTHGPT_LOG_LEVEL": "info",
+        # how soon a model counts as dead is no matter here, and a busy machine must not kill it
+        "TRUTHGPT_HEARTBEAT_TIMEOUT_S": "10", "TRUTHGPT_STALL_S": "20", **environ,
     }  # fmt: skip
     stack = Stack(folder / "home", folder / "repository", extra=extra)
     try:

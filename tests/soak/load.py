@@ -17,7 +17,6 @@ import aiohttp
 import grpc
 import numpy as np
 import tritonclient.grpc.aio as triton
-from tritonclient.utils import InferenceServerException
 
 from tests.counting import WORDS
 from tests.e2e.load import outcome_of
@@ -72,7 +71,7 @@ class Traffic:
             (4, "hang-up", self._hanging_up(lambda: self._completion(self._prompt(), LONG)), {"ok", "hung up"}),
             (3, "infer hang-up", self._hanging_up(self._infer), {"ok", "hung up"}),
             (4, "limited", lambda: self._completion(self._prompt(), key=self.limited), {"ok", "rate_limit_exceeded"}),
-            (3, "bad key", self._bad_key, {"invalid_api_key"}),
+            (3, "bad key", self._bad_key, {"invalid_api_key", "keys_unavailable"}),
             (2, "bad JSON", lambda: self._post("/v1/completions", b'{"model": '), {"None"}),
             (2, "bad parameter", lambda: self._completion(self._prompt(), -1), {"None"}),
             (2, "unsafe", lambda: self._completion("one <script>two</script>"), {"unsafe_input"}),
@@ -123,9 +122,7 @@ class Traffic:
     async def _one(self, name: str, ask: Kind, expected: set[str]) -> None:
         try:
             ended = await ask()
-        except (aiohttp.ClientError, TimeoutError, OSError, InferenceServerException) as error:
-            ended = f"{type(error).__name__}: {error}"
-        except Exception as error:  # a fault of the test's: it must not go unseen in a task
+        except Exception as error:  # whatever it is, it must not go unseen in a task
             ended = f"{type(error).__name__}: {error}"
         self.done += 1
         if ended in expected:

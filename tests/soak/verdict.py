@@ -1,8 +1,8 @@
 """Whether a series of samples grows with the requests that are served. Pure: no processes, no clocks.
 
-A figure may rise while caches, pools and allocators fill, and it jumps up and down with what runs at the moment. What is
-looked at is therefore the second half of the run only, cut into blocks whose medians are compared by the Theil-Sen
-estimator (the median of the slopes between all pairs: Sen 1968), which up to 29 % of the points cannot mislead.
+A figure may rise while caches, pools and allocators fill, and it jumps up and down with what runs at the moment. So
+only the second half of a run is looked at, cut into blocks whose medians are compared by the Theil-Sen estimator (the
+median of the slopes between all pairs: Sen 1968), which up to 29 % of the points cannot mislead.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -46,10 +47,10 @@ def upstream() -> Upstream:
     return Upstream()
 
 
-async def ask(
-    upstream: Upstream, method: str, path: str, body: bytes = b"", key: bytes | None = b"admin"
-) -> tuple[int, bytes]:
-    """One request through the front door: status and body."""
+async def exchange(
+    upstream: Upstream, method: str, path: str, body: bytes = b"", key: bytes | None = b"admin", **more: bytes
+) -> tuple[int, bytes, dict[bytes, bytes]]:
+    """One request through the front door: status, body and headers."""
     sent: list[Any] = []
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -61,12 +62,24 @@ async def ask(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    door = FrontDoor(Admin(upstream.fetch, 5.0, lambda accept: (accept.encode(), "text/plain")).routes, 1000, identify)
+    door = FrontDoor(Admin(upstream.fetch, 5.0, scrape).routes, 1000, identify)
     headers = [(b"content-type", b"text/x")] + ([(b"x-api-key", key)] if key else [])
+    headers += [(name.replace("_", "-").encode(), value) for name, value in more.items()]
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": headers}
     scope["extensions"] = {"truthgpt.when_gone": {"call": lambda call: None}}
     await door(scope, receive, send)
-    return sent[0]["status"], sent[1]["body"]
+    return sent[0]["status"], sent[1]["body"], dict(sent[0]["headers"])
+
+
+async def ask(
+    upstream: Upstream, method: str, path: str, body: bytes = b"", key: bytes | None = b"admin"
+) -> tuple[int, bytes]:
+    """One request through the front door: status and body."""
+    return (await exchange(upstream, method, path, body, key))[:2]
+
+
+def scrape(accept: str) -> tuple[bytes, str]:
+    return f"up 1 {accept}".encode(), "text/x"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +112,22 @@ async def test_liveness_needs_no_key(upstream: Upstream) -> None:
     """The probe answers anybody; it says nothing of Triton."""
     assert await ask(upstream, "GET", "/health/live", key=None) == (200, b'{"live": true}')
     assert upstream.asked == []
+
+
+@pytest.mark.parametrize(
+    ("accepted", "packed"),
+    [(b"", False), (b"gzip", True), (b"br;q=1.0, gzip;q=0.8", True), (b"GZIP ; q=0.5", True), (b"gzip;q=0", False),
+     (b"identity, gzip; q=0.00", False), (b"deflate", False)],
+)  # fmt: skip
+async def test_metrics_need_no_key(upstream: Upstream, accepted: bytes, packed: bool) -> None:
+    """Prometheus reads them without one, in the form that it accepts, packed where it says so."""
+    status, body, headers = await exchange(
+        upstream, "GET", "/metrics", key=None, accept=b"application/x", accept_encoding=accepted
+    )
+    assert (status, headers[b"content-type"]) == (200, b"text/x")
+    assert (headers.get(b"content-encoding") == b"gzip") is packed
+    assert (gzip.decompress(body) if packed else body) == b"up 1 application/x"
+    assert headers[b"vary"] == b"Accept, Accept-Encoding" and int(headers[b"content-length"]) == len(body)
 
 
 async def test_inference_is_not_offered_here(upstream: Upstream) -> None:

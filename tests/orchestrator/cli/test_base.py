@@ -39,7 +39,7 @@ def test_every_promised_command_is_there() -> None:
         "up", "down", "status", "generate", "export", "models list", "models show", "models remove", "config show",
         "config check", "doctor", "batch run", "keys create", "keys list", "keys show", "keys revoke", "keys rotate",
         "limits show", "limits set", "limits reset", "cache stats", "cache clear", "cache inspect", "cache ttl",
-        "breaker show", "breaker reset",
+        "breaker show", "breaker reset", "audit tail", "audit verify", "audit stats", "audit export", "audit hash",
     }  # fmt: skip
 
 

@@ -1,0 +1,206 @@
+"""The front door of gRPC: each call's id, language, method and caller, and every error that nobody else answered."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+from google.protobuf.message import DecodeError
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+from orchestrator.api.grpc_errors import NOT_A_MESSAGE, TABLE, details_of, metadata_of
+from orchestrator.api.headers import language_of, request_id, traceparent_of
+from orchestrator.api.middleware import NOBODY, Identify
+from orchestrator.api.notes import note_headers
+from orchestrator.context import handling
+from orchestrator.domain import Caller, Incident, Notes
+from orchestrator.errors import InternalError, InvalidRequest, TruthGPTError
+
+log = logging.getLogger(__name__)
+
+NO_SUCH_METHOD = "not_found"  # as over HTTP, in what is reported
+
+
+class Rpc:
+    """One call, or one of the requests of a stream. `accepted_at` is monotonic seconds; header names are lower-case."""
+
+    def __init__(self, context: Any, method: str) -> None:
+        self.accepted_at = time.monotonic()
+        self.context = context
+        # backwards: the first of a repeated name counts
+        self.headers = {name.encode(): _bytes(value) for name, value in reversed(context.invocation_metadata())}
+        self.id = request_id(self.headers.get(b"x-request-id"))
+        self.traceparent = traceparent_of(self.headers.get(b"traceparent"))
+        self.caller = Caller(NOBODY, language=language_of(self.headers.get(b"accept-language", b"")))
+        self.notes = Notes(edge="grpc", route=method)
+
+    @property
+    def within_s(self) -> float | None:
+        """What is left of the client's own deadline."""
+        left_s: float | None = self.context.time_remaining()
+        return left_s
+
+    def another(self, number: int) -> Rpc:
+        """The same call's request of this number, from 0, accepted now."""
+        other = copy.copy(self)
+        other.accepted_at, other.notes = time.monotonic(), Notes(edge="grpc", route=self.notes.route)
+        other.id = f"{self.id}-{number}" if number else self.id
+        return other
+
+    def end(self, *more: tuple[bytes, bytes]) -> tuple[tuple[str, str | bytes], ...]:
+        """The trailing metadata: it can hold what is known only at the end, and travels with the answer for nothing."""
+        noted = ((name.decode(), value) for name, value in (*note_headers(self.notes), *more))
+        return (("x-request-id", self.id), *noted)
+
+
+@dataclass(frozen=True)
+class Unary:
+    """A method that takes one message, of the class `request`, and gives one. `open`: without a credential."""
+
+    request: Any
+    handle: Callable[[Rpc, Any], Awaitable[Any]]
+    open: bool = False
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A method that takes a stream of messages' bytes, and answers by writing to the call's context."""
+
+    handle: Callable[[Door, Rpc, AsyncIterator[bytes]], Awaitable[None]]
+    open: bool = False
+
+
+Methods = Mapping[str, Unary | Stream]  # SERVICE/METHOD -> what answers it
+
+
+class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
+    """`identify` raises TruthGPTError for a caller who may not come in. `report` is told of every error of which the
+    path has made no Record. `trusted_proxies`, comma-separated addresses, may name a client's in x-forwarded-for.
+    """
+
+    def __init__(
+        self, methods: Methods, identify: Identify, report: Callable[[Incident], None], trusted_proxies: str | None
+    ) -> None:
+        self.methods = methods
+        self._identify, self._report = identify, report
+        self._proxies = ProxyHeadersMiddleware(_nobody, trusted_proxies) if trusted_proxies else None
+        self._handlers = {f"/{name}": self._handler(name, method) for name, method in methods.items()}
+        self._unknown = grpc.stream_stream_rpc_method_handler(self._refuse_unknown)
+
+    def service(self, handler_call_details: Any) -> Any:
+        """grpc's own question: who answers this method?"""
+        return self._handlers.get(handler_call_details.method, self._unknown)
+
+    async def admit(self, rpc: Rpc) -> None:
+        """Find out who asks. Raises TruthGPTError."""
+        caller = self._identify(rpc.headers, await self._address(rpc))
+        rpc.caller = dataclasses.replace(caller, language=rpc.caller.language)
+
+    def tell(self, rpc: Rpc, error: BaseException) -> TruthGPTError:
+        """Log and report an error that ends a request; what of it the client may know."""
+        known = error if isinstance(error, TruthGPTError) else InternalError(type(error).__name__)
+        if isinstance(known, InternalError):
+            log.error("request %s failed: %s", rpc.id, known, exc_info=error)
+        if not rpc.notes.recorded:
+            self._incident(rpc, known.kind, rpc.notes.route)
+        return known
+
+    def _handler(self, name: str, method: Unary | Stream) -> Any:
+        if isinstance(method, Stream):
+
+            async def stream(messages: AsyncIterator[bytes], context: Any) -> None:
+                rpc = Rpc(context, name)
+                handling.set((rpc.id, rpc.traceparent))
+                try:
+                    if not method.open:
+                        await self.admit(rpc)
+                    await method.handle(self, rpc, messages)
+                    context.set_trailing_metadata(rpc.end())
+                except grpc.aio.AbortError:
+                    raise  # the handler has ended the call by itself
+                except Exception as error:
+                    await self._abort(rpc, error)
+
+            return grpc.stream_stream_rpc_method_handler(stream)
+
+        async def unary(raw: bytes, context: Any) -> bytes:
+            rpc = Rpc(context, name)
+            handling.set((rpc.id, rpc.traceparent))
+            try:
+                if not method.open:
+                    await self.admit(rpc)
+                answer: bytes = (await method.handle(rpc, parse(method.request, raw))).SerializeToString()
+                context.set_trailing_metadata(rpc.end())
+                return answer
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await self._abort(rpc, error)
+                raise  # not reached: ending a call raises
+
+        return grpc.unary_unary_rpc_method_handler(unary)
+
+    async def _abort(self, rpc: Rpc, error: Exception) -> None:
+        known = self.tell(rpc, error)
+        await rpc.context.abort(
+            TABLE[type(known)], details_of(known, rpc.caller.language), rpc.end(*metadata_of(known))
+        )
+
+    async def _refuse_unknown(self, messages: AsyncIterator[bytes], context: Any) -> None:
+        rpc = Rpc(context, "")
+        self._incident(rpc, NO_SUCH_METHOD, "")  # its name is the client's, of any length and kind
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "There is no such method here.", rpc.end())
+
+    async def _address(self, rpc: Rpc) -> str:
+        """The client's address; `peer` has a kind, an address and a port, the brackets of IPv6 percent-encoded."""
+        host = unquote(rpc.context.peer().partition(":")[2]).rpartition(":")[0].strip("[]")
+        if self._proxies is None:
+            return host
+        fields = [(name.encode(), _bytes(value)) for name, value in rpc.context.invocation_metadata()]
+        scope: Any = {"type": "http", "client": (host, 0), "headers": fields}
+        await self._proxies(scope, _nothing, _nothing)  # the same rule as over HTTP
+        return str(scope["client"][0])
+
+    def _incident(self, rpc: Rpc, kind: str, operation: str) -> None:
+        try:
+            self._report(
+                Incident(
+                    kind=kind,
+                    id=rpc.id,
+                    edge="grpc",
+                    operation=operation,
+                    caller="" if rpc.caller.id == NOBODY else rpc.caller.id,
+                    address=unquote(rpc.context.peer().partition(":")[2]).rpartition(":")[0].strip("[]"),
+                    at=time.time(),
+                    traceparent=rpc.traceparent,
+                )
+            )
+        except Exception:  # whoever listens may not fail the request
+            log.exception("an incident could not be reported")
+
+
+def parse(kind: Any, raw: bytes) -> Any:
+    """A message of this class. Raises InvalidRequest."""
+    try:
+        return kind.FromString(raw)
+    except DecodeError as error:
+        raise InvalidRequest(NOT_A_MESSAGE) from error
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value if isinstance(value, bytes) else value.encode()
+
+
+async def _nobody(scope: Any, receive: Any, send: Any) -> None:
+    """The application behind ProxyHeadersMiddleware: only what that makes of the address is wanted."""
+
+
+async def _nothing(*_: Any) -> Any:
+    return None

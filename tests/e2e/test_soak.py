@@ -1,0 +1,31 @@
+"""A minute of `make soak`, and the proof that it would find a leak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.soak import engine
+
+LEAK = Path(engine.__file__).parent / "leak"
+
+
+@pytest.mark.timeout(240)
+def test_a_minute_of_everything_leaves_nothing_behind() -> None:
+    """Every kind of request on two workers: each is answered as it should be, and no process holds more memory, files,
+    threads or shared memory for it, nor does Redis.
+    """
+    report = engine.run(seconds=60, rate=100)
+    assert report.problems == []
+    assert report.requests > 1000
+
+
+@pytest.mark.timeout(120)
+def test_a_leak_is_found() -> None:
+    """The same check fails for workers that keep 8 KiB and a file of each request, and says that it is they."""
+    leaking = {"PYTHONPATH": str(LEAK), "SOAK_LEAK_BYTES": "8192", "SOAK_LEAK_FILES": "1"}
+    report = engine.run(seconds=15, rate=100, environ=leaking)
+    growing = {figure for figure, found in report.findings.items() if not found.flat}
+    assert growing == {(f"worker {number}", what) for number in (1, 2) for what in ("uss", "files")}, report.problems
+    assert sum("grows by" in problem for problem in report.problems) == 4
