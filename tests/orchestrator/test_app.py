@@ -132,7 +132,7 @@ async def test_a_signal_drains(fake: FakeTriton, workers: int, tell: Callable[[i
         assert time.monotonic() - began < 1.0
         assert (await short).endswith("data: [DONE]\n\n")
         text = await endless
-        assert '"code": "draining"' in text
+        assert '"code":"draining"' in text
         assert "[DONE]" not in text
         assert await asyncio.wait_for(process.wait(), 5) == 0
         assert 1.0 < time.monotonic() - began < 3.5

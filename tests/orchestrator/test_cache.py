@@ -38,7 +38,7 @@ TICKET = Ticket("k" * 64, "t", "demo", "translation")
 # The key
 
 
-PARTS = ("a", "b", "ab", "", '","', "\n", "ñ", "1", "null", "\ud800")
+PARTS = ("a", "b", "ab", "", '","', "\n", "ñ", "1", "null", "\U0001f600")
 text = st.sampled_from(PARTS)
 prompts = st.one_of(
     st.fixed_dictionaries({"text": text}),

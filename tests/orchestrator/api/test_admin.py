@@ -110,7 +110,7 @@ async def test_nobody_but_an_admin_comes_in(upstream: Upstream) -> None:
 
 async def test_liveness_needs_no_key(upstream: Upstream) -> None:
     """The probe answers anybody; it says nothing of Triton."""
-    assert await ask(upstream, "GET", "/health/live", key=None) == (200, b'{"live": true}')
+    assert await ask(upstream, "GET", "/health/live", key=None) == (200, b'{"live":true}')
     assert upstream.asked == []
 
 

@@ -157,7 +157,7 @@ async def test_hanging_up_cancels_all_at_once(fake: FakeTriton, stream: bool, sc
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         await until(lambda: fake.running == 3)
         if stream and len(script) > 1:
-            await reader.readuntil(b'"text": "a"')
+            await reader.readuntil(b'"text":"a"')
         writer.close()
         assert await until(lambda: fake.hang_ups == 3) < 0.3
         await until(lambda: len(stack.records) == 3)
