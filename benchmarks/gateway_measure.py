@@ -12,7 +12,7 @@ import click
 
 from benchmarks import gateway_load
 from benchmarks.gateway_load import Ask, Result
-from benchmarks.gateway_machine import cpu_s, memory_mb
+from benchmarks.gateway_machine import cores, cpu_s, memory_mb, pinned
 from benchmarks.gateway_systems import System, get
 
 CHUNKS = 16
@@ -100,6 +100,8 @@ async def turn(system: System, runs: tuple[Run, ...], pace: Pace) -> dict[str, d
     """Every workload of one system, once. A run with errors is no result: it has nothing but them."""
     await system.turn()
     pids = system.process.pids if system.process is not None else []
+    if system.process is not None and pinned(system.process.popen.pid) != {cores()[0]}:
+        raise click.ClickException(f"{system.name} has left its core")
     rows: dict[str, dict[str, Any]] = {}
     for run in runs:
         sample = (lambda: cpu_s(pids)) if pids else (lambda: None)
