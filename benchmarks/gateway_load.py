@@ -42,8 +42,8 @@ class Ask:
     """One kind of request, and what its answer must have.
 
     `tokens` is the number of matches of the pattern `token` in an answer's body. `done`: a stream ends with [DONE].
-    `same`, if not 0, is the number in every request, else each has one of its own. `needs` are bytes that each answer's
-    packets have to hold, such as a header.
+    `same`, if not 0, is the number in every request, else each has one of its own. `needs` are bytes that an answer's
+    packets have to hold, such as a header; an answer that is good but for them is a stray.
     """
 
     port: int
@@ -100,6 +100,7 @@ class Result:
     whole: dict[str, float]
     first: dict[str, float]
     events: float
+    strays: int
     generator_us: float
     before: Any = None
     after: Any = None
@@ -123,7 +124,7 @@ class Window:
         self.open, self.closed = False, asyncio.Event()
         self.whole: list[float] = []
         self.first: list[float] = []
-        self.events = 0
+        self.events = self.strays = 0
         self.errors: Counter[str] = Counter()
         self.before = self.after = None
         self._began = self._until = self._cpu = 0.0
@@ -226,8 +227,8 @@ class Client(asyncio.Protocol):
         body = b"".join(self._body)
         fault = self._ask.fault(parser.get_status_code(), body)
         keep = parser.should_keep_alive()
-        if fault is None and self._missing:
-            fault = f"without {self._missing.decode()!r}"
+        if fault is None and self._missing and self._window.open:
+            self._window.strays += 1
         self._parser = None
         again = self._window.saw(self._sent, self._first, self._now, fault, body.count(b"data:"))
         if again and keep:
@@ -292,6 +293,7 @@ async def drive(
     return Result(
         clients, count, window.seconds, dict(window.errors), quantiles(window.whole), quantiles(window.first),
         window.events / count if count else 0.0,
+        window.strays,
         window.generator_s / count * 1e6 if count else 0.0, window.before, window.after,
     )  # fmt: skip
 

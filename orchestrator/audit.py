@@ -32,8 +32,9 @@ SUMMARY_S = 10.0
 MINUTE_S = 60.0
 CLOSE_S = 2.0
 QUEUED = 10_000  # events that may wait: at some 2 KB each
-BATCH = 128  # events of one write
-AT_ONCE = 8  # events that are made before others may run: some 0.1 ms
+BATCH = 64  # events of one write
+AT_ONCE = 8  # events that are made in one go: some 0.1 ms
+BREATH_S = 0.0002  # then the event loop may run; it would wait for 5 ms else, and giving way for no time is too short
 
 
 class Audit:
@@ -166,7 +167,8 @@ class Audit:
                 except Exception:  # one that is not as it should be keeps no other from being written
                     self._unmade += 1
                     log.exception("an event of the audit log could not be made")
-            time.sleep(0)  # hands the interpreter to the event loop, which else would wait for 5 ms
+            if self._queue:
+                time.sleep(BREATH_S)
 
     def _made(self, item: Record | Incident | bytes) -> bytes:
         if isinstance(item, Record):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from json.encoder import encode_basestring_ascii as quoted
 from operator import attrgetter
 
-from orchestrator.auditlog import encode
+from orchestrator.auditlog import encode, stamp
 from orchestrator.domain import Incident, Record
 from orchestrator.fingerprint import Fingerprint
 from orchestrator.keys import subject_of
@@ -19,12 +21,13 @@ EVENTS = ("generation", "error", "security", "performance", "lost", "recovered",
 SECURITY = frozenset({"unauthenticated", "permission_denied", "rate_limited", "unsafe_input", "admin"})
 TEXT_CHARS = 512  # of each field that a client has a say in
 
-_AS_THEY_ARE = (
-    "id", "tenant", "operation", "edge", "route", "model", "task", "stream", "outcome", "error", "finish_reason",
-    "cache", "fallback", "sanitized", "refused", "shadow", "degraded", "input_hash", "prompt_tokens",
-    "completion_tokens", "output_chars",
+# The fields of a request by how they are written; texts that are empty are left out.
+_TEXTS = (
+    "tenant", "operation", "edge", "route", "task", "outcome", "error", "finish_reason", "cache", "fallback", "refused",
+    "shadow", "input_hash",
 )  # fmt: skip
-_fields = attrgetter(*_AS_THEY_ARE)
+_texts = attrgetter(*_TEXTS)
+_TEXT_KEYS = tuple(f',"{name}":' for name in _TEXTS)
 
 
 def event_of(kind: str | None) -> str:
@@ -34,15 +37,28 @@ def event_of(kind: str | None) -> str:
 
 def of_request(record: Record, prints: Fingerprint) -> bytes:
     """`generation` where the request was answered or its client left, else `error` or `security`."""
-    fields = dict(zip(_AS_THEY_ARE, _fields(record), strict=True))
-    if suspicious(record.id + record.model):  # all that a client can choose
-        fields["id"], fields["model"] = masked(record.id), masked(record.model)
-    fields["caller"] = prints.caller(record.caller)
-    fields["duration_s"] = round(record.duration_s, 6)
+    id, model, trace = record.id, record.model, record.trace
+    if suspicious(id + model):  # all that a client can choose
+        id, model = masked(id), masked(model)
+    parts = [  # the same as `encode` of a mapping, at half the cost
+        f'"event":"{event_of(record.error)}","time":"{stamp(record.accepted + record.duration_s)}","id":{quoted(id)},'
+        f'"caller":"{prints.caller(record.caller)}","model":{quoted(model)}',
+        *[key + quoted(text) for key, text in zip(_TEXT_KEYS, _texts(record), strict=True) if text],
+        f',"prompt_tokens":{record.prompt_tokens},"completion_tokens":{record.completion_tokens},'
+        f'"output_chars":{record.output_chars},"duration_s":{record.duration_s:.6f}',
+    ]
     if record.ttft_s is not None:
-        fields["ttft_s"] = round(record.ttft_s, 6)
-    fields["traceparent"] = record.traceparent if record.trace is None else record.trace.own
-    return encode(event_of(record.error), record.accepted + record.duration_s, fields)
+        parts.append(f',"ttft_s":{record.ttft_s:.6f}')
+    if record.stream:
+        parts.append(',"stream":true')
+    if record.degraded:
+        parts.append(',"degraded":true')
+    if record.sanitized:
+        parts.append(f',"sanitized":{json.dumps(record.sanitized)}')
+    traceparent = record.traceparent if trace is None else trace.own
+    if traceparent:
+        parts.append(f',"traceparent":"{traceparent}"')
+    return "".join(parts).encode("ascii")
 
 
 def of_incident(incident: Incident, prints: Fingerprint) -> bytes:

@@ -122,12 +122,13 @@ async def test_an_answer_that_never_comes_is_an_error() -> None:
     assert result.requests == 0 and result.errors == {"no answer": 3}
 
 
-async def test_a_missing_header_is_an_error() -> None:
-    """A cache that says nothing of a hit is not measured as one."""
-    async with server(lambda number: [_GOOD]) as port:
+async def test_an_answer_without_what_it_needs_is_a_stray() -> None:
+    """A cache that does not say that it was one is counted apart, each time."""
+    hit = _GOOD.replace(b"\r\n\r\n", b"\r\nx-cache: hit\r\n\r\n")
+    async with server(lambda number: [_GOOD if number % 2 else hit]) as port:
         ask = chat(port, False, 16, needs=b"x-cache: hit")
         result = await gateway_load.http(ask, 1, 0.05, warm_s=0.0)
-    assert list(result.errors) == ["without 'x-cache: hit'"] and result.requests == 0
+    assert result.errors == {} and abs(result.strays * 2 - result.requests) <= 2 and result.strays > 1
 
 
 async def test_nobody_listening_is_an_error() -> None:

@@ -27,6 +27,7 @@ import redis
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+from orchestrator.ops.keyring import Keyring
 from tests.collector import Collector
 from tests.counting import write_entry
 from tests.redis import RealRedis
@@ -242,7 +243,9 @@ def search(cache: bool) -> Search:
         try:
             stack.start()
             try:
-                key, limited = _key(stack), _key(stack, "--per-minute", "1")
+                with redis.Redis.from_url(stack.state.redis) as store:
+                    limits = ({"per_minute": 1}, {})
+                    (_, limited), (_, key) = (Keyring(store).create("acme", limits=each) for each in limits)
                 talk, places = Talk(stack, marks, key, limited), list[Place]()
                 talk.answered()
                 talk.over_grpc()
@@ -264,12 +267,6 @@ def search(cache: bool) -> Search:
     secret = key.split("_", 2)[2]
     seen = found([*vars(marks).values(), secret, extra["TRUTHGPT_AUDIT_KEY"]], places)
     return Search(marks, secret, {name for name, _ in places}, seen, set(talk.statuses))
-
-
-def _key(stack: Stack, *options: str) -> str:
-    made = stack.cli("keys", "create", "--tenant", "acme", *options, "--json")
-    assert made.returncode == 0, made.stderr
-    return str(json.loads(made.stdout)["key"])
 
 
 def test_what_was_asked_and_answered_is_found_nowhere_but_in_the_cache() -> None:

@@ -28,7 +28,7 @@ from orchestrator.logwriter import COLLECT_S
 from orchestrator.ops.auditcheck import verify
 from orchestrator.ops.auditread import lines
 from orchestrator.parent import Parent, backoff_s
-from orchestrator.server import BindError, listen
+from orchestrator.server import BindError, listen, reserve
 from orchestrator.settings import Settings
 from tests.e2e.stack import free_ports
 
@@ -167,12 +167,14 @@ def test_a_worker_that_ends_under_load_is_replaced(gateway: Gateway, sign: signa
     assert len(broken) <= (4 if sign is signal.SIGKILL else 0), broken
 
 
-def test_grpc_is_shared_by_the_workers_and_by_nobody_else(gateway: Gateway, tmp_path: Path) -> None:
+def test_grpc_is_shared_by_the_workers_and_by_nobody_else(gateway: Gateway) -> None:
     """Both workers get connections on the one gRPC port; a second gateway with that port in common is refused."""
 
     def listened(worker: psutil.Process) -> set[int]:
         return {c.laddr.port for c in worker.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
 
+    for connection in gateway.connect_to_each().values():  # both are up
+        connection.close()
     (port,) = set.intersection(*map(listened, gateway.workers.values())) - {gateway.port}
     own = (("grpc.use_local_subchannel_pool", 1),)  # a connection each
     channels = [grpc.insecure_channel(f"127.0.0.1:{port}", own) for _ in range(24)]
@@ -182,12 +184,8 @@ def test_grpc_is_shared_by_the_workers_and_by_nobody_else(gateway: Gateway, tmp_
         assert [c for c in worker.net_connections("tcp") if c.raddr and c.laddr.port == port]
     for channel in channels:
         channel.close()
-    http, ops = free_ports(2)
-    settings = replace(Settings(), home=tmp_path, http_port=http, ops_port=ops, grpc_port=port, audit=False)
-    environ = {**os.environ, **settings.child_environ()}
-    second = subprocess.run([sys.executable, "-m", "orchestrator.parent"], env=environ, capture_output=True, timeout=20)
-    assert second.returncode == 1
-    assert second.stderr.decode() == f"error: cannot listen on grpc://127.0.0.1:{port}: address already in use\n"
+    with pytest.raises(BindError, match=f"grpc://127.0.0.1:{port}: address already in use"):
+        reserve("127.0.0.1", port)
 
 
 def test_the_admin_application_is_beside_the_workers(gateway: Gateway) -> None:

@@ -8,14 +8,19 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grpc
 import pytest
 import redis
+from tritonclient.grpc import service_pb2 as pb
 
 from orchestrator.api.admin import CONTROL
+from orchestrator.api.grpc_describe import CONTROL as GRPC_CONTROL
+from orchestrator.api.grpc_messages import SERVICE
 from orchestrator.domain import Record
 from orchestrator.ops.keyring import Keyring
 from tests.redis import RealRedis
 
+from .api.calls import ask, number, stub, told
 from .conftest import Stack, serving, until
 from .fake_triton import FakeTriton
 
@@ -43,6 +48,11 @@ OPERATIONS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         )
     },
     "/v2/models/plain/infer": [("infer", NUMBERS)],
+}
+# Every method of gRPC's service that works for a caller: its requests.
+RPCS: dict[str, list[tuple[str, Any]]] = {
+    "ModelInfer": [("generate", ask()), ("generate", ask(version="1")), ("infer", number())],
+    "ModelStreamInfer": [("generate", ask(stream=True)), ("generate", ask()), ("infer", number())],
 }
 STAGES = ["permit", "sanitise", "fit", "limits and cache", "breaker", "triton", "settle", "record"]
 
@@ -120,6 +130,54 @@ async def test_every_operation_of_every_edge_passes_every_stage(fake: FakeTriton
         assert len(stack.records) == sum(len(calls) for calls in OPERATIONS.values())
 
 
+async def test_every_operation_over_grpc_passes_every_stage(fake: FakeTriton, server: RealRedis) -> None:
+    """Unary and in streams of one or several requests, the stages are those of HTTP, and each leaves one record."""
+    fake.models["plain"] = "READY"
+    fake.other_backends = {"plain"}
+    async with (
+        serving(fake, redis_url=server.url, limit_per_minute=1000, grpc=True) as stack,
+        stub(stack.grpc) as calls,
+    ):
+        trail = Trail(stack)
+        metadata = (("cache-control", "no-store"),)
+        for name, requests in RPCS.items():
+            for endpoint, request in requests:
+                if name == "ModelInfer":
+                    call = calls.ModelInfer(request, metadata=metadata)
+                    await call
+                else:
+                    call = calls.ModelStreamInfer(iter([request]), metadata=metadata)
+                    assert not any([response.error_message async for response in call])
+                assert "ratelimit" in (await told(call))[2], name
+                wanted = [stage for stage in STAGES if endpoint != "infer" or stage != "fit"]
+                assert trail.take() == wanted, name
+                assert stack.records[-1].operation == endpoint
+                assert stack.records[-1].route == f"{SERVICE}/{name}"
+        made = sum(len(requests) for requests in RPCS.values())
+        several = [request for _, request in RPCS["ModelStreamInfer"]]
+        [response async for response in calls.ModelStreamInfer(iter(several), metadata=metadata)]
+        assert len(stack.records) == made + len(several)
+
+
+async def test_no_method_is_forgotten_here(fake: FakeTriton) -> None:
+    """Every method of every served gRPC service is an operation above, only tells something, or is refused."""
+    async with serving(fake, grpc=True) as stack:
+        application: Any = stack.server.config.app
+        served = set(application.grpc.door.methods)
+        telling = {"ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig"}
+        telling.add("ModelStatistics")
+        own = {f"{SERVICE}/{name}" for name in {*RPCS, *telling, *GRPC_CONTROL}}
+        other = {"grpc.health.v1.Health/Check", "grpc.health.v1.Health/Watch"}
+        other |= {f"grpc.reflection.{v}.ServerReflection/ServerReflectionInfo" for v in ("v1", "v1alpha")}
+        assert served == own | other
+        async with stub(stack.grpc) as calls:
+            declared = {m.name for m in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods}
+            assert declared == {*RPCS, *telling, *GRPC_CONTROL}
+            for name in GRPC_CONTROL:
+                asked = getattr(calls, name)(getattr(pb, f"{name}Request")())
+                assert (await told(asked))[0] is grpc.StatusCode.PERMISSION_DENIED, name
+
+
 async def test_no_route_is_forgotten_here(stack: Stack) -> None:
     """Every POST that the front door knows is an operation above, or is refused at this edge."""
     application: Any = stack.server.config.app
@@ -137,17 +195,23 @@ async def test_a_request_that_is_refused_counts_and_is_recorded(fake: FakeTriton
 
 
 async def test_the_protocol_does_not_double_a_limit(fake: FakeTriton, server: RealRedis) -> None:
-    """OpenAI's and KServe's edges count in the same window, and each tells what is left."""
-    async with serving(fake, redis_url=server.url, limit_per_hour=3) as stack:
+    """OpenAI's and KServe's edges, HTTP and gRPC, count in the same window, and each tells what is left."""
+    async with serving(fake, redis_url=server.url, limit_per_hour=4, grpc=True) as stack:
         first = await stack.post("/v1/completions", {"model": "m", "prompt": "a"})
         second = await stack.post("/v2/models/m/generate", {"text_input": "b"})
         third = await stack.post("/v2/models/m/infer", TEXT_INPUTS)
-        fourth = await stack.post("/v1/completions", {"model": "m", "prompt": "c"})
-        assert [answer[0] for answer in (first, second, third, fourth)] == [200, 200, 200, 429]
-        assert [answer[2]["x-ratelimit-remaining-requests"] for answer in (first, second, third, fourth)] == [
-            "2", "1", "0", "0",
+        async with stub(stack.grpc) as calls:
+            over_grpc = await told(calls.ModelInfer(ask("d")))
+            fifth = await stack.post("/v1/completions", {"model": "m", "prompt": "c"})
+            refused = await told(calls.ModelInfer(ask("e")))
+        assert [answer[0] for answer in (first, second, third, over_grpc, fifth, refused)] == [
+            200, 200, 200, grpc.StatusCode.OK, 429, grpc.StatusCode.RESOURCE_EXHAUSTED,
         ]  # fmt: skip
-        assert int(fourth[2]["retry-after"]) >= int(fourth[2]["ratelimit"].rpartition("t=")[2])
+        assert [answer[2]["x-ratelimit-remaining-requests"] for answer in (first, second, third, over_grpc, fifth)] == [
+            "3", "2", "1", "0", "0",
+        ]  # fmt: skip
+        for _, _, headers in (fifth, refused):
+            assert int(headers["retry-after"]) >= int(headers["ratelimit"].rpartition("t=")[2])
 
 
 async def test_two_tenants_never_share_an_answer(fake: FakeTriton, server: RealRedis) -> None:

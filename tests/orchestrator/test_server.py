@@ -18,8 +18,9 @@ from orchestrator import hardening
 from orchestrator import server as server_module
 from orchestrator.api.http import Receive, Scope, Send
 from orchestrator.hardening import Hardened
-from orchestrator.server import BindError, Server, configure, listen, url
+from orchestrator.server import BindError, Server, configure, listen, reserve, url
 from orchestrator.settings import Settings
+from tests.e2e.stack import free_ports
 
 from .conftest import until
 
@@ -420,9 +421,39 @@ def test_one_address_is_shared_and_had_by_one_gateway() -> None:
         sock.close()
 
 
+def test_a_reserved_address_is_the_workers_alone() -> None:
+    """Who has reserved an address listens on it only with sockets that share it; a second gateway is refused always."""
+    kept = reserve("127.0.0.1", free_ports(1)[0])
+    address = kept.getsockname()
+    taken = f"cannot listen on grpc://127.0.0.1:{address[1]}: address already in use"
+    with pytest.raises(BindError, match=taken):  # before any worker listens
+        reserve(*address)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+    workers = [socket.socket() for _ in range(2)]
+    for sock in workers:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # both, as gRPC does
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(address)
+        sock.listen(200)
+    clients = [socket.create_connection(address) for _ in range(100)]
+    for sock in workers:
+        sock.settimeout(5)
+        sock.accept()[0].close()
+    with pytest.raises(BindError, match=taken):
+        reserve(*address)
+    with pytest.raises(BindError):
+        listen(*address)
+    for sock in (*clients, *workers, kept):
+        sock.close()
+    reserve(*address).close()  # connections that linger do not keep it
+
+
 def test_an_address_that_is_none_is_refused() -> None:
     """A host that this machine does not have, or that does not exist, is a sentence with the address."""
     for host in ("192.0.2.1", "no-such-host.invalid"):
         with pytest.raises(BindError, match=f"cannot listen on http://{host}:80: "):
             listen(host, 80)
+        with pytest.raises(BindError, match=f"cannot listen on grpc://{host}:81: "):
+            reserve(host, 81)
     assert url("::1", 80) == "http://[::1]:80"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import tempfile
 import time
@@ -12,15 +11,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import redis
+
+from orchestrator.ops import cachetools
+from orchestrator.ops.keyring import Keyring
 from tests.counting import write_entry
-from tests.e2e.stack import Stack
+from tests.e2e.stack import Stack, wait_until
 
 from .load import Traffic
 from .sampling import Figure, Gone, Sample, Sampler
 from .verdict import Bound, Finding, judge
 
 SAMPLE_S = 1.0
+SAMPLES = 40  # at least: a short run is looked at more often
 SETTLE_S = 3.0  # before the first sample: connections and pools
+LIMITED = {"per_minute": 20, "tokens_per_minute": 100_000}
 ANSWER_TTL_S = 5  # so short that as many answers expire as are stored
 KIB, MIB = 1 << 10, 1 << 20
 BOUNDS: dict[str, Bound] = {
@@ -102,9 +107,10 @@ def run(
 ) -> Report:  # fmt: skip
     """Start a stack, ask `rate` requests a second of it for `seconds`, and judge. `environ` is added to the stack's."""
     with running(environ or {}) as stack:
-        key, limited = _key(stack), _key(stack, "--per-minute", "20", "--tokens-per-minute", "100000")
-        done = stack.cli("cache", "ttl", "text_generation", str(ANSWER_TTL_S))
-        assert done.returncode == 0, done.stderr
+        with redis.Redis.from_url(stack.state.redis) as client:
+            (_, limited), (_, key) = (Keyring(client).create("acme", limits=limits) for limits in (LIMITED, {}))
+            cachetools.set_ttl(client, "text_generation", ANSWER_TTL_S)
+        wait_until(lambda: stack.knows(key), 5, "both workers know the keys")
         ports = {name: f"127.0.0.1:{port}" for name, port in stack.ports.items()}
         traffic = Traffic(
             http=f"http://{ports['HTTP']}", grpc=ports["GRPC"], ops=f"http://{ports['OPS']}", model=stack.model,
@@ -119,6 +125,7 @@ def run(
 
 async def _soak(traffic: Traffic, sampler: Sampler, seconds: float, progress: Callable[[Progress], None]) -> Report:
     series: dict[Figure, list[tuple[float, float]]] = {}
+    pause_s = min(SAMPLE_S, seconds / SAMPLES)
     gone: tuple[str, ...] = ()
     async with traffic:
         await asyncio.sleep(SETTLE_S)
@@ -132,7 +139,7 @@ async def _soak(traffic: Traffic, sampler: Sampler, seconds: float, progress: Ca
             for figure, value in sample.items():
                 series.setdefault(figure, []).append((traffic.done, value))
             progress(Progress(elapsed, traffic.done, len(traffic.wrong), sample))
-            await asyncio.sleep(max(0.0, SAMPLE_S - (time.monotonic() - began - elapsed)))
+            await asyncio.sleep(max(0.0, pause_s - (time.monotonic() - began - elapsed)))
     written = {name: size - before.get(name, 0) for name, size in sampler.disk().items()}
     findings = {
         figure: judge(points, BOUNDS[figure[1]])
@@ -142,9 +149,3 @@ async def _soak(traffic: Traffic, sampler: Sampler, seconds: float, progress: Ca
     unseen = tuple(f"{kind} was never asked" for kind in traffic.kinds - {kind for kind, _ in traffic.outcomes})
     wrong = (*gone, *traffic.wrong, *unseen)
     return Report(time.monotonic() - began, traffic.done - served, traffic.outcomes, wrong, findings, written)
-
-
-def _key(stack: Stack, *options: str) -> str:
-    made = stack.cli("keys", "create", "--tenant", "acme", *options, "--json")
-    assert made.returncode == 0, made.stderr
-    return str(json.loads(made.stdout)["key"])
