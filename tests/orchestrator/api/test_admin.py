@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.api.admin import CONTROL, Admin
 from orchestrator.api.middleware import FrontDoor
-from orchestrator.domain import Caller
+from orchestrator.domain import Caller, Incident
 from orchestrator.errors import PermissionDenied, Unauthenticated, UpstreamUnavailable
 from orchestrator.triton import Reply
 
@@ -23,6 +23,7 @@ class Upstream:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str, bytes | None, str]] = []
         self.reply: Reply | Exception = Reply(200, {"content-type": "application/json"}, b"[]")
+        self.told: list[Incident] = []
 
     async def fetch(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
@@ -62,7 +63,7 @@ async def exchange(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    door = FrontDoor(Admin(upstream.fetch, 5.0, scrape).routes, 1000, identify)
+    door = FrontDoor(Admin(upstream.fetch, 5.0, scrape, upstream.told.append).routes, 1000, identify)
     headers = [(b"content-type", b"text/x")] + ([(b"x-api-key", key)] if key else [])
     headers += [(name.replace("_", "-").encode(), value) for name, value in more.items()]
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": headers}
@@ -96,6 +97,18 @@ async def test_calls_are_handed_on_as_they_are(upstream: Upstream, method: str, 
     body = b'{"x": 1}' if method == "POST" else b""
     assert await ask(upstream, method, path, body) == (418, b"no")
     assert upstream.asked == [(method, path, body if method == "POST" else None, "text/x")]
+
+
+async def test_each_call_is_told_of_with_what_became_of_it(upstream: Upstream) -> None:
+    """Who did what to which model, and Triton's status; also where Triton did not answer. A refused call is no call."""
+    await ask(upstream, "POST", "/v2/repository/models/demo/load", b"{}")
+    upstream.reply = UpstreamUnavailable()
+    await ask(upstream, "POST", "/v2/repository/models/demo/unload", b"{}")
+    await ask(upstream, "POST", "/v2/repository/index", key=None)
+    assert [(told.kind, told.caller, told.operation, told.detail) for told in upstream.told] == [
+        ("admin", "k1", "/v2/repository/models/{model}/load", "POST /v2/repository/models/demo/load 200"),
+        ("admin", "k1", "/v2/repository/models/{model}/unload", "POST /v2/repository/models/demo/unload unanswered"),
+    ]
 
 
 async def test_nobody_but_an_admin_comes_in(upstream: Upstream) -> None:
