@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 TASKS = ("text_generation", "sentiment_analysis", "translation", "summarization", "embeddings")
 ENDPOINTS = ("generate", "embed", "classify", "infer")  # the operations that limits count apart
@@ -121,6 +124,13 @@ class GenerateRequest:
     task: str = ""
     cache: CachePolicy = CachePolicy()
     traceparent: str | None = None
+
+
+def changed(request: _T, **fields: object) -> _T:
+    """`dataclasses.replace` for a request, at a tenth of its cost: nothing is checked."""
+    other: _T = object.__new__(type(request))
+    other.__dict__.update(request.__dict__, **fields)
+    return other
 
 
 @dataclass(frozen=True, slots=True)

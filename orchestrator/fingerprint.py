@@ -20,6 +20,7 @@ A prompt is hashed as its client sent it, before sanitising, in UTF-8 behind a w
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import os
@@ -47,19 +48,33 @@ class AuditKeyError(Exception):
         self.hint = hint
 
 
+class Keyed:
+    """HMAC-SHA-256 under one key, whose two blocks are hashed once and for all: a third of what hmac.digest costs."""
+
+    def __init__(self, key: bytes) -> None:
+        block = (key if len(key) <= 64 else hashlib.sha256(key).digest()).ljust(64, b"\0")
+        self._inner, self._outer = (hashlib.sha256(bytes(byte ^ pad for byte in block)) for pad in (0x36, 0x5C))
+
+    def hash(self, data: bytes) -> str:
+        inner, outer = self._inner.copy(), self._outer.copy()
+        inner.update(data)
+        outer.update(inner.digest())
+        return outer.hexdigest()[:HASH_DIGITS]
+
+
 class Fingerprint:
     """The hashes of one key. Nothing of the key shows in a repr."""
 
     def __init__(self, key: bytes) -> None:
         self._input, self._caller, self._chain = (
-            hmac.digest(key, b"truthgpt audit " + use, "sha256") for use in (b"input", b"caller", b"chain")
+            Keyed(hmac.digest(key, b"truthgpt audit " + use, "sha256")) for use in (b"input", b"caller", b"chain")
         )
         self._callers: dict[str, str] = {}
 
     def text(self, text: str | bytes) -> str:
         """Of a prompt that is one text."""
         data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-        return _hash(self._input, b"text\n" + data)
+        return self._input.hash(b"text\n" + data)
 
     def messages(self, turns: Sequence[tuple[str, str]]) -> str:
         """Of a conversation: role and content of each turn."""
@@ -80,7 +95,7 @@ class Fingerprint:
             shape = _json(tensor.shape)
             for part in (*map(_utf8, (tensor.name, tensor.datatype, shape)), tensor.data, *tensor.elements):
                 parts += (b"%d:" % len(part), part)
-        return _hash(self._input, b"".join(parts))
+        return self._input.hash(b"".join(parts))
 
     def request(self, request: GenerateRequest | InferRequest | EmbedRequest) -> str:
         """Of what the model is given, as the client sent it."""
@@ -100,15 +115,15 @@ class Fingerprint:
         if known is None:
             if len(self._callers) >= CALLERS:
                 self._callers.clear()
-            known = self._callers[id] = _hash(self._caller, _utf8(id))
+            known = self._callers[id] = self._caller.hash(_utf8(id))
         return known
 
     def chain(self, line: bytes) -> str:
         """Of a line of the audit log."""
-        return _hash(self._chain, line)
+        return self._chain.hash(line)
 
     def _of_json(self, what: bytes, value: object) -> str:
-        return _hash(self._input, what + _utf8(_json(value)))
+        return self._input.hash(what + _utf8(_json(value)))
 
 
 def load_key(home: Path, given: str | None, create: bool = True) -> bytes:
@@ -168,10 +183,6 @@ def _create(path: Path) -> None:
         return
     finally:
         os.unlink(name)
-
-
-def _hash(key: bytes, data: bytes) -> str:
-    return hmac.digest(key, data, "sha256").hex()[:HASH_DIGITS]
 
 
 def _utf8(text: str) -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from orchestrator.admission import Admission
@@ -24,6 +24,7 @@ from orchestrator.domain import (
     Model,
     Notes,
     Trace,
+    changed,
 )
 from orchestrator.errors import Draining, InternalError, InvalidRequest, Text, TruthGPTError
 from orchestrator.flights import Flights
@@ -68,9 +69,11 @@ class Gateway:
             model = await self._health.find(request.model)
             if not model.generates:
                 raise InvalidRequest(NOT_GENERATING, "model")
-            asked = request if request.task else replace(request, task=model.task)
+            asked = request if request.task else changed(request, task=model.task)
             prepared.request, notes.sanitized = await self._screen.generate(asked)
-            prepared.tokens = await self._tokens.fit(model, prepared.request, caller.limits)
+            prepared.tokens = self._tokens.fit(model, prepared.request, caller.limits)
+            if prepared.tokens:
+                prepared.recount = partial(self._tokens.exact, model, prepared.request)
             if self._flights is not None:
                 prepared.ticket = ticket(caller, model, prepared.request, self._answer_rules)
 
@@ -123,7 +126,7 @@ class Gateway:
                     refusal, prepared.ticket = error, None
                 tally.ended("prepare")
                 entry = await self._limiter.enter(
-                    caller, endpoint, prepared.tokens, passage.lease, prepared.ticket, notes
+                    caller, endpoint, prepared.tokens, passage.lease, prepared.ticket, notes, prepared.recount
                 )
                 passage.entry, passage.request, passage.ticket = entry, prepared.request, prepared.ticket
                 tally.ended("limits and cache")
@@ -164,7 +167,7 @@ class Gateway:
                     yield chunk
             return
         # Who shares an answer may have more time for it than the one who asked first.
-        shared = request if request.timeout_s is None else replace(request, timeout_s=None)
+        shared = request if request.timeout_s is None else changed(request, timeout_s=None)
         flight = flights.join(passage.ticket, lookup, lambda out: self._upstream.generate(shared, out))
         missed = notes.cache = "miss" if request.cache.lookup else "bypass"
         async with aclosing(within(flight.chunks(), passage.deadline)) as chunks:

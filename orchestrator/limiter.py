@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -76,9 +76,28 @@ class Limiter:
         self.without_redis = 0  # requests of which that is true
 
     async def enter(
+        self, caller: Caller, endpoint: str, tokens: int, lease: str, ticket: Ticket | None, notes: Notes,
+        recount: Callable[[], Awaitable[int]] | None = None,
+    ) -> Entry:  # fmt: skip
+        """Count a request that may use `tokens`, look up its answer. Raises RateLimited, LimitsUnavailable.
+
+        `tokens` may be a bound, and `recount` then knows better. It takes its time, so that it is asked only where it
+        makes a difference.
+        """
+        if recount is None:
+            return await self._enter(caller, endpoint, tokens, lease, ticket, notes)
+        if self._mode == "enforce":
+            try:
+                return await self._enter(caller, endpoint, tokens, lease, ticket, notes)
+            except (RateLimited, InvalidRequest):
+                if notes.refused is None or not notes.refused.startswith("tokens"):
+                    raise
+        notes.refused = None
+        return await self._enter(caller, endpoint, await recount(), lease, ticket, notes)
+
+    async def _enter(
         self, caller: Caller, endpoint: str, tokens: int, lease: str, ticket: Ticket | None, notes: Notes
     ) -> Entry:
-        """Count a request that may use `tokens`, look up its answer. Raises RateLimited, LimitsUnavailable."""
         limits = Limits() if self._mode == "off" else caller.limits
         entry = Entry(caller, endpoint, lease)
         limited = limits != Limits()

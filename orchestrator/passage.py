@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from orchestrator.cache import Ticket
@@ -21,9 +20,11 @@ from orchestrator.domain import (
     Notes,
     Record,
     Trace,
+    changed,
 )
 from orchestrator.errors import DeadlineExceeded
 from orchestrator.flights import Flight
+from orchestrator.ids import random_id
 from orchestrator.limiter import Entry
 
 MODEL_CHARS = 256  # of a model's name in a record: a client may name a model that is not served, at any length
@@ -34,10 +35,13 @@ Request = TypeVar("Request", GenerateRequest, InferRequest, EmbedRequest)
 
 @dataclass
 class Prepared(Generic[Request]):
-    """A request that may go on: sanitised, the tokens that it may use, and its place in the cache."""
+    """A request that may go on: sanitised, a bound on the tokens that it may use and how to know better, and its place
+    in the cache.
+    """
 
     request: Request
     tokens: int = 0
+    recount: Callable[[], Awaitable[int]] | None = None
     ticket: Ticket | None = None
 
 
@@ -95,7 +99,7 @@ class Passage(Generic[Request]):
 
     def __post_init__(self) -> None:
         self.tally = Tally(self.request.accepted_at, charge=False)
-        self._lease = os.urandom(12).hex()
+        self._lease = random_id(12)
 
     @property
     def lease(self) -> str:
@@ -115,7 +119,7 @@ class Passage(Generic[Request]):
         self.tally.asked_s = time.monotonic() - self.tally.accepted_at
         if self.trace is None or isinstance(self.request, EmbedRequest):
             return self.request
-        return replace(self.request, traceparent=self.trace.traceparent)
+        return changed(self.request, traceparent=self.trace.traceparent)
 
     def record(self) -> Record:
         request, notes, tally = self.request, self.notes, self.tally

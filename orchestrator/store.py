@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote, unquote
 
-import redis.asyncio
-
-from orchestrator.redis_connection import Address, Argument, Connection, StoreAway, StoreError
+from orchestrator.redis_connection import Argument, Connection, StoreAway, StoreError
+from orchestrator.redis_url import address_of
 from orchestrator.settings import mask_url
 
 __all__ = ["Script", "Store", "StoreAway", "StoreError"]
@@ -234,19 +233,3 @@ def _guarded(function: Callable[..., None], *args: Any) -> None:
         function(*args)
     except Exception:  # whatever a subscriber does wrong is no reason to lose Redis for everybody else
         log.exception("a handler of Redis's messages failed")
-
-
-def address_of(url: str) -> Address:
-    """Where and how to connect, as redis-py reads the URL, options of its query included.
-
-    Raises ValueError for what it does not understand, OSError for a certificate that cannot be read.
-    """
-    try:
-        made = redis.asyncio.ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
-    except TypeError as error:  # an option that no connection has
-        raise ValueError(f"{mask_url(url)}: {error}") from error
-    tls = made.ssl_context.get() if isinstance(made, redis.asyncio.SSLConnection) else None
-    common = {"username": made.username, "password": made.password, "db": made.db or 0}
-    if isinstance(made, redis.asyncio.UnixDomainSocketConnection):
-        return Address(path=made.path, **common)
-    return Address(host=made.host, port=made.port, tls=tls, **common)

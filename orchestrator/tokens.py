@@ -12,14 +12,18 @@ NO_TEMPLATE = Text(
 )
 
 
+SPECIAL_TOKENS = 2  # around a text
+TURN_TOKENS = 16  # of a chat template around one turn
+
+
 class Tokens:
     """`default_max_tokens` is what a request that does not say may generate."""
 
     def __init__(self, inspect: Inspector, default_max_tokens: int) -> None:
         self._inspect, self._default = inspect, default_max_tokens
 
-    async def fit(self, model: Model, request: GenerateRequest, limits: Limits) -> int:
-        """The most tokens that the request can use, prompt and answer; 0 where no limit counts them.
+    def fit(self, model: Model, request: GenerateRequest, limits: Limits) -> int:
+        """A bound on the tokens that the request can use, prompt and answer; 0 where no limit counts them.
 
         Raises InvalidRequest when it can never fit. What only the tokenizer can tell the model refuses itself.
         """
@@ -33,20 +37,27 @@ class Tokens:
                 raise _too_long("prompt", len(request.token_ids), room)
         if not (limits.tokens_per_minute or limits.tokens_per_day):
             return 0
-        prompt = await self._prompt(model, request)
-        most = prompt + (request.max_tokens or self._default)
-        return most if room is None else min(most, room)
+        return self._most(model, request, _bound(request))
 
-    async def _prompt(self, model: Model, request: GenerateRequest) -> int:
-        if request.token_ids is not None:
-            return len(request.token_ids)
+    async def exact(self, model: Model, request: GenerateRequest) -> int:
+        """The most tokens that the request can use, by the model's own tokenizer; the bound while that is away."""
         try:
-            return (await self._inspect(request)).tokens
-        except Unavailable:
-            # A cached or a fallback answer may still come. No byte-level tokenizer makes more tokens than bytes.
-            texts = [request.text or ""] if request.messages is None else [turn.content for turn in request.messages]
-            size = sum(len(text.encode()) for text in texts) + 16 * len(texts)
-            return size if model.max_len is None else min(size, model.max_len)
+            return self._most(model, request, (await self._inspect(request)).tokens)
+        except Unavailable:  # a cached or a fallback answer may still come
+            return self._most(model, request, _bound(request))
+
+    def _most(self, model: Model, request: GenerateRequest, prompt: int) -> int:
+        most = prompt + (request.max_tokens or self._default)
+        return most if model.max_len is None else min(most, model.max_len)
+
+
+def _bound(request: GenerateRequest) -> int:
+    """Of the prompt's tokens: no byte-level tokenizer makes more of them than there are bytes."""
+    if request.token_ids is not None:
+        return len(request.token_ids)
+    if request.messages is None:
+        return len((request.text or "").encode()) + SPECIAL_TOKENS
+    return sum(len(turn.content.encode()) + TURN_TOKENS for turn in request.messages)
 
 
 def _too_long(param: str, given: int, room: int) -> InvalidRequest:

@@ -30,7 +30,8 @@ ROOMS: dict[str, set[str]] = {
     "models": {"settings", "errors", "pbtxt"},
     "client": {"sse", "errors"},
     "redis_connection": set(),
-    "store": {"settings", "redis_connection"},
+    "redis_url": {"settings", "redis_connection"},
+    "store": {"settings", "redis_connection", "redis_url"},
     "triton": BASE | {"sse", "tensors"},
     "tensors": {"domain", "errors"},
     "health": {"domain", "errors", "triton"},
@@ -63,13 +64,14 @@ ROOMS: dict[str, set[str]] = {
     "screening": {"domain", "sanitize", "inspection"},
     "limiter": {"domain", "errors", "cache", "limits", "limits_local", "store"},
     "upstream": {"domain", "errors", "breaker", "broadcast", "health", "output", "retries", "triton"},
-    "passage": {"domain", "errors", "cache", "flights", "limiter"},
+    "ids": set(),
+    "passage": {"domain", "errors", "cache", "flights", "ids", "limiter"},
     # the path and its edges
     "gateway": {
         "context", "domain", "errors", "admission", "breaker", "broadcast", "cache", "flights", "health", "limiter",
         "passage", "screening", "tokens", "upstream",
     },
-    "api": {"context", "domain", "errors", "sse", "gateway", "tensors"},
+    "api": {"ids", "context", "domain", "errors", "sse", "gateway", "tensors"},
     # what is counted
     "metrics_table": set(),
     "metrics": {"domain", "errors", "metrics_table"},

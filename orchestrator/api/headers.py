@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
+
+from orchestrator.ids import random_id
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 # W3C Trace Context, version 00: an all-zero trace or parent id is invalid
@@ -12,7 +13,7 @@ _TRACEPARENT = re.compile(rb"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9
 
 def request_id(given: bytes | None) -> str:
     """The client's own id of its request, where it is one that can be echoed and logged, else a new one."""
-    return given.decode() if given and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+    return given.decode() if given and _REQUEST_ID.fullmatch(given) else random_id(16)
 
 
 def traceparent_of(given: bytes | None) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
@@ -21,6 +20,7 @@ from orchestrator.api.openai_request import Call, chat, completion, embeddings
 from orchestrator.domain import Chunk, Model, Usage
 from orchestrator.errors import InternalError, ModelNotFound, TruthGPTError, UpstreamError, UpstreamUnavailable
 from orchestrator.gateway import Gateway
+from orchestrator.ids import random_id
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class _Form:
     chunk_kind: str
 
     def __init__(self, call: Call) -> None:
-        self._id = self.prefix + os.urandom(12).hex()
+        self._id = self.prefix + random_id(12)
         self._created = int(time.time())
         self._model = call.request.model
         self._include_usage = call.include_usage

@@ -245,6 +245,20 @@ async def test_a_model_that_was_exported_again_is_asked_again(fake: FakeTriton, 
         assert (await stack.post("/v1/completions", body))[2]["x-cache"] == "miss"
 
 
+async def test_the_tokenizer_is_asked_where_a_bound_would_refuse(fake: FakeTriton, server: RealRedis) -> None:
+    """A prompt of many bytes and few tokens passes under a limit that its bytes alone would break; one that really has
+    too many tokens for the limit is told so.
+    """
+    async with serving(fake, redis_url=server.url, limit_tokens_per_minute=100, max_new_tokens=20) as stack:
+        assert (await stack.post("/v1/completions", {"model": "m", "prompt": "word"}))[0] == 200
+        assert fake.inspected == 0
+        long = await stack.post("/v1/completions", {"model": "m", "prompt": "w" * 90})
+        assert (long[0], fake.inspected) == (200, 1)
+        status, body, _ = await stack.post("/v1/completions", {"model": "m", "prompt": "w " * 90})
+        assert (status, body["error"]["param"], fake.inspected) == (400, "max_tokens", 2)
+        assert "may use 110 tokens" in body["error"]["message"]
+
+
 async def test_what_a_cached_answer_costs(fake: FakeTriton, server: RealRedis) -> None:
     """A repeated request counts as a request and costs no tokens; the stream of a cached answer is a valid stream."""
     async with serving(
@@ -256,8 +270,9 @@ async def test_what_a_cached_answer_costs(fake: FakeTriton, server: RealRedis) -
         assert (first[2]["x-cache"], second[2]["x-cache"]) == ("miss", "hit")
         assert second[1]["usage"] == first[1]["usage"]
         third = await stack.post("/v1/completions", {**body, "prompt": "otro"})
-        # six tokens were used by the first, none by the second, and this one reserves its prompt and max_tokens
-        assert third[2]["x-ratelimit-remaining-tokens"] == str(100 - 6 - (1 + 20))
+        # six tokens were used by the first, none by the second, and this one reserves max_tokens and what its prompt
+        # has at most
+        assert third[2]["x-ratelimit-remaining-tokens"] == str(100 - 6 - (len("otro") + 2 + 20))
         assert third[2]["x-ratelimit-remaining-requests"] == "97"
         *events, done = await stack.events("/v1/completions", {**body, "stream": True})
         assert done == "[DONE]"

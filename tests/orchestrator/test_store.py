@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import store as names
-from orchestrator.store import Script, Store, StoreAway, StoreError, address_of
+from orchestrator.store import Script, Store, StoreAway, StoreError
 from tests.redis import RealRedis
 
 from .conftest import eventually, serving, until
@@ -210,25 +209,6 @@ async def test_redis_never_decides_over_requests(fake: FakeTriton) -> None:
             assert (await stack.post("/v1/completions", {"model": "m", "prompt": "x"}))[0] == 200
             assert time.monotonic() - began < 0.5
             assert (await stack.get("/health/ready"))[0] == 200
-
-
-def test_urls_mean_what_redis_py_reads_in_them() -> None:
-    """Hosts, sockets, users, escaped passwords, databases and TLS options; what nobody understands is a ValueError."""
-    address = address_of("redis://ana:p%40ss@example:7000/3")
-    assert (address.host, address.port, address.username, address.password, address.db, address.tls) == (
-        "example", 7000, "ana", "p@ss", 3, None,
-    )  # fmt: skip
-    assert "p@ss" not in repr(address)
-    address = address_of("unix://:secret@/run/a%20b/redis.sock?db=2")
-    assert (address.path, address.password, address.username, address.db) == ("/run/a b/redis.sock", "secret", None, 2)
-    tls = address_of("rediss://example").tls
-    assert tls is not None and tls.verify_mode is ssl.CERT_REQUIRED and tls.check_hostname
-    unverified = address_of("rediss://example?ssl_cert_reqs=none").tls
-    assert unverified is not None and unverified.verify_mode is ssl.CERT_NONE
-    for wrong in ("http://example", "redis://:hunter2@example?no_such_option=1", "redis://example?db=x"):
-        with pytest.raises(ValueError) as caught:
-            address_of(wrong)
-        assert "hunter2" not in str(caught.value)
 
 
 def test_the_password_is_not_kept_for_show() -> None:

@@ -63,15 +63,19 @@ def request(**changes: Any) -> GenerateRequest:
     ],
 )
 async def test_the_most_that_a_request_can_use(tokens: Tokens, changes: dict[str, Any], most: int) -> None:
-    """Prompt, as the model's tokenizer counts it, and answer, never more than the model's context."""
-    assert await tokens.fit(MODEL, request(**changes), COUNTED) == most
+    """Prompt, as the model's tokenizer counts it, and answer, never more than the model's context; what is known
+    without asking it is never less.
+    """
+    asked = request(**changes)
+    assert await tokens.exact(MODEL, asked) == most <= tokens.fit(MODEL, asked, COUNTED)
 
 
 async def test_the_tokenizer_is_asked_only_where_it_matters(tokens: Tokens, fake: FakeTriton) -> None:
-    """A caller without token limits costs no question."""
-    assert await tokens.fit(MODEL, request(), Limits(per_minute=1)) == 0
+    """To know a bound costs no question, and without token limits there is none."""
+    assert tokens.fit(MODEL, request(), Limits(per_minute=1)) == 0
+    assert tokens.fit(MODEL, request(), COUNTED) > 0
     assert fake.inspected == 0
-    await tokens.fit(MODEL, request(), COUNTED)
+    await tokens.exact(MODEL, request())
     assert fake.inspected == 1
 
 
@@ -86,10 +90,10 @@ async def test_a_model_that_is_away_is_estimated_from_above(fake: FakeTriton, fa
         else:
             fake.stopped = True
         began = time.monotonic()
-        most = await tokens.fit(MODEL, request(text="¿ñ?"), COUNTED)
+        most = await tokens.exact(MODEL, request(text="¿ñ?"))
         assert time.monotonic() - began < 1.5
         assert 5 + 20 <= most <= 64
-        assert await tokens.fit(MODEL, request(text="a" * 500), COUNTED) == 64
+        assert await tokens.exact(MODEL, request(text="a" * 500)) == 64
         if fault == "dead":
             await fake.start()
 
@@ -101,7 +105,7 @@ async def test_a_model_that_is_away_is_estimated_from_above(fake: FakeTriton, fa
 async def test_what_can_never_fit_is_refused(tokens: Tokens, changes: dict[str, Any], param: str) -> None:
     """The refusal names the field, what was given and the model's context."""
     with pytest.raises(InvalidRequest, match="64") as refused:
-        await tokens.fit(MODEL, request(**changes), Limits())
+        tokens.fit(MODEL, request(**changes), Limits())
     assert refused.value.param == param
 
 
@@ -109,4 +113,4 @@ async def test_a_model_without_a_template_takes_no_conversation(tokens: Tokens) 
     """The refusal says what to do instead."""
     model = Model("m", "1", 0, ready=True, chat=False)
     with pytest.raises(InvalidRequest, match="chat template"):
-        await tokens.fit(model, request(messages=(Message("user", "x"),)), Limits())
+        tokens.fit(model, request(messages=(Message("user", "x"),)), Limits())
