@@ -1,6 +1,8 @@
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import pytest
 from orchestrator.local import tritonserver
 from tests.counting import write_entry
 
-from .stack import Stack
+from .addsub import write_addsub
+from .stack import Stack, wait_until
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,16 +28,35 @@ def server_installed() -> None:
         pytest.skip(str(error))
 
 
+@contextmanager
+def running(**parameters: object) -> Iterator[Stack]:
+    """A stack with the counting model, and a second model's entry that is not loaded."""
+    folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
+    write_entry(folder / "repository", slots=4, max_len=2000, **parameters)
+    write_addsub(folder / "repository")
+    started = Stack(folder / "home", folder / "repository")
+    try:
+        started.start()
+        yield started
+    finally:
+        started.stop()
+        assert started.leftovers() == []
+        shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     """A running stack with the counting model, for all who need no other: 4 slots, 20 ms a step, a queue of 80."""
-    folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
-    write_entry(folder / "repository", slots=4, step_delay_ms=20, max_queue=80, max_len=2000, prefill_chunk=8)
-    running = Stack(folder / "home", folder / "repository")
-    try:
-        running.start()
-        yield running
-    finally:
-        running.stop()
-        assert running.leftovers() == []
-        shutil.rmtree(folder)
+    with running(step_delay_ms=20, max_queue=80, prefill_chunk=8) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def two_models() -> Iterator[Stack]:
+    """One with a second model, `addsub`, which does not generate and was loaded through the admin edge; 5 ms a step."""
+    with running(step_delay_ms=5) as started:
+        key = json.loads(started.cli("keys", "create", "--tenant", "ops", "--scope", "admin", "--json").stdout)["key"]
+        headers = {"authorization": f"Bearer {key}"}
+        assert started.request("POST", "/v2/repository/models/addsub/load", {}, "OPS", headers=headers)[0] == 200
+        wait_until(lambda: started.request("GET", "/v2/models/addsub/ready")[0] == 200, 10, "the gateway sees addsub")
+        yield started

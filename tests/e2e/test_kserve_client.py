@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,65 +11,15 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
-from tests.counting import write_entry
+from .stack import Stack
 
-from .stack import Stack, wait_until
-
-ADDSUB = """name: "addsub"
-backend: "python"
-max_batch_size: 0
-input [
-  { name: "A" data_type: TYPE_INT32 dims: [-1] },
-  { name: "B" data_type: TYPE_INT32 dims: [-1] },
-  { name: "TEXT" data_type: TYPE_STRING dims: [-1] optional: true }
-]
-output [
-  { name: "SUM" data_type: TYPE_INT32 dims: [-1] },
-  { name: "DIFF" data_type: TYPE_INT32 dims: [-1] },
-  { name: "ECHO" data_type: TYPE_STRING dims: [-1] }
-]
-instance_group [{ kind: KIND_CPU count: 1 }]
-"""
-ADDSUB_CODE = '''
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-
-class TritonPythonModel:
-    """Adds and subtracts, and gives a text back."""
-
-    def execute(self, requests):
-        return [self._one(request) for request in requests]
-
-    def _one(self, request):
-        a, b, text = (pb_utils.get_input_tensor_by_name(request, name) for name in ("A", "B", "TEXT"))
-        a, b = a.as_numpy(), b.as_numpy()
-        if a.shape != b.shape:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError("A and B differ in shape"))
-        text = np.array([b"none"], dtype=object) if text is None else text.as_numpy()
-        values = {"SUM": a + b, "DIFF": a - b, "ECHO": text}
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in values.items()])
-'''
 GREEDY = {"text_input": "one two", "max_tokens": 7, "temperature": 0}
 ALL = {"return_finish_reason": True, "return_num_input_tokens": True, "return_num_output_tokens": True}
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    """A running stack with the counting model, whose repository has a second model that does not generate."""
-    folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
-    write_entry(folder / "repository", slots=4, max_len=2000)
-    (folder / "repository/addsub/1").mkdir(parents=True)
-    (folder / "repository/addsub/config.pbtxt").write_text(ADDSUB)
-    (folder / "repository/addsub/1/model.py").write_text(ADDSUB_CODE)
-    running = Stack(folder / "home", folder / "repository")
-    try:
-        running.start()
-        yield running
-    finally:
-        running.stop()
-        assert running.leftovers() == []
-        shutil.rmtree(folder)
+def stack(two_models: Stack) -> Stack:
+    return two_models
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +28,9 @@ def admin_key(stack: Stack) -> str:
 
 
 @pytest.fixture(scope="module")
-def client(stack: Stack, admin_key: str) -> Iterator[triton.InferenceServerClient]:
-    """A client of the gateway, with both models loaded: the second through the admin edge."""
-    admin = client_of(stack, "OPS")
-    admin.load_model("addsub", headers={"authorization": f"Bearer {admin_key}"})
-    admin.close()
+def client(stack: Stack) -> Iterator[triton.InferenceServerClient]:
+    """A client of the gateway."""
     client = client_of(stack)
-    wait_until(lambda: client.is_model_ready("addsub"), 10, "the gateway sees the second model")
     yield client
     client.close()
 
