@@ -249,14 +249,14 @@ async def test_the_tokenizer_is_asked_where_a_bound_would_refuse(fake: FakeTrito
     """A prompt of many bytes and few tokens passes under a limit that its bytes alone would break; one that really has
     too many tokens for the limit is told so.
     """
-    async with serving(fake, redis_url=server.url, limit_tokens_per_minute=100, max_new_tokens=20) as stack:
+    async with serving(fake, redis_url=server.url, limit_tokens_per_minute=50, max_new_tokens=20) as stack:
         assert (await stack.post("/v1/completions", {"model": "m", "prompt": "word"}))[0] == 200
         assert fake.inspected == 0
         long = await stack.post("/v1/completions", {"model": "m", "prompt": "w" * 90})
         assert (long[0], fake.inspected) == (200, 1)
         status, body, _ = await stack.post("/v1/completions", {"model": "m", "prompt": "w " * 90})
         assert (status, body["error"]["param"], fake.inspected) == (400, "max_tokens", 2)
-        assert "may use 110 tokens" in body["error"]["message"]
+        assert "may use 64 tokens" in body["error"]["message"]
 
 
 async def test_what_a_cached_answer_costs(fake: FakeTriton, server: RealRedis) -> None:
