@@ -49,7 +49,7 @@ def report(settings: Settings) -> dict[str, Any]:
         return empty | {"detail": f"no stack is running from {settings.home}"}
     empty["uptime_s"] = round(max(0.0, time.time() - found.started), 1)
     empty["triton"]["url"], empty["redis"]["url"] = found.triton_http, mask_url(found.redis)
-    known = {"pid": found.pid, "http": found.http, "home": str(Path(settings.home).absolute())}
+    known = {"pid": found.pid, "http": found.http, "grpc": found.grpc, "home": str(Path(settings.home).absolute())}
     try:
         health = GatewayClient(found.http, ASK_S).health()
     except GatewayError as error:

@@ -41,7 +41,8 @@ def _show(found: dict[str, Any]) -> None:
     if not found["running"]:
         return
     word = "ready" if found["ready"] else "not ready"
-    click.echo(f"{word}, up for {_duration(found['uptime_s'])}, {found['http']} (process {found['pid']})")
+    grpc = f", gRPC {found['grpc']}" if found["grpc"] else ""
+    click.echo(f"{word}, up for {_duration(found['uptime_s'])}, {found['http']}{grpc} (process {found['pid']})")
     for row in found["models"]:
         load = f", {row['running']} running, {row['waiting']} waiting, {row['slots']} slots" if "slots" in row else ""
         click.echo(f"  model   {row['name']} version {row['version']}: {row['state']}{load}")

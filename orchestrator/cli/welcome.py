@@ -22,6 +22,7 @@ HELLO_TOKENS = 60
 _TEXT = """\
 TruthGPT serves {model}.
   OpenAI API  {http}/v1
+  KServe v2   {kserve}
   health      {http}/health
   Triton      {triton_http} (HTTP), {triton_grpc} (gRPC)
   Redis       {redis}
@@ -60,6 +61,7 @@ def present(settings: Settings, found: State, as_json: bool, hello: bool, detach
     down = f"{command} down{flags}"
     facts = stack.addresses(found) | {"model": found.model, "logs": settings.home.absolute() / "logs"}
     facts |= {"flags": flags, "command": command, "stop": down if detached else f"Ctrl-C, or `{down}`"}
+    facts["kserve"] = f"{found.http}/v2" + (f", {found.grpc} (gRPC)" if found.grpc else "")
     keys = settings.auth == "keys"
     facts |= {
         "first_key": _FIRST_KEY.format(command=command, flags=flags) if keys and settings.api_key is None else "",

@@ -30,7 +30,9 @@ def check_ports(settings: Settings, patience_s: float = 0.0) -> None:
     """
     deadline = time.monotonic() + patience_s
     loopback = ("triton_http_port", "triton_grpc_port", "triton_metrics_port")
-    public = (("http_port", settings.host), ("ops_port", settings.ops_host))
+    public = [("http_port", settings.host), ("ops_port", settings.ops_host)]
+    if settings.grpc:
+        public.append(("grpc_port", settings.host))
     for name, host in (*public, *((name, "127.0.0.1") for name in loopback)):
         port = getattr(settings, name)
         while (error := _bind(host, port)) is not None:

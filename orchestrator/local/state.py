@@ -21,8 +21,8 @@ class AlreadyRunning(Exception):
 
 @dataclass(frozen=True)
 class State:
-    """Addresses and processes of a stack. `started` is a Unix time in seconds; `created` the supervisor's start as
-    the kernel has it.
+    """Addresses and processes of a stack; `grpc` is empty where it is switched off. `started` is a Unix time in
+    seconds; `created` the supervisor's start as the kernel has it.
     """
 
     pid: int

@@ -292,7 +292,7 @@ class Supervisor:
             created=psutil.Process().create_time(),
             started=self._started,
             http=self._gateway_url,
-            grpc=f"127.0.0.1:{settings.grpc_port}",
+            grpc=_address(settings.host, settings.grpc_port) if settings.grpc else "",
             ops=_url(settings.ops_host, settings.ops_port),
             triton_http=self._triton_url,
             triton_grpc=f"127.0.0.1:{settings.triton_grpc_port}",
@@ -321,7 +321,6 @@ class Supervisor:
         alias.clear(self._home)
         state.clear(self._home)
 
-
     async def _end_stubs(self, server: Child, grace_s: float) -> None:
         """Ask the server to end and wait until its models have; with a dead or stopped stub they never would."""
         server.terminate()
@@ -334,8 +333,12 @@ class Supervisor:
 
 
 def _url(host: str, port: int) -> str:
+    return f"http://{_address(host, port)}"
+
+
+def _address(host: str, port: int) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (compared, not bound)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _runs(pid: int) -> bool:

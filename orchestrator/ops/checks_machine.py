@@ -141,6 +141,7 @@ def check_ports(deployment: Deployment) -> Finding:
     """The ports that the stack listens on are free, or its own."""
     settings, taken = deployment.settings, []
     wanted = [("http_port", settings.host), ("ops_port", settings.ops_host)]
+    wanted += [("grpc_port", settings.host)] if settings.grpc else []
     wanted += [(f"triton_{name}_port", "127.0.0.1") for name in ("http", "grpc", "metrics")]
     owners = _owners()
     for name, host in wanted:

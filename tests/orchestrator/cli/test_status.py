@@ -20,6 +20,7 @@ def test_a_ready_stack_is_code_0(place: Any, gateway: Any) -> None:
     assert 5 <= document["uptime_s"] < 60
     shown = place.run("status")
     assert shown.exit_code == 0 and "demo version 1: READY" in shown.stdout and gateway.url in shown.stdout
+    assert ", gRPC 127.0.0.1:1 " in shown.stdout
 
 
 def test_a_stack_that_is_not_ready_is_code_1(place: Any, gateway: Any) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,15 @@ def test_the_curl_that_is_shown_is_a_request_that_the_gateway_takes(
     assert body == {
         "model": "demo", "messages": [{"role": "user", "content": "Hola, ¿cómo estás?"}], "stream": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("grpc", ["127.0.0.1:8081", ""])
+def test_both_addresses_of_kserve_are_said(ready: Any, capsys: pytest.CaptureFixture[str], grpc: str) -> None:
+    """The gRPC address stands beside the HTTP one, and nothing of it is said where gRPC is switched off."""
+    gateway, found = ready
+    welcome.present(Settings.load(), replace(found, grpc=grpc), as_json=False, hello=False, detached=False)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  KServe v2 ")]
+    assert line.split("   ")[1] == f"{gateway.url}/v2" + (f", {grpc} (gRPC)" if grpc else "")
 
 
 def test_json_is_the_addresses_and_nothing_else(place: Any, ready: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def test_a_taken_port_is_refused_with_its_setting(tmp_path: Path):
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = Settings.load({"triton_grpc_port": taken.getsockname()[1]}, {})
-        for name in ("http_port", "ops_port", "triton_http_port", "triton_metrics_port"):
+        for name in ("http_port", "grpc_port", "ops_port", "triton_http_port", "triton_metrics_port"):
             object.__setattr__(settings, name, 0)  # any free port: only the taken one is under test
         with pytest.raises(preflight.StartError, match=str(taken.getsockname()[1])) as caught:
             preflight.check_ports(settings)

@@ -83,10 +83,15 @@ def test_wrong_settings_are_the_first_fault(place: Any) -> None:
 
 def test_a_taken_port_names_its_owner(place: Any) -> None:
     """A port that another program holds is named with its setting and the program."""
-    with socket.create_server(("127.0.0.1", place.ports["TRITON_GRPC"])):
-        found = checks_machine.check_ports(deployment())
-    fault(found, str(place.ports["TRITON_GRPC"]), "TRUTHGPT_TRITON_GRPC_PORT", f"process {os.getpid()}")
-    assert str(place.ports["HTTP"]) not in found.detail
+    for name in ("TRITON_GRPC", "GRPC"):
+        with socket.create_server(("127.0.0.1", place.ports[name])):
+            found = checks_machine.check_ports(deployment())
+            if name == "GRPC":
+                place.set(GRPC="false")
+                assert checks_machine.check_ports(deployment()).ok
+                place.set(GRPC=None)
+        fault(found, str(place.ports[name]), f"TRUTHGPT_{name}_PORT", f"process {os.getpid()}")
+        assert str(place.ports["HTTP"]) not in found.detail
     assert checks_machine.check_ports(deployment()).ok
 
 
