@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Most end-to-end tests wait more than they work: a few at once, as many as there are cores and not more than four.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all lint types bench demo-model docs clean
+.PHONY: help install run test test-all soak lint types bench bench-gateway demo-model docs clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) scripts/preflight.py
@@ -25,12 +27,15 @@ run: install  ## export the demo model, start the stack, say hello, serve until 
 test: install  ## lint, types and the tests, in under 8 minutes on 2 cores
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-all: install  ## every test, the slow ones too
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
+
+soak: install  ## 20 minutes of mixed load: memory, files and shared memory stay flat
+	@$(BIN)/python -m tests.soak --minutes 20
 
 lint: install  ## ruff
 	@$(BIN)/ruff check .
@@ -40,6 +45,10 @@ types: install  ## mypy, strict
 
 bench: install  ## workload W through Triton against transformers: a table and benchmarks/results/
 	@$(BIN)/python -m benchmarks.engine
+
+bench-gateway: install  ## what the gateway adds to a request, beside LiteLLM, Portkey and Triton: 15 minutes and benchmarks/results/
+	@$(BIN)/python -m benchmarks.gateway --install-peers
+	@$(BIN)/python -m benchmarks.gateway
 
 demo-model: install  ## train the demo model again and measure it
 	@$(BIN)/python -m demo.train
