@@ -30,6 +30,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import orjson
+
 from orchestrator.domain import EmbedRequest, GenerateRequest, InferRequest, Tensor
 
 KEY_FILE = "audit.key"
@@ -123,7 +125,11 @@ class Fingerprint:
         return self._chain.hash(line)
 
     def _of_json(self, what: bytes, value: object) -> str:
-        return self._input.hash(what + _utf8(_json(value)))
+        try:
+            data = orjson.dumps(value)
+        except TypeError:  # text that is no valid Unicode: the same form, more slowly
+            data = _utf8(_json(value))
+        return self._input.hash(what + data)
 
 
 def load_key(home: Path, given: str | None, create: bool = True) -> bytes:

@@ -18,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from orchestrator.corked import Corked
 from orchestrator.errors import Text
 
 LINGER_S = 2.0  # for a refused client to read why, before the connection is reset under it
@@ -124,11 +125,11 @@ class Hardened(HttpToolsProtocol):
         self._extensions: dict[str, dict[object, object]] = {"truthgpt.when_gone": {"call": self._when_gone}}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(Corked(transport, self.loop))
         self._deadline = self.loop.time() + self._bounds.idle_s
         crowd = len(self.connections) - self._bounds.connections
         if crowd > self._bounds.connections // 10:  # so many that not even a refusal can be afforded
-            transport.abort()
+            self.transport.abort()
         elif crowd > 0:
             self._refuse(CROWDED)
 

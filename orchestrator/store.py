@@ -11,6 +11,7 @@ import logging
 import re
 import secrets
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -22,6 +23,7 @@ __all__ = ["Script", "Store", "StoreAway", "StoreError"]
 
 log = logging.getLogger(__name__)
 
+NAMES = 4096  # of keys that are remembered, not made again
 WATCH_S = 0.25  # between two pings, and between two attempts to connect
 
 REGISTRY = "truthgpt:{registry}"  # hash: "key:<id>" and "limits:<subject>" -> JSON, "ttl:<task>" -> seconds
@@ -32,11 +34,13 @@ EVENTS = "truthgpt:events"  # channel of JSON objects
 _PLAIN = re.compile(r"[A-Za-z0-9._:-]+").fullmatch
 
 
+@lru_cache(maxsize=NAMES)
 def limits_key(tenant: str, subject: str, endpoint: str) -> str:
     """Hash: what one caller has used at one endpoint. Raises ValueError, as all these do, for an empty name."""
     return f"{_tenant(tenant)}:l:{_part(subject)}:{quote(endpoint, safe='')}"
 
 
+@lru_cache(maxsize=NAMES)
 def leases_key(tenant: str, subject: str) -> str:
     """Sorted set: the running requests of one caller."""
     return f"{_tenant(tenant)}:n:{_part(subject)}"
@@ -52,6 +56,7 @@ def flight_key(tenant: str, digest: str) -> str:
     return f"{_tenant(tenant)}:f:{_part(digest)}"
 
 
+@lru_cache(maxsize=NAMES)
 def stats_key(tenant: str) -> str:
     """Hash: the cache's counters of one tenant."""
     return f"{_tenant(tenant)}:s"
@@ -77,6 +82,7 @@ def worker_channel(worker: str) -> str:
     return f"truthgpt:worker:{_part(worker)}"
 
 
+@lru_cache(maxsize=NAMES)
 def _tenant(tenant: str) -> str:
     # The braces are Redis Cluster's hash tag: all keys of one request are in one slot.
     return f"truthgpt:{{{_part(tenant)}}}"

@@ -96,7 +96,8 @@ class FrontDoor:
         exchange.notes.route = f"{method} {found.template}"
         if found.template not in OPEN:
             caller = self._identify(exchange.headers, (scope.get("client") or ("",))[0])
-            exchange.caller = dataclasses.replace(caller, language=exchange.caller.language)
+            language = exchange.caller.language
+            exchange.caller = caller if caller.language == language else dataclasses.replace(caller, language=language)
         await handler(exchange)
 
     def _tell(self, exchange: Exchange, scope: Scope, kind: str) -> None:

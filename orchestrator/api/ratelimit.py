@@ -13,6 +13,12 @@ from orchestrator.domain import Window
 
 _LENGTHS_S = {"minute": 60, "hour": 3600, "day": 86400, "tokens_minute": 60, "tokens_day": 86400}
 
+_HEADERS = {
+    unit: tuple(f"x-ratelimit-{what}-{unit}".encode() for what in ("limit", "remaining", "reset"))
+    for unit in ("requests", "tokens")
+}
+_NEAREST, _FARTHEST = (-1.0, 0.0), (math.inf, 0.0)
+
 
 def limit_headers(windows: Sequence[Window], refused: str | None = None) -> list[tuple[bytes, bytes]]:
     """The headers of these windows; none where no window has any.
@@ -22,25 +28,36 @@ def limit_headers(windows: Sequence[Window], refused: str | None = None) -> list
     window `refused` instead, so that its `t` is not after Retry-After; it has no `t` (the draft lets it out) where
     that window has no header.
     """
-    counted = [window for window in windows if window.name in _LENGTHS_S]
-    if not counted:
+    counted, shown, nearest = [], None, _FARTHEST
+    near: dict[str, tuple[tuple[float, float], Window]] = {}  # of each unit, the window nearest to exhaustion
+    for window in windows:
+        if window.name not in _LENGTHS_S:
+            continue
+        counted.append(window)
+        nearness = (window.remaining / window.limit, -window.reset_s)
+        unit = "tokens" if window.name.startswith("tokens") else "requests"
+        if unit not in near or nearness < near[unit][0]:
+            near[unit] = nearness, window
+        if window.name == refused:
+            shown, nearest = window, _NEAREST
+        elif nearness < nearest:
+            shown, nearest = window, nearness
+    if shown is None:
         return []
-    shown = next((window for window in counted if window.name == refused), None) or min(counted, key=_nearness)
-    state = f'"{_public(shown.name)}";r={shown.remaining}'
+    state = f'"{shown.name.replace("_", "-")}";r={shown.remaining}'
     if refused is None or refused == shown.name:
         state += f";t={math.ceil(shown.reset_s)}"
     headers = [
-        (b"ratelimit-policy", _policy(tuple((window.name, window.limit) for window in counted))),
+        (b"ratelimit-policy", _policy(tuple([(window.name, window.limit) for window in counted]))),
         (b"ratelimit", state.encode()),
     ]
-    for unit, tokens in (("requests", False), ("tokens", True)):
-        of_unit = [window for window in counted if window.name.startswith("tokens") is tokens]
-        if of_unit:
-            near = min(of_unit, key=_nearness)
+    for unit, (limit, remaining, reset) in _HEADERS.items():
+        if unit in near:
+            window = near[unit][1]
             headers += (
-                (f"x-ratelimit-limit-{unit}".encode(), str(near.limit).encode()),
-                (f"x-ratelimit-remaining-{unit}".encode(), str(near.remaining).encode()),
-                (f"x-ratelimit-reset-{unit}".encode(), duration(near.reset_s).encode()),
+                (limit, b"%d" % window.limit),
+                (remaining, b"%d" % window.remaining),
+                (reset, duration(window.reset_s).encode()),
             )
     return headers
 
@@ -58,14 +75,6 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{left}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60}m{left}s"
 
 
-def _nearness(window: Window) -> tuple[float, float]:
-    return window.remaining / window.limit, -window.reset_s
-
-
-def _public(name: str) -> str:
-    return name.replace("_", "-")
-
-
 @lru_cache(maxsize=1024)
 def _policy(limits: tuple[tuple[str, int], ...]) -> bytes:
-    return ", ".join(f'"{_public(name)}";q={limit};w={_LENGTHS_S[name]}' for name, limit in limits).encode()
+    return ", ".join(f'"{name.replace("_", "-")}";q={limit};w={_LENGTHS_S[name]}' for name, limit in limits).encode()
