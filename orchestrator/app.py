@@ -6,6 +6,7 @@ Knows everyone, and nobody knows it. Starts and stays live while Triton is away;
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,8 @@ class Application(_Application):
         if store:
             await registry.first_copy(KEYS_KNOWN_S)
         if settings.grpc:
-            # here, because whoever does without has no need of what it costs: 20 MB
+            os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines on standard error are no JSON
+            # here, because whoever does without has no need of what it costs: 15 MB
             from orchestrator.api.grpc_server import GrpcServer, methods
 
             served = methods(gateway, triton.describe, defaults, settings.request_timeout_s)

@@ -15,6 +15,7 @@ import click
 
 from orchestrator import errors, hardening, metrics_table
 from orchestrator.api import errors as table
+from orchestrator.api import grpc_errors
 from orchestrator.cli import cli
 from orchestrator.settings import PROFILES, Settings
 
@@ -153,7 +154,7 @@ def settings_page() -> str:
 
 def gateway_page() -> str:
     """docs/gateway.md as it stands, with its generated parts anew."""
-    return filled("docs/gateway.md", errors=error_rows(), refusals=refusal_rows())
+    return filled("docs/gateway.md", errors=error_rows(), statuses=status_rows(), refusals=refusal_rows())
 
 
 def metrics_page() -> str:
@@ -194,6 +195,16 @@ def error_rows() -> list[str]:
         again = "wait" if later else "yes" if error.retryable else "no"
         code = f"`{row.code}`" if row.code else ""
         lines.append(f"| {name} | {row.status} | `{row.type}` | {code} | {again} | {cell(meaning.replace('`', ''))} |")
+    return lines
+
+
+def status_rows() -> list[str]:
+    """Every status that gRPC's edge has for errors, with the HTTP statuses and the errors that have it."""
+    lines = ["| gRPC | HTTP | errors |", "|---|---|---|"]
+    for status in dict.fromkeys(grpc_errors.TABLE.values()):
+        kinds = [kind for kind, code in grpc_errors.TABLE.items() if code is status]
+        http = ", ".join(dict.fromkeys(str(table.TABLE[kind].status) for kind in kinds))
+        lines.append(f"| {status.name} | {http} | {', '.join(kind.__name__ for kind in kinds)} |")
     return lines
 
 

@@ -13,7 +13,21 @@ from pathlib import Path
 import pytest
 
 from orchestrator import hardening, limits, sanitize
-from orchestrator.api import admin, bodies, fields, http, middleware, openai_request
+from orchestrator.api import (
+    admin,
+    bodies,
+    fields,
+    grpc_errors,
+    grpc_health,
+    grpc_infer,
+    grpc_messages,
+    grpc_schema,
+    grpc_server,
+    grpc_tensors,
+    http,
+    middleware,
+    openai_request,
+)
 from orchestrator.api import errors as table
 from orchestrator.api.ratelimit import limit_headers
 from orchestrator.app import Application
@@ -98,13 +112,14 @@ def classes(root: type[TruthGPTError]) -> Iterator[type[TruthGPTError]]:
 
 
 def test_every_error_is_listed_with_its_codes() -> None:
-    """The table has every class of the error tree with status, type, code and whether it is worth another try."""
+    """The tables have every class of the error tree: its statuses, type, code and whether it is worth another try."""
     rows = {cells[0]: cells[1:5] for cells in (line.strip("| ").split(" | ") for line in part("Errors").splitlines())}
     for error in classes(TruthGPTError):
         row = table.TABLE[error]
         again = "wait" if issubclass(error, (RateLimited, Unavailable)) else "yes" if error.retryable else "no"
         code = f"`{row.code}`" if row.code else ""
         assert rows[error.__name__] == [str(row.status), f"`{row.type}`", code, again]
+        assert error.__name__ in rows[grpc_errors.TABLE[error].name][1].split(", ")
 
 
 def test_what_the_edge_itself_refuses_is_listed() -> None:
@@ -141,6 +156,24 @@ def test_every_setting_of_the_gateway_is_named() -> None:
     used &= set(table_)
     assert len(used) > 40
     assert {table_[name].env for name in used} - set(re.findall(r"\bTRUTHGPT_[A-Z_]+[A-Z]\b", TEXT)) == set()
+
+
+def test_every_method_and_bound_of_grpc_is_named() -> None:
+    """Each method of the gRPC service is in its table, in full or by its beginning, and its bounds are the code's."""
+    grpc = part("Edges").split("### gRPC")[1]
+    service = grpc_schema.POOL.FindServiceByName(grpc_messages.SERVICE)
+    named_there = [name.rstrip("…") for name in re.findall(r"`([A-Z]\w+…?)`", grpc)]
+    assert len(service.methods) == 20
+    for method in service.methods:
+        assert any(method.name.startswith(name) for name in named_there), method.name
+    for stated in (
+        f"Up to {grpc_infer.AT_ONCE} requests", f"{middleware.MAX_HEADER_BYTES >> 10} KiB of metadata",
+        f"{grpc_server.CALLS:,} calls", f"`{grpc_infer.AS_STATUS.decode()}: true`", f"`{grpc_infer.FINAL}`",
+        f"`{grpc_tensors.ENABLE_FINAL}`", grpc_health.HEALTH,
+    ):  # fmt: skip
+        assert stated in grpc, stated
+    hostile = part("Bounds for hostile clients")
+    assert f"{grpc_server.STREAMS} calls" in hostile and f"{grpc_server.IDLE_S} s without" in hostile
 
 
 async def test_every_path_is_named() -> None:

@@ -40,12 +40,18 @@ class Rpc:
         self.traceparent = traceparent_of(self.headers.get(b"traceparent"))
         self.caller = Caller(NOBODY, language=language_of(self.headers.get(b"accept-language", b"")))
         self.notes = Notes(edge="grpc", route=method)
+        self.address = ""  # the client's, once it was asked who that is
 
     @property
     def within_s(self) -> float | None:
-        """What is left of the client's own deadline."""
+        """What is left of the client's own deadline: never 0, which elsewhere says that there is none."""
         left_s: float | None = self.context.time_remaining()
-        return left_s
+        return None if left_s is None else max(left_s, 1e-3)
+
+    @property
+    def peer(self) -> str:
+        """The address at the other end: grpc's own text is a kind, it and a port, IPv6's brackets percent-encoded."""
+        return unquote(self.context.peer().partition(":")[2]).rpartition(":")[0].strip("[]")
 
     def another(self, number: int) -> Rpc:
         """The same call's request of this number, from 0, accepted now."""
@@ -100,7 +106,8 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
 
     async def admit(self, rpc: Rpc) -> None:
         """Find out who asks. Raises TruthGPTError."""
-        caller = self._identify(rpc.headers, await self._address(rpc))
+        rpc.address = rpc.peer if self._proxies is None else await _forwarded(self._proxies, rpc)
+        caller = self._identify(rpc.headers, rpc.address)
         rpc.caller = dataclasses.replace(caller, language=rpc.caller.language)
 
     def tell(self, rpc: Rpc, error: BaseException) -> TruthGPTError:
@@ -158,16 +165,6 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         self._incident(rpc, NO_SUCH_METHOD, "")  # its name is the client's, of any length and kind
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "There is no such method here.", rpc.end())
 
-    async def _address(self, rpc: Rpc) -> str:
-        """The client's address; `peer` has a kind, an address and a port, the brackets of IPv6 percent-encoded."""
-        host = unquote(rpc.context.peer().partition(":")[2]).rpartition(":")[0].strip("[]")
-        if self._proxies is None:
-            return host
-        fields = [(name.encode(), _bytes(value)) for name, value in rpc.context.invocation_metadata()]
-        scope: Any = {"type": "http", "client": (host, 0), "headers": fields}
-        await self._proxies(scope, _nothing, _nothing)  # the same rule as over HTTP
-        return str(scope["client"][0])
-
     def _incident(self, rpc: Rpc, kind: str, operation: str) -> None:
         try:
             self._report(
@@ -177,7 +174,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                     edge="grpc",
                     operation=operation,
                     caller="" if rpc.caller.id == NOBODY else rpc.caller.id,
-                    address=unquote(rpc.context.peer().partition(":")[2]).rpartition(":")[0].strip("[]"),
+                    address=rpc.address or rpc.peer,
                     at=time.time(),
                     traceparent=rpc.traceparent,
                 )
@@ -192,6 +189,14 @@ def parse(kind: Any, raw: bytes) -> Any:
         return kind.FromString(raw)
     except DecodeError as error:
         raise InvalidRequest(NOT_A_MESSAGE) from error
+
+
+async def _forwarded(proxies: ProxyHeadersMiddleware, rpc: Rpc) -> str:
+    """The client's address as a proxy names it, if it is a trusted one: by the same rule as over HTTP."""
+    fields = [(name.encode(), _bytes(value)) for name, value in rpc.context.invocation_metadata()]
+    scope: Any = {"type": "http", "client": (rpc.peer, 0), "headers": fields}
+    await proxies(scope, _nothing, _nothing)
+    return str(scope["client"][0])
 
 
 def _bytes(value: str | bytes) -> bytes:

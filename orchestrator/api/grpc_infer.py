@@ -15,6 +15,7 @@ from orchestrator.api.grpc_errors import details_of
 from orchestrator.api.grpc_messages import SERVICE, InferRequest, StreamResponse
 from orchestrator.api.http import SLOW_READER_S
 from orchestrator.api.kserve_request import Call
+from orchestrator.context import handling
 from orchestrator.errors import DeadlineExceeded, UpstreamError
 from orchestrator.gateway import Gateway
 
@@ -71,6 +72,7 @@ class Inference:
 
     async def _answer(self, door: Door, stream: Rpc, rpc: Rpc, raw: bytes, write: Write) -> None:
         """Answer one request; its error is a response, unless the client wants it as the stream's status."""
+        handling.set((rpc.id, rpc.traceparent))
         response = StreamResponse()
         answer = response.infer_response
         async with asyncio.timeout(self._within_s):

@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2_grpc
 from orchestrator.api import grpc_infer
 from orchestrator.app import Application
 from orchestrator.domain import Incident
+from orchestrator.keys import subject_of
 from orchestrator.ops.keyring import Keyring
 from tests.redis import RealRedis
 
@@ -331,12 +332,44 @@ async def test_draining_refuses_new_calls_and_lets_running_ones_end(fake: FakeTr
         await draining
 
 
+async def test_what_does_not_end_is_ended_when_the_gateway_stops(fake: FakeTriton) -> None:
+    """A stream that outlives the drain hears why in its last response; open streams do not hold up the end."""
+    fake.script = [event("a"), math.inf]
+    async with serving(fake, grpc=True) as stack:
+        async with stub(stack.grpc) as calls, grpc.aio.insecure_channel(stack.grpc) as channel:
+            running = calls.ModelStreamInfer(iter([ask(stream=True)]))
+            await running.read()
+            idle = calls.ModelStreamInfer()
+            watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
+            await watch.read()
+            await stack.gateway.drain(0.1)
+            assert "stopping" in (await running.read()).error_message
+            assert await running.read() is grpc.aio.EOF
+            began = time.monotonic()
+            application: Any = stack.server.config.app
+            await application.grpc.stop()
+            assert time.monotonic() - began < 3
+            for call in (idle, watch):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    while await call.read() is not grpc.aio.EOF:
+                        continue
+                assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
 async def test_only_a_trusted_proxy_names_the_client(fake: FakeTriton) -> None:
     """x-forwarded-for counts where it counts over HTTP: from a proxy that was named."""
     for trusted, subject in ((None, "ip-127.0.0.1"), ("127.0.0.1", "ip-192.0.2.7")):
         async with serving(fake, grpc=True, trusted_proxies=trusted) as stack, stub(stack.grpc) as calls:
             await calls.ModelInfer(ask(), metadata=(("x-forwarded-for", "192.0.2.7"),))
             assert stack.records[-1].caller == subject
+
+
+async def test_an_ipv6_client_has_its_own_address(fake: FakeTriton) -> None:
+    """Over IPv6 the caller is the client's address, without brackets and port."""
+    async with serving(fake, grpc=True, host="::1") as stack:
+        async with stub(f"[::1]:{stack.grpc.rpartition(':')[2]}") as calls:
+            await calls.ModelInfer(ask())
+        assert stack.records[-1].caller == subject_of("::1")
 
 
 async def test_models_that_do_not_generate_are_asked_once(fake: FakeTriton) -> None:
