@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 _T = TypeVar("_T")
 
@@ -40,8 +40,7 @@ class Caller:
     language: str = "en"
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """One limit's state after a request was counted. `reset_s`: seconds until something of it is free again."""
 
     name: str  # minute, hour, day, tokens_minute, tokens_day or concurrency

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 from orchestrator import unsafe
 from orchestrator.errors import Text, UnsafeInput
@@ -78,6 +78,11 @@ def check(texts: Sequence[str], rules: Rules, param: str) -> Cleaned:
     dangerous would have to go or the limit is passed. "off" changes nothing and knows no limit. In every mode a request
     without any text raises UnsafeInput.
     """
+    # who asks the same again, as those do whom the cache answers, has it read only once
+    return (_lately if sum(map(len, texts)) <= _SHORT_CHARS else _check)(tuple(texts), rules, param)
+
+
+def _check(texts: tuple[str, ...], rules: Rules, param: str) -> Cleaned:
     if rules.mode == "off":
         cleaned = Cleaned(tuple(texts), ())
     elif rules.mode == "clean":
@@ -95,6 +100,10 @@ def check(texts: Sequence[str], rules: Rules, param: str) -> Cleaned:
     if not any(cleaned.texts):
         raise UnsafeInput(Text(f"{param}: there is no text in it.", f"{param}: no contiene texto."), param, ("empty",))
     return cleaned
+
+
+_SHORT_CHARS = 2048
+_lately = lru_cache(maxsize=512)(_check)
 
 
 def clean(texts: Sequence[str], max_chars: int) -> Cleaned:

@@ -13,8 +13,10 @@ import orjson
 
 from orchestrator import sse
 from orchestrator.api import errors as table
+from orchestrator.api.bodies import json_object
 from orchestrator.api.fields import Defaults
 from orchestrator.api.http import SLOW_READER_S, Exchange
+from orchestrator.api.memory import Memory, key_of
 from orchestrator.api.middleware import Routes
 from orchestrator.api.openai_request import Call, chat, completion, embeddings
 from orchestrator.domain import Chunk, Model, Usage
@@ -38,6 +40,7 @@ class OpenAI:
         self._gateway, self._defaults = gateway, defaults
         self._within_s = request_timeout_s + SLOW_READER_S
         self._prompts_at_once = prompts_at_once
+        self._memory = Memory()
 
     @property
     def routes(self) -> Routes:
@@ -71,7 +74,7 @@ class OpenAI:
         raise ModelNotFound(name)
 
     async def _generate(self, exchange: Exchange, parse: Parser, form: type[_Form]) -> None:
-        call = parse(await exchange.json(), exchange, self._defaults)
+        call = await self._call(exchange, parse)
         answer = form(call)
         async with exchange.cancelled_by_hang_up(self._within_s):
             if len(call.requests) > 1:
@@ -85,6 +88,16 @@ class OpenAI:
                         parts.append(chunk.text)
                         usage, reason = usage.plus(chunk), chunk.finish_reason
                     await exchange.reply_json(200, answer.whole([("".join(parts), reason)], usage))
+
+    async def _call(self, exchange: Exchange, parse: Parser) -> Call:
+        body = await exchange.body()
+        key = key_of(parse, body, exchange)
+        call = None if key is None else self._memory.recall(key, exchange)
+        if call is None:
+            call = parse(json_object(body), exchange, self._defaults)
+            if key is not None:
+                self._memory.keep(key, call)
+        return call
 
     async def _generate_all(self, exchange: Exchange, call: Call, answer: _Form) -> None:
         """Several prompts: a choice each, and one end, one usage and one failure for all of them."""
