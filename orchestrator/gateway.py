@@ -27,7 +27,7 @@ from orchestrator.domain import (
     changed,
 )
 from orchestrator.errors import Draining, InternalError, InvalidRequest, Text, TruthGPTError
-from orchestrator.flights import Flights
+from orchestrator.flights import Flight, Flights
 from orchestrator.health import Health, Served
 from orchestrator.limiter import Limiter
 from orchestrator.passage import Passage, Prepared, Sink, within
@@ -39,6 +39,13 @@ log = logging.getLogger(__name__)
 
 NO_EMBEDDINGS = Text("There is no embedding model here.", "Aquí no hay ningún modelo de embeddings.")
 NOT_GENERATING = Text("This model does not generate text; use infer.", "Este modelo no genera texto; use infer.")
+
+
+Chunks = AsyncGenerator[Chunk, None] | Flight
+
+
+async def _single(chunk: Chunk) -> AsyncGenerator[Chunk, None]:
+    yield chunk
 
 
 class Gateway:
@@ -78,8 +85,12 @@ class Gateway:
                 prepared.ticket = ticket(caller, model, prepared.request, self._answer_rules)
 
         async with self._pass(caller, request, "generate", notes, prepare) as passage:
-            async with aclosing(self._answer(passage)) as chunks:
+            source, note = self._source(passage)
+            async with aclosing(source) as chunks:
                 async for chunk in chunks:
+                    if note is not None:
+                        note()
+                        note = None
                     passage.tally.add(chunk)
                     yield chunk
                     if chunk.finish_reason is not None:
@@ -149,32 +160,36 @@ class Gateway:
                 self._limiter.leave(passage.entry, tally.charged)
             self._record(passage)
 
-    async def _answer(self, passage: Passage[GenerateRequest]) -> AsyncGenerator[Chunk, None]:
-        """From the cache, from a flight that somebody else may have started, or from Triton."""
-        notes, flights = passage.notes, self._flights
+    def _source(self, passage: Passage[GenerateRequest]) -> tuple[Chunks, Callable[[], None] | None]:
+        """From where the answer comes: the cache, a flight that somebody else may have started, or Triton.
+
+        And what is to be noted once its first chunk is there.
+        """
+        notes, tally, flights = passage.notes, passage.tally, self._flights
         lookup = passage.entry.lookup if passage.entry is not None else None
         if lookup is not None and lookup.answer is not None:
             notes.cache = "hit"
-            yield lookup.answer.chunk()
-            return
+            return _single(lookup.answer.chunk()), None
         request = passage.asks()
         if flights is None or passage.ticket is None or lookup is None or lookup.state == "bypass":
-            notes.cache, passage.tally.charge = "bypass", True
+            notes.cache, tally.charge = "bypass", True
             outcome = Outcome()
-            async with aclosing(self._upstream.generate(request, outcome)) as chunks:
-                async for chunk in chunks:
-                    notes.fallback = outcome.fallback
-                    yield chunk
-            return
+
+            def note_upstream() -> None:
+                notes.fallback = outcome.fallback
+
+            return self._upstream.generate(request, outcome), note_upstream
         # Who shares an answer may have more time for it than the one who asked first.
         shared = request if request.timeout_s is None else changed(request, timeout_s=None)
         flight = flights.join(passage.ticket, lookup, lambda out: self._upstream.generate(shared, out))
         missed = notes.cache = "miss" if request.cache.lookup else "bypass"
-        async with aclosing(within(flight.chunks(), passage.deadline)) as chunks:
-            async for chunk in chunks:
-                notes.cache, notes.fallback = "hit" if flight.shared else missed, flight.outcome.fallback
-                passage.tally.charge = not flight.shared
-                yield chunk
+
+        def note_flight() -> None:
+            notes.cache, notes.fallback = "hit" if flight.shared else missed, flight.outcome.fallback
+            tally.charge = not flight.shared
+
+        deadline = passage.deadline
+        return flight.chunks() if deadline is None else within(flight.chunks(), deadline), note_flight
 
     async def generate_all(
         self, caller: Caller, requests: Sequence[GenerateRequest], at_once: int, notes: Notes

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from orchestrator.domain import Chunk
-from orchestrator.errors import EmptyAnswer
 
 
 class OutputGuard:
@@ -13,21 +12,16 @@ class OutputGuard:
 
     def __init__(self, max_chars: int) -> None:
         self._room = max_chars
-        self._empty = True
-        self.ended = False  # the limit was passed: nothing after the last chunk counts, stop the model
+        self.empty = True  # it has had no character so far
+        self.ended = False  # it has come to its end, or the limit was passed: nothing after the last chunk counts
 
     def feed(self, chunk: Chunk) -> Chunk:
         """The chunk as far as the limit lets it; the one that passes the limit ends the answer with "length"."""
-        if chunk.text:
-            self._empty = False
-        if len(chunk.text) > self._room:
-            self.ended = True
-        if self.ended:
+        size = len(chunk.text)
+        if size:
+            self.empty = False
+        if size > self._room or self.ended:
             chunk = replace(chunk, text=chunk.text[: self._room], finish_reason="length")
-        self._room -= len(chunk.text)
+        self._room = max(0, self._room - size)
+        self.ended = chunk.finish_reason is not None
         return chunk
-
-    def finish(self) -> None:
-        """The answer is over. Raises EmptyAnswer when it had no character at all."""
-        if self._empty:
-            raise EmptyAnswer

@@ -159,13 +159,9 @@ class Passage(Generic[Request]):
         )
 
 
-async def within(chunks: Flight, deadline: float | None) -> AsyncGenerator[Chunk, None]:
+async def within(chunks: Flight, deadline: float) -> AsyncGenerator[Chunk, None]:
     """The same chunks, as long as each comes before a loop time. Raises DeadlineExceeded."""
     async with aclosing(chunks):
-        if deadline is None:
-            async for chunk in chunks:
-                yield chunk
-            return
         while True:
             try:
                 async with asyncio.timeout_at(deadline):

@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from orchestrator.breaker import Breakers
 from orchestrator.broadcast import Outcome
 from orchestrator.domain import Chunk, GenerateRequest, InferRequest, InferResult
-from orchestrator.errors import DeadlineExceeded, Draining, Overloaded, TruthGPTError, Unavailable, UpstreamError
+from orchestrator.errors import (
+    DeadlineExceeded,
+    Draining,
+    EmptyAnswer,
+    Overloaded,
+    TruthGPTError,
+    Unavailable,
+    UpstreamError,
+)
 from orchestrator.errors import UpstreamUnavailable as Away
 from orchestrator.health import Health
 from orchestrator.output import OutputGuard
@@ -42,39 +50,35 @@ class Upstream:
         self._retries, self._fallback, self._max_output_chars = retries, fallback, max_output_chars
         self._observe = observe
 
-    async def generate(self, request: GenerateRequest, outcome: Outcome) -> AsyncGenerator[Chunk, None]:
+    def generate(self, request: GenerateRequest, outcome: Outcome) -> AsyncGenerator[Chunk, None]:
         """The answer's chunks, checked and cut to the longest that is allowed; the last one has a finish reason.
 
         `outcome.fallback` is set before the first chunk where not the model itself answers. Raises TruthGPTError.
         """
         guard = OutputGuard(self._max_output_chars)
-        nothing = self._fallback == Fallback()
-        async with aclosing(self._ask(request) if nothing else self._with_fallback(request, outcome)) as chunks:
-            async for given in chunks:
-                chunk = guard.feed(given)
-                if chunk.finish_reason is not None:
-                    guard.finish()
-                yield chunk
-                if guard.ended:
-                    return
+        if self._fallback == Fallback():
+            return self._ask(request, guard)
+        return self._with_fallback(request, outcome, guard)
 
-    async def _with_fallback(self, request: GenerateRequest, outcome: Outcome) -> AsyncGenerator[Chunk, None]:
+    async def _with_fallback(
+        self, request: GenerateRequest, outcome: Outcome, output: OutputGuard
+    ) -> AsyncGenerator[Chunk, None]:
         started = False
         try:
-            async with aclosing(self._ask(request)) as chunks:
+            async with aclosing(self._ask(request, output)) as chunks:
                 async for chunk in chunks:
                     started = True
                     yield chunk
             return
         except (Unavailable, UpstreamError, DeadlineExceeded) as error:
-            if started or isinstance(error, (Overloaded, Draining)):
+            if started or isinstance(error, (Overloaded, Draining, EmptyAnswer)):
                 raise
             failure = error
         other = self._fallback.model
         if other is not None and other != request.model:
             try:
                 outcome.fallback = f"model={other}"
-                async with aclosing(self._ask(replace(request, model=other))) as chunks:
+                async with aclosing(self._ask(replace(request, model=other), output)) as chunks:
                     async for chunk in chunks:
                         started = True
                         yield chunk
@@ -89,7 +93,7 @@ class Upstream:
         outcome.fallback = "text"
         yield Chunk(self._fallback.text, finish_reason="stop")
 
-    async def _ask(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    async def _ask(self, request: GenerateRequest, output: OutputGuard) -> AsyncGenerator[Chunk, None]:
         """However often it is tried, a request is one success or one failure of its model's breaker."""
         self._health.require(request.model)  # a name that only its client knows gets no breaker
         self._retries.asked()
@@ -100,13 +104,16 @@ class Upstream:
                 try:
                     with self._health.attend(request.model) as attendance:
                         async with aclosing(self._triton.stream(request, attendance)) as chunks:
-                            async for chunk in chunks:
-                                started, last = True, chunk.finish_reason is not None
-                                if last:  # whoever has it all may leave before the iterator ends
+                            async for given in chunks:
+                                started, chunk = True, output.feed(given)
+                                if output.ended:  # whoever has it all may leave before the iterator ends
                                     outcome = "ok"
-                                guard.chunk(last)
-                                yield chunk
-                    return
+                                guard.chunk(output.ended)
+                                if not output.empty or not output.ended:
+                                    yield chunk
+                                if output.ended:
+                                    break
+                    break
                 except TruthGPTError as error:
                     outcome = "error"
                     if started or not isinstance(error, Away) or not self._retries.take(attempt):
@@ -116,6 +123,8 @@ class Upstream:
                     self._observe(request.model, outcome)
                 await asyncio.sleep(self._retries.pause_s(attempt))
                 attempt += 1
+        if output.empty:  # no fault of a model that answers
+            raise EmptyAnswer
 
     async def infer(self, request: InferRequest) -> InferResult:
         """Run a model that does not generate. Raises TruthGPTError."""
