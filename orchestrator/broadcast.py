@@ -41,7 +41,7 @@ class Broadcast:
         self.ended = False
         self.error: TruthGPTError | None = None
         self._listeners: dict[Listener, None] = {}
-        self._on_empty = on_empty
+        self._on_empty: Callable[[], None] | None = on_empty
 
     @property
     def complete(self) -> bool:
@@ -55,7 +55,7 @@ class Broadcast:
         """A second time does nothing."""
         if listener in self._listeners:
             del self._listeners[listener]
-            if not self._listeners and not self.ended:
+            if not self._listeners and self._on_empty is not None:
                 self._on_empty()
 
     def add(self, chunk: Chunk) -> None:
@@ -67,5 +67,6 @@ class Broadcast:
         """No chunk comes any more; only the first call counts."""
         if not self.ended:
             self.ended, self.error = True, error
+            self._on_empty = None  # who made this has a reference to it: only the garbage collector would free the two
             for listener in self._listeners:
                 listener.wake()

@@ -29,6 +29,7 @@ logs and metrics. What users read is `text`, in English and Spanish; `str(error)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,17 @@ class TruthGPTError(Exception):
     def __init__(self, text: Text, detail: str = "") -> None:
         self.text = text
         super().__init__(detail or text.en)
+
+    def again(self) -> Self:
+        """The same error as a new object, for whoever has kept one and raises it later.
+
+        A kept error that is raised itself holds, by its traceback, the frames that it passes with the whole request,
+        and what keeps it among them: a cycle, which lives until the rare garbage collection.
+        """
+        other = type(self).__new__(type(self), *self.args)
+        other.__dict__.update(self.__dict__)
+        other.__cause__ = self.__cause__
+        return other
 
 
 class InvalidRequest(TruthGPTError):

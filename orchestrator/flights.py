@@ -61,8 +61,7 @@ class Flight:
         cast = self._run.cast
         while self._at == len(cast.chunks):
             if cast.error is not None:
-                # one exception for all callers: the traceback of each would be added to it
-                raise cast.error.with_traceback(None)
+                raise cast.error.again()
             if cast.ended:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
@@ -163,7 +162,7 @@ class Flights:
                         cast.add(chunk)
             error = None
         except TruthGPTError as raised:
-            error = raised
+            error = raised.with_traceback(None)
         except Exception as raised:
             error = InternalError(f"{type(raised).__name__} in a flight")
             error.__cause__ = raised
@@ -176,6 +175,8 @@ class Flights:
                 await self._leave(run, entry)
             finally:
                 self._unlist(run)
+                # The task keeps what cancelled it, that this frame, and this frame the run with all of its answer.
+                run.task = None
 
     async def _followed(self, run: _Run, lookup: Lookup) -> bool:
         """Whether the answer came from elsewhere: another process or the cache. If not, the flight has to lead."""

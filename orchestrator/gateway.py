@@ -134,7 +134,7 @@ class Gateway:
                 try:
                     await prepare(prepared)
                 except TruthGPTError as error:  # first it counts in the caller's limits, as every request does
-                    refusal, prepared.ticket = error, None
+                    refusal, prepared.ticket = error.with_traceback(None), None
                 tally.ended("prepare")
                 entry = await self._limiter.enter(
                     caller, endpoint, prepared.tokens, passage.lease, prepared.ticket, notes, prepared.recount
@@ -142,7 +142,7 @@ class Gateway:
                 passage.entry, passage.request, passage.ticket = entry, prepared.request, prepared.ticket
                 tally.ended("limits and cache")
                 if refusal is not None:
-                    raise refusal
+                    raise refusal.again()
                 yield passage
         except (asyncio.CancelledError, GeneratorExit):
             tally.outcome = "ok" if tally.finish_reason else "cancelled"  # who leaves after the last chunk has it all

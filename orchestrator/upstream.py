@@ -73,7 +73,7 @@ class Upstream:
         except (Unavailable, UpstreamError, DeadlineExceeded) as error:
             if started or isinstance(error, (Overloaded, Draining, EmptyAnswer)):
                 raise
-            failure = error
+            failure = error.with_traceback(None)
         other = self._fallback.model
         if other is not None and other != request.model:
             try:
@@ -89,7 +89,7 @@ class Upstream:
                 outcome.fallback = None
                 log.warning("the fallback model %s cannot answer either: %s", other, error)
         if self._fallback.text is None:
-            raise failure
+            raise failure.again()
         outcome.fallback = "text"
         yield Chunk(self._fallback.text, finish_reason="stop")
 
@@ -137,8 +137,8 @@ class Upstream:
                     outcome = "ok"
                     return result
                 except UpstreamError as error:  # an answer all the same: many backends say 500 to a wrong input
-                    failure = error
-            raise failure
+                    failure = error.with_traceback(None)
+            raise failure.again()
         except TruthGPTError:
             outcome = "error"
             raise

@@ -133,7 +133,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                 except grpc.aio.AbortError:
                     raise  # the handler has ended the call by itself
                 except Exception as error:
-                    await self._abort(rpc, error)
+                    self._end(rpc, error)
 
             return grpc.stream_stream_rpc_method_handler(stream)
 
@@ -149,16 +149,17 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await self._abort(rpc, error)
-                raise  # not reached: ending a call raises
+                self._end(rpc, error)
+                return b""  # not sent: the status is not OK
 
         return grpc.unary_unary_rpc_method_handler(unary)
 
-    async def _abort(self, rpc: Rpc, error: Exception) -> None:
+    def _end(self, rpc: Rpc, error: Exception) -> None:
+        """Make an error the call's status. Not by `abort`: the context keeps what that raises, and so the request."""
         known = self.tell(rpc, error)
-        await rpc.context.abort(
-            TABLE[type(known)], details_of(known, rpc.caller.language), rpc.end(*metadata_of(known))
-        )
+        rpc.context.set_code(TABLE[type(known)])
+        rpc.context.set_details(details_of(known, rpc.caller.language))
+        rpc.context.set_trailing_metadata(rpc.end(*metadata_of(known)))
 
     async def _refuse_unknown(self, messages: AsyncIterator[bytes], context: Any) -> None:
         rpc = Rpc(context, "")

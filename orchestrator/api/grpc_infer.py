@@ -69,6 +69,10 @@ class Inference:
             if isinstance(error, TimeoutError):
                 raise DeadlineExceeded("the client does not read its stream") from error
             raise error from None
+        except asyncio.CancelledError as error:
+            # The group's frame keeps it (until Python 3.13), and is in its traceback: a cycle with the whole request.
+            error.__traceback__ = None
+            raise
 
     async def _answer(self, door: Door, stream: Rpc, rpc: Rpc, raw: bytes, write: Write) -> None:
         """Answer one request; its error is a response, unless the client wants it as the stream's status."""

@@ -114,7 +114,7 @@ class Stack:
     def knows(self, key: str) -> bool:
         """Whether a key that was just made is taken, by as many connections as most likely reach every worker."""
         headers = {"Authorization": f"Bearer {key}"}
-        return all(self.request("GET", "/v1/models", headers=headers)[0] == 200 for _ in range(8))
+        return all(self.request("GET", "/v1/models", headers=headers)[0] == 200 for _ in range(20))
 
     def load(self) -> dict[str, Any]:
         """The heartbeat of the model, straight from Triton."""

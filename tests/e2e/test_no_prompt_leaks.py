@@ -246,6 +246,7 @@ def search(cache: bool) -> Search:
                 with redis.Redis.from_url(stack.state.redis) as store:
                     limits = ({"per_minute": 1}, {})
                     (_, limited), (_, key) = (Keyring(store).create("acme", limits=each) for each in limits)
+                wait_until(lambda: stack.knows(key), 5, "both workers know the keys")
                 talk, places = Talk(stack, marks, key, limited), list[Place]()
                 talk.answered()
                 talk.over_grpc()

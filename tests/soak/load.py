@@ -17,6 +17,7 @@ import aiohttp
 import grpc
 import numpy as np
 import tritonclient.grpc.aio as triton
+from tritonclient.utils import InferenceServerException
 
 from tests.counting import WORDS
 from tests.e2e.load import outcome_of
@@ -71,6 +72,7 @@ class Traffic:
             (4, "hang-up", self._hanging_up(lambda: self._completion(self._prompt(), LONG)), {"ok", "hung up"}),
             (3, "infer hang-up", self._hanging_up(self._infer), {"ok", "hung up"}),
             (4, "limited", lambda: self._completion(self._prompt(), key=self.limited), {"ok", "rate_limit_exceeded"}),
+            (2, "gRPC bad key", self._grpc_bad_key, {"StatusCode.UNAUTHENTICATED", "StatusCode.UNAVAILABLE"}),
             (3, "bad key", self._bad_key, {"invalid_api_key", "keys_unavailable"}),
             (2, "bad JSON", lambda: self._post("/v1/completions", b'{"model": '), {"None"}),
             (2, "bad parameter", lambda: self._completion(self._prompt(), -1), {"None"}),
@@ -207,6 +209,14 @@ class Traffic:
         client = self._random.choice(self._grpc)
         answer = await client.infer(self.model, self._inputs(), headers=self._metadata)
         return "ok" if answer.as_numpy("text_output").size == 1 else "no text"
+
+    async def _grpc_bad_key(self) -> str:
+        metadata = {"authorization": f"Bearer tg_{secrets.token_hex(6)}_{secrets.token_hex(16)}"}
+        try:
+            await self._random.choice(self._grpc).infer(self.model, self._inputs(), headers=metadata)
+        except InferenceServerException as error:
+            return str(error.status())
+        return "ok"
 
     async def _grpc_stream(self) -> str:
         async def requests() -> AsyncIterator[dict[str, Any]]:
