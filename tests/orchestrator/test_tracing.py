@@ -103,7 +103,9 @@ async def test_each_way_of_a_request_has_its_spans(
         async def ask(prompt: str, model: str = "m") -> int:
             return (await stack.post("/v1/completions", {"model": model, "prompt": prompt}))[0]
 
-        assert [await ask("berenjena"), await ask("berenjena")] == [200, 200]
+        assert await ask("berenjena") == 200
+        await until(lambda: client.keys("*:c:*"))  # an answer is there a moment before it is stored
+        assert await ask("berenjena") == 200
         assert await asyncio.gather(ask("slow berenjena"), ask("slow berenjena")) == [200, 200]
         assert await ask("broken berenjena") == 500
         endless = {"model": "m", "prompt": "endless berenjena", "stream": True}
