@@ -6,9 +6,11 @@ uvicorn's parser has no limits of its own: without these a header that never end
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +124,9 @@ class Hardened(HttpToolsProtocol):
         self._deadline = math.inf
         self._unread: tuple[int, float] | None = None  # of a closed connection: bytes to be read, and since when
         self._on_gone: Callable[[], None] | None = None  # of the request that is being answered
-        self._extensions: dict[str, dict[object, object]] = {"truthgpt.when_gone": {"call": self._when_gone}}
+        # Weak: the request has them, the connection has the request, and they would wait for the garbage collector.
+        when_gone = functools.partial(Hardened._when_gone, weakref.proxy(self))
+        self._extensions: dict[str, dict[object, object]] = {"truthgpt.when_gone": {"call": when_gone}}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(Corked(transport, self.loop))

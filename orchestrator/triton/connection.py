@@ -212,6 +212,7 @@ class Connection(asyncio.Protocol):
         if self._draining is not None:
             self._draining.cancel()
         self._fail(ConnectionFailed(f"the connection was lost: {exc}" if exc else "the connection was closed"))
+        del self._parser  # it has this connection's methods: only the garbage collector would free the two
 
     def _fail(self, error: ConnectionFailed) -> None:
         if self._answer is not None:
