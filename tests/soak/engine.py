@@ -29,7 +29,7 @@ LIMITED = {"per_minute": 20, "tokens_per_minute": 100_000}
 ANSWER_TTL_S = 5  # so short that as many answers expire as are stored
 KIB, MIB = 1 << 10, 1 << 20
 BOUNDS: dict[str, Bound] = {
-    "uss": Bound(slope=512 * KIB, rise=512 * KIB),
+    "uss": Bound(slope=512 * KIB, rise=1.5 * MIB),
     "files": Bound(slope=10, rise=10),
     "threads": Bound(slope=2, rise=3),
     "regions": Bound(slope=1, rise=1),
