@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -46,16 +46,16 @@ if ARGV[2] == '' then return {said, false} end
 return {said, cache_enter(KEYS[3], KEYS[4], KEYS[5], ARGV[2])}
 """
 )
-MAX_SETTLING = 10_000  # settlements under way; beyond it they are dropped, and what was reserved stays reserved
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """A request that was let in. `verdict` is None where no limit applies, `lookup` None where nothing is cached."""
 
     caller: Caller
     endpoint: str
     lease: str
+    keys: tuple[str, str]  # in Redis: what the caller used at the endpoint, and its leases
     verdict: Verdict | None = None
     lookup: Lookup | None = None
     local: bool = False  # counted in this process only
@@ -71,7 +71,6 @@ class Limiter:
         self._local = LocalLimits()
         self._leases: dict[str, str] = {}  # lease -> key of its caller's leases in Redis
         self._own_leases: dict[str, str] = {}  # lease -> its caller, counted in this process
-        self._settling: set[asyncio.Task[None]] = set()
         self.degraded = False  # the last request with limits was decided without Redis
         self.without_redis = 0  # requests of which that is true
 
@@ -99,21 +98,13 @@ class Limiter:
         self, caller: Caller, endpoint: str, tokens: int, lease: str, ticket: Ticket | None, notes: Notes
     ) -> Entry:
         limits = Limits() if self._mode == "off" else caller.limits
-        entry = Entry(caller, endpoint, lease)
+        keys = (limits_key(caller.tenant, caller.id, endpoint), leases_key(caller.tenant, caller.id))
+        entry = Entry(caller, endpoint, lease, keys)
         limited = limits != Limits()
         if not limited and ticket is None:
             return entry
         try:
-            if limited and not nothing_to_settle(limits):
-                # A caller who leaves meanwhile would otherwise leave behind what was reserved.
-                asking = asyncio.create_task(self._ask(entry, limits, tokens, ticket))
-                try:
-                    await asyncio.shield(asking)
-                except asyncio.CancelledError:
-                    asking.add_done_callback(partial(self._abandon, entry))
-                    raise
-            else:
-                await self._ask(entry, limits if limited else None, tokens, ticket)
+            await self._ask(entry, limits if limited else None, tokens, ticket)
         except (StoreAway, StoreError) as error:
             if isinstance(error, StoreError):
                 log.error("Redis refuses the script of limits and cache: %s", error)
@@ -135,9 +126,11 @@ class Limiter:
             self._local.settle(entry.caller.id, entry.endpoint, counted, tokens, entry.lease)
             return
         self._leases.pop(entry.lease, None)
-        if self._store is not None and len(self._settling) < MAX_SETTLING:
-            args = settle_args(counted, tokens, entry.lease)
-            self._spawn(self._settle(self._store, list(_keys(entry)), args))
+        if self._store is not None:
+            try:
+                self._store.script_only(SETTLE, entry.keys, settle_args(counted, tokens, entry.lease))
+            except StoreAway as error:  # what was reserved stays reserved until its window has passed
+                log.info("a request could not be settled: %s", error)
 
     async def run(self) -> None:
         """Renew the leases of long requests until cancelled."""
@@ -160,18 +153,30 @@ class Limiter:
         store = self._store
         if store is None:
             raise StoreAway("no Redis is configured")
-        packed = b"" if limits is None else reserve_args(
-            limits, tokens=tokens, lease=entry.lease, enforce=self._mode == "enforce"
-        )  # fmt: skip
-        keys = [*_keys(entry), *(ticket.keys() if ticket else ())]
-        wanted = ticket.args(store.worker) if ticket else b""
-        said, found = await store.run_script(ENTER, keys, [packed, wanted])
+        packed, dropped = b"", None
         if limits is not None:
-            entry.verdict = verdict(said, limits)
-            if limits.concurrency and entry.verdict.accepted:
-                self._leases[entry.lease] = _keys(entry)[1]
+            packed = reserve_args(limits, tokens=tokens, lease=entry.lease, enforce=self._mode == "enforce")
+            if not nothing_to_settle(limits):
+                # A caller who leaves meanwhile would otherwise leave behind what was reserved.
+                dropped = partial(self._dropped, entry, limits)
+        keys, wanted = [*entry.keys], b""
+        if ticket is not None:
+            keys += ticket.keys()
+            wanted = ticket.args(store.worker)
+        said, found = await store.script(ENTER, keys, [packed, wanted], dropped)
+        if limits is not None:
+            self._reserved(entry, limits, said)
         if found:
             entry.lookup = lookup_of(found)
+
+    def _reserved(self, entry: Entry, limits: Limits, said: Any) -> None:
+        entry.verdict = verdict(said, limits)
+        if limits.concurrency and entry.verdict.accepted:
+            self._leases[entry.lease] = entry.keys[1]
+
+    def _dropped(self, entry: Entry, limits: Limits, reply: Any) -> None:
+        self._reserved(entry, limits, reply[0])
+        self.leave(entry, 0)
 
     def _without_redis(self, entry: Entry, limits: Limits, tokens: int) -> None:
         self.degraded = True
@@ -190,10 +195,6 @@ class Limiter:
         if own.concurrency and entry.verdict.accepted:
             self._own_leases[entry.lease] = entry.caller.id
 
-    def _abandon(self, entry: Entry, asked: asyncio.Task[None]) -> None:
-        if not asked.cancelled() and asked.exception() is None:
-            self.leave(entry, 0)
-
     def _judge(self, entry: Entry, tokens: int, notes: Notes) -> None:
         said = entry.verdict
         if said is None:
@@ -208,17 +209,6 @@ class Limiter:
                     raise _never(tokens, said.refused.limit)
                 raise RateLimited(said.refused.name, said.refused.limit, said.retry_after_s)
 
-    async def _settle(self, store: Store, keys: list[str], args: list[bytes]) -> None:
-        try:
-            await store.run_script(SETTLE, keys, args)
-        except (StoreAway, StoreError) as error:  # what was reserved stays reserved until its window has passed
-            log.info("a request could not be settled: %s", error)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
-
 
 def _never(tokens: int, limit: int) -> InvalidRequest:
     return InvalidRequest(
@@ -228,8 +218,3 @@ def _never(tokens: int, limit: int) -> InvalidRequest:
         ),
         "max_tokens",
     )
-
-
-def _keys(entry: Entry) -> tuple[str, str]:
-    caller = entry.caller
-    return limits_key(caller.tenant, caller.id, entry.endpoint), leases_key(caller.tenant, caller.id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import select
 import ssl
 import time
@@ -27,6 +28,7 @@ LOOK_AGAIN_S = 0.001
 
 Argument = bytes | str | int | float
 OnMessage = Callable[[bytes, bytes], None]
+OnDropped = Callable[[Any], None]
 
 
 class StoreAway(Exception):
@@ -51,13 +53,20 @@ class Address:
 
 
 class _Pending:
-    """A command without its reply. Nobody waits for it where `reply` is None."""
+    """A command without its reply. Nobody waits for it where `reply` is None.
 
-    __slots__ = ("reply", "timeout_s", "deadline")
+    `instead` is what to send where Redis does not know the script that the command names; `dropped` gets the reply
+    that whoever waited for it does not want any more.
+    """
 
-    def __init__(self, reply: asyncio.Future[Any] | None, timeout_s: float) -> None:
-        self.reply, self.timeout_s = reply, timeout_s
-        self.deadline = float("inf")  # it runs from when the command is written
+    __slots__ = ("reply", "timeout_s", "deadline", "instead", "dropped")
+
+    def __init__(
+        self, reply: asyncio.Future[Any] | None, timeout_s: float, instead: tuple[Argument, ...] = (),
+        dropped: OnDropped | None = None,
+    ) -> None:  # fmt: skip
+        self.reply, self.timeout_s, self.instead, self.dropped = reply, timeout_s, instead, dropped
+        self.deadline = math.inf  # it runs from when the command is written
 
 
 class Connection(asyncio.Protocol):
@@ -133,6 +142,23 @@ class Connection(asyncio.Protocol):
         """Send a command whose reply nobody waits for. Raises as `send` does."""
         self._submit(command, _Pending(None, self._timeout_s))
 
+    def run(
+        self, script: str, sha: str, arguments: tuple[Argument, ...], dropped: OnDropped | None = None
+    ) -> asyncio.Future[Any]:
+        """Run a Lua script that Redis may know by its SHA-1 already; `arguments` begin with the number of keys.
+
+        As `send`; a script that is unknown is sent again as a whole, with a deadline of its own. `dropped` gets the
+        reply if the future was cancelled meanwhile.
+        """
+        reply: asyncio.Future[Any] = self._loop.create_future()
+        pending = _Pending(reply, self._timeout_s, ("EVAL", script, *arguments), dropped)
+        self._submit(("EVALSHA", sha, *arguments), pending)
+        return reply
+
+    def run_only(self, script: str, sha: str, arguments: tuple[Argument, ...]) -> None:
+        """The same without waiting for the reply."""
+        self._submit(("EVALSHA", sha, *arguments), _Pending(None, self._timeout_s, ("EVAL", script, *arguments)))
+
     @property
     def idle(self) -> bool:
         """Whether every command has been answered."""
@@ -167,7 +193,7 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         if self.lost.done():
             return
-        now, soonest = time.monotonic(), float("inf")  # uvloop's own time stands still while callbacks run
+        now, soonest = time.monotonic(), math.inf  # uvloop's own time stands still while callbacks run
         for pending in islice(reversed(self._pending), len(self._unsent)):
             pending.deadline = now + pending.timeout_s
             soonest = min(soonest, pending.deadline)
@@ -184,9 +210,9 @@ class Connection(asyncio.Protocol):
     def _check(self) -> None:
         """One timer for all: it stands at some deadline and is not moved when that reply comes."""
         self._timer = None
-        now, soonest = time.monotonic(), min((pending.deadline for pending in self._pending), default=float("inf"))
+        now, soonest = time.monotonic(), min((pending.deadline for pending in self._pending), default=math.inf)
         if soonest > now:
-            if soonest < float("inf"):
+            if soonest < math.inf:
                 self._watch(soonest, now)
             return
         # Late may be this process and not Redis: what has arrived, or still has to leave, gets its turn first.
@@ -223,12 +249,26 @@ class Connection(asyncio.Protocol):
         self.close(f"connection lost: {exc}" if exc else "connection lost")
 
     def _settle(self, pending: _Pending, reply: Any) -> None:
-        if pending.reply is None:
-            if isinstance(reply, StoreError) and not self._refused:
+        if type(reply) is StoreError:
+            self._settle_error(pending, reply)
+        elif pending.reply is None:
+            return
+        elif not pending.reply.done():
+            pending.reply.set_result(reply)
+        elif pending.dropped is not None:  # its caller hung up
+            pending.dropped(reply)
+
+    def _settle_error(self, pending: _Pending, error: StoreError) -> None:
+        if pending.instead and str(error).startswith("NOSCRIPT"):
+            command, pending.instead = pending.instead, ()
+            try:
+                return self._submit(command, pending)
+            except StoreAway as away:
+                if pending.reply is not None and not pending.reply.done():
+                    pending.reply.set_exception(away)
+        elif pending.reply is None:
+            if not self._refused:
                 self._refused = True  # once a connection: it may concern every request
-                log.warning("Redis refused a command that nobody waits for: %s", reply)
-        elif not pending.reply.done():  # done: its caller hung up
-            if isinstance(reply, StoreError):
-                pending.reply.set_exception(reply)
-            else:
-                pending.reply.set_result(reply)
+                log.warning("Redis refused a command that nobody waits for: %s", error)
+        elif not pending.reply.done():
+            pending.reply.set_exception(error)

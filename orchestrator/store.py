@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, unquote
 
-from orchestrator.redis_connection import Argument, Connection, StoreAway, StoreError
+from orchestrator.redis_connection import Argument, Connection, OnDropped, StoreAway, StoreError
 from orchestrator.redis_url import address_of
 from orchestrator.settings import mask_url
 
@@ -127,21 +127,29 @@ class Store:
 
         Raises StoreAway (at once while not up) and StoreError. Should `timeout_s` pass, Redis is away for everyone.
         """
-        if not self.up or self._commands is None:
-            raise StoreAway("Redis is away")
-        return await self._commands.send(*args, timeout_s=timeout_s)
+        return await self._connection().send(*args, timeout_s=timeout_s)
 
     async def run_script(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """Run a script in one round trip; in two, each with its deadline, when Redis does not know it yet.
 
         Raises as `call` does.
         """
-        try:
-            return await self.call("EVALSHA", script.sha, len(keys), *keys, *args)
-        except StoreError as error:
-            if not str(error).startswith("NOSCRIPT"):
-                raise
-        return await self.call("EVAL", script.text, len(keys), *keys, *args)
+        return await self.script(script, keys, args)
+
+    def script(
+        self, script: Script, keys: Sequence[str], args: Sequence[Argument], dropped: OnDropped | None = None
+    ) -> asyncio.Future[Any]:
+        """The same as a future. If that is cancelled, `dropped` gets the reply when it comes. Raises StoreAway."""
+        return self._connection().run(script.text, script.sha, (len(keys), *keys, *args), dropped)
+
+    def script_only(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> None:
+        """Run a script whose reply nobody waits for. Raises StoreAway."""
+        self._connection().run_only(script.text, script.sha, (len(keys), *keys, *args))
+
+    def _connection(self) -> Connection:
+        if not self.up or self._commands is None:
+            raise StoreAway("Redis is away")
+        return self._commands
 
     def publish(self, channel: str, payload: bytes) -> None:
         """Send a message with the next write. Best effort: never waits, never raises; lost while Redis is away."""
