@@ -13,8 +13,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.errors import BreakerOpen, TruthGPTError, UpstreamError, UpstreamUnavailable
@@ -83,11 +82,13 @@ class Breaker:
 
 
 class Guard:
-    """One request's way through a breaker."""
+    """One request's way through a breaker: entered it raises BreakerOpen or lets it through, and counts how it ends."""
+
+    __slots__ = ("_breakers", "_model", "_tries", "heard", "done")
 
     def __init__(self, breakers: Breakers, model: str) -> None:
         self._breakers, self._model = breakers, model
-        self.heard = self.done = False
+        self._tries = self.heard = self.done = False
 
     def chunk(self, last: bool) -> None:
         """A part of the answer came."""
@@ -95,6 +96,20 @@ class Guard:
             self.heard = True
             self._breakers.change(self._model, Breaker.alive)
         self.done = self.done or last
+
+    def __enter__(self) -> Guard:
+        self._tries = self._breakers.enter(self._model)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        breakers, model = self._breakers, self._model
+        if kind is None or (self.done and not issubclass(kind, (UpstreamUnavailable, UpstreamError))):
+            breakers.change(model, Breaker.succeed)
+        elif issubclass(kind, (UpstreamUnavailable, UpstreamError)):
+            breakers.change(model, breakers.failed)
+        elif self._tries:
+            # The caller left, or the request itself was wrong: that says nothing of the model, unless it had answered.
+            breakers.change(model, Breaker.leave)
 
 
 class Breakers:
@@ -117,28 +132,20 @@ class Breakers:
     def states(self) -> dict[str, str]:
         return {model: self.state(model) for model in sorted(self._breakers)}
 
-    @contextmanager
-    def guard(self, model: str) -> Iterator[Guard]:
-        """Let one request through and count how it ends. Raises BreakerOpen."""
+    def guard(self, model: str) -> Guard:
+        """Lets one request through and counts how it ends; raises BreakerOpen where it is entered."""
+        return Guard(self, model)
+
+    def enter(self, model: str) -> bool:
+        """Let one request through: whether it is the one that tries, half open. Raises BreakerOpen."""
         breaker = self._of(model)
         wait_s = breaker.enter(self._clock())
         if wait_s > 0:
             raise BreakerOpen(model, wait_s)
-        guard, tries = Guard(self, model), breaker.probing  # who is let in half open is the one that tries
-        try:
-            yield guard
-        except (UpstreamUnavailable, UpstreamError):
-            self.change(model, lambda breaker: breaker.fail(self._clock()))
-            raise
-        except BaseException:
-            # The caller left, or the request itself was wrong: that says nothing of the model, unless it had answered.
-            if guard.done:
-                self.change(model, Breaker.succeed)
-            elif tries:
-                self.change(model, Breaker.leave)
-            raise
-        else:
-            self.change(model, Breaker.succeed)
+        return breaker.probing
+
+    def failed(self, breaker: Breaker) -> None:
+        breaker.fail(self._clock())
 
     def change(self, model: str, how: Callable[[Breaker], None]) -> None:
         """Change one breaker, and tell the other workers when its state became another."""
@@ -154,7 +161,10 @@ class Breakers:
             self.change(model, lambda breaker: breaker.half_open(self._clock()))
 
     def _of(self, model: str) -> Breaker:
-        return self._breakers.setdefault(model, Breaker(self._threshold, self._open_s))
+        breaker = self._breakers.get(model)
+        if breaker is None:
+            breaker = self._breakers[model] = Breaker(self._threshold, self._open_s)
+        return breaker
 
     def _tell(self, model: str, breaker: Breaker) -> None:
         now = self._clock()

@@ -22,6 +22,9 @@ class Outcome:
         self.fallback: str | None = None
 
 
+Put = Callable[[Chunk], object]  # takes the next chunk of an answer, at once
+
+
 class Listener(Protocol):
     """Who is to be woken; reads `chunks` from wherever it stands, and `ended` and `error` after the last one."""
 

@@ -100,7 +100,7 @@ return holder
 """)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Answer:
     """A complete answer. `created` is when it was stored, Unix time in seconds."""
 
@@ -115,7 +115,7 @@ class Answer:
         return Chunk(self.text, self.completion_tokens, self.prompt_tokens, self.finish_reason)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Ticket:
     """A request's place in the cache: `key` is the same for two requests exactly when they may share an answer."""
 
@@ -133,11 +133,11 @@ class Ticket:
         """The last argument of `cache_enter`. `again`: not counted. `dead`: a worker whose lock is to be taken over."""
         policy = self.policy
         age_s = -1 if policy.max_age_s is None else max(0, policy.max_age_s)
-        words = (int(policy.lookup), int(policy.store), int(not again), age_s, lock_ms, self.task, worker, dead or "-")
-        return " ".join(map(str, words)).encode()
+        flags = f"{policy.lookup:d} {policy.store:d} {not again:d}"
+        return f"{flags} {age_s} {lock_ms} {self.task} {worker} {dead or '-'}".encode()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Lookup:
     """What the cache said.
 

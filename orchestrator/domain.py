@@ -125,6 +125,15 @@ class GenerateRequest:
     traceparent: str | None = None
 
 
+def made(kind: type[_T], **fields: object) -> _T:
+    """A frozen dataclass of these fields, at a third of what its own constructor costs: the others have their
+    defaults, and nothing is checked.
+    """
+    one = object.__new__(kind)
+    one.__dict__.update(fields)
+    return one
+
+
 def changed(request: _T, **fields: object) -> _T:
     """`dataclasses.replace` for a request, at a tenth of its cost: nothing is checked."""
     other: _T = object.__new__(type(request))
@@ -132,7 +141,7 @@ def changed(request: _T, **fields: object) -> _T:
     return other
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token, and that doubles what it costs
 class Chunk:
     """A piece of an answer; the last one has a finish reason. `tokens` were generated since the chunk before.
 
@@ -146,15 +155,16 @@ class Chunk:
     queue_s: float | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Usage:
     """Tokens of a request and its answer."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-    def plus(self, chunk: Chunk) -> Usage:
-        return Usage(self.prompt_tokens or chunk.prompt_tokens, self.completion_tokens + chunk.tokens)
+    def add(self, chunk: Chunk) -> None:
+        self.prompt_tokens = self.prompt_tokens or chunk.prompt_tokens
+        self.completion_tokens += chunk.tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,31 +11,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
-from orchestrator.broadcast import Broadcast, Outcome
+from orchestrator.broadcast import Broadcast, Outcome, Put
 from orchestrator.cache import ENTER, LEAVE, RENEW, Answer, Lookup, Ticket, encode, lookup_of
 from orchestrator.domain import Chunk, Usage
 from orchestrator.errors import Draining, InternalError, TruthGPTError
 from orchestrator.relay import Followed, Relay, Times
 from orchestrator.store import Script, Store, StoreAway, StoreError
 
-__all__ = ["Flight", "Flights", "Outcome", "Start", "Times"]
+__all__ = ["Flight", "Flights", "Outcome", "Put", "Start", "Times", "alone"]
 
 log = logging.getLogger(__name__)
 
-Start = Callable[[Outcome], AsyncGenerator[Chunk, None]]
+Start = Callable[[Outcome, Put], Awaitable[None]]  # makes the whole answer, chunk by chunk
 
 _LOOKUPS = 6  # of a caller whose leader comes and goes, before it asks the upstream by itself
+_STORING_S = 0.005
 _GONE_WAIT_S = 0.02  # doubled with each of them
 
 
 class Flight:
     """One caller's part in a flight: its chunks from the beginning, whenever the caller joined. Close it to leave."""
 
-    def __init__(self, run: _Run, joined: bool) -> None:
+    def __init__(self, run: _Run | _Alone, joined: bool) -> None:
         self._run, self._joined, self._at = run, joined, 0
         self._waiter: asyncio.Future[None] | None = None
         run.cast.join(self)
@@ -92,6 +93,46 @@ class _Run:
         self.task: asyncio.Task[None] | None = None
 
 
+class _Alone:
+    """The making of an answer that nobody but its caller reads."""
+
+    leads = True
+
+    def __init__(self, start: Start) -> None:
+        self.cast = Broadcast(self._empty)
+        make = partial(start, self.cast.outcome, self.cast.add)
+        self._task: asyncio.Task[bool] | None = asyncio.create_task(_made(self.cast, make))
+        self._task.add_done_callback(self._done)
+
+    def _empty(self) -> None:
+        if self._task is not None and not self.cast.complete:
+            self._task.cancel()
+
+    def _done(self, task: asyncio.Task[bool]) -> None:
+        self._task = None
+
+
+def alone(start: Start) -> Flight:
+    """A flight that nobody may join, for where nothing is cached."""
+    return Flight(_Alone(start), joined=False)
+
+
+async def _made(cast: Broadcast, make: Callable[[], Awaitable[None]]) -> bool:
+    """Make an answer, and end it as its making ends; whether that ended well."""
+    error: TruthGPTError | None = Draining()  # who still reads when this is cancelled
+    try:
+        await make()
+        error = None
+    except TruthGPTError as raised:
+        error = raised.with_traceback(None)
+    except Exception as raised:
+        error = InternalError(f"{type(raised).__name__} in a flight")
+        error.__cause__ = raised
+    finally:
+        cast.end(error)
+    return error is None
+
+
 class Flights:
     """All flights of this process. `ttl_of` tells the seconds that an answer of a task is kept."""
 
@@ -136,7 +177,7 @@ class Flights:
                 self._relay.beat()
                 now = time.monotonic()
                 for run in self._running.values():
-                    if run.leads and now - run.renewed > self._times.renew_s - self._times.beat_s / 2:
+                    if run.leads and not run.left and now - run.renewed > self._times.renew_s - self._times.beat_s / 2:
                         run.renewed = now
                         self._spawn(self._renew(run.ticket))
         finally:
@@ -148,35 +189,28 @@ class Flights:
 
     async def idle(self) -> None:
         """Wait until no flight runs; some may have readers in other processes only."""
-        while tasks := [run.task for run in self._running.values() if run.task is not None]:
-            await asyncio.wait(tasks)
+        while self._running:
+            tasks = [run.task for run in self._running.values() if run.task is not None]
+            if tasks:
+                await asyncio.wait(tasks)
+            else:  # their answers are being stored
+                await asyncio.sleep(_STORING_S)
 
     async def _fly(self, run: _Run, lookup: Lookup) -> None:
-        error: TruthGPTError | None = Draining()  # who still reads when this is cancelled
+        well = False
         try:
-            if not await self._followed(run, lookup):
-                run.leads, cast = True, run.cast
-                cast.outcome.fallback = None  # a leader that is gone may have spoken of one
-                async with aclosing(run.start(cast.outcome)) as upstream:
-                    async for chunk in upstream:
-                        cast.add(chunk)
-            error = None
-        except TruthGPTError as raised:
-            error = raised.with_traceback(None)
-        except Exception as raised:
-            error = InternalError(f"{type(raised).__name__} in a flight")
-            error.__cause__ = raised
+            well = await _made(run.cast, partial(self._make, run, lookup))
         finally:
-            run.cast.end(error)
-            try:
-                entry = self._entry(run) if error is None and run.leads else None
-                if entry is None:
-                    self._unlist(run)
-                await self._leave(run, entry)
-            finally:
-                self._unlist(run)
-                # The task keeps what cancelled it, that this frame, and this frame the run with all of its answer.
-                run.task = None
+            self._leave(run, self._entry(run) if well and run.leads else None)
+            # The task keeps what cancelled it, that this frame, and this frame the run with all of its answer.
+            run.task = None
+
+    async def _make(self, run: _Run, lookup: Lookup) -> None:
+        if lookup.state in ("hit", "follow") and await self._followed(run, lookup):
+            return
+        run.leads, cast = True, run.cast
+        cast.outcome.fallback = None  # a leader that is gone may have spoken of one
+        await run.start(cast.outcome, cast.add)
 
     async def _followed(self, run: _Run, lookup: Lookup) -> bool:
         """Whether the answer came from elsewhere: another process or the cache. If not, the flight has to lead."""
@@ -222,21 +256,35 @@ class Flights:
             return None
         usage = Usage()
         for chunk in cast.chunks:
-            usage = usage.plus(chunk)
+            usage.add(chunk)
         text = "".join(chunk.text for chunk in cast.chunks)
         answer = Answer(text, cast.chunks[-1].finish_reason or "", usage.prompt_tokens, usage.completion_tokens)
         entry = encode(answer, ticket.model, ticket.task)
         return entry if len(entry) <= self._limit_bytes else b""
 
-    async def _leave(self, run: _Run, entry: bytes | None) -> None:
-        """Store the answer and give the lock back, in one step; once for each flight."""
+    def _leave(self, run: _Run, entry: bytes | None) -> None:
+        """Store the answer and give the lock back, in one step; once for each flight. Nobody joins it afterwards."""
+        if entry is None:
+            self._unlist(run)
         if run.left or not run.leads or (entry is None and not run.listed):
+            self._unlist(run)
             return
         run.left, ticket = True, run.ticket
         holder = self._store.worker if run.listed else ""  # an unlisted flight may not give back a listed one's lock
         too_large = ticket.task if entry == b"" else ""
         ttl_ms = max(1, self._ttl_of(ticket.task) * 1000)
-        await self._try(LEAVE, ticket.keys(), [holder, entry or b"", ttl_ms, too_large])
+        try:
+            reply = self._store.script(LEAVE, ticket.keys(), [holder, entry or b"", ttl_ms, too_large])
+        except StoreAway as error:
+            log.debug("the cache goes without Redis: %s", error)
+            self._unlist(run)
+        else:
+            reply.add_done_callback(partial(self._left, run))
+
+    def _left(self, run: _Run, reply: asyncio.Future[Any]) -> None:
+        self._unlist(run)
+        if not reply.cancelled() and (error := reply.exception()) is not None:
+            log.debug("the cache goes without Redis: %s", error)
 
     async def _renew(self, ticket: Ticket) -> None:
         await self._try(RENEW, ticket.keys()[1:2], [self._store.worker, self.lock_ms])
@@ -252,9 +300,8 @@ class Flights:
     def _empty(self, run: _Run) -> None:
         """The last caller has left. A complete answer is stored all the same."""
         if not run.cast.complete and run.task is not None:
-            self._unlist(run)
             # At once, not when the upstream is closed: by then the lock may be that of the next flight.
-            self._spawn(self._leave(run, None))
+            self._leave(run, None)
             run.task.cancel()
 
     def _unlist(self, run: _Run) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.admission import Admission
 from orchestrator.breaker import Breakers
-from orchestrator.broadcast import Outcome
 from orchestrator.cache import ticket
 from orchestrator.context import handling
 from orchestrator.domain import (
@@ -27,10 +26,11 @@ from orchestrator.domain import (
     changed,
 )
 from orchestrator.errors import Draining, InternalError, InvalidRequest, Text, TruthGPTError
-from orchestrator.flights import Flight, Flights
+from orchestrator.flights import Flights, alone
+from orchestrator.generation import Generation, Ready, Source
 from orchestrator.health import Health, Served
 from orchestrator.limiter import Limiter
-from orchestrator.passage import Passage, Prepared, Sink, within
+from orchestrator.passage import Passage, Prepared, Request, Sink, within
 from orchestrator.screening import Screen
 from orchestrator.tokens import Tokens
 from orchestrator.upstream import Upstream
@@ -41,15 +41,11 @@ NO_EMBEDDINGS = Text("There is no embedding model here.", "Aquí no hay ningún 
 NOT_GENERATING = Text("This model does not generate text; use infer.", "Este modelo no genera texto; use infer.")
 
 
-Chunks = AsyncGenerator[Chunk, None] | Flight
-
-
-async def _single(chunk: Chunk) -> AsyncGenerator[Chunk, None]:
-    yield chunk
+Result = TypeVar("Result")
 
 
 class Gateway:
-    """Every operation takes a Caller, passes `_pass` and leaves exactly one Record with each sink.
+    """Every operation takes a Caller, passes `_enter` and `_leave` and leaves exactly one Record with each sink.
 
     `fingerprint` makes the keyed hash of a request's prompt, `trace` its place in the trace of a given traceparent.
     Each one is: admission -> sanitise -> fit -> limits and cache -> breaker -> Triton -> settle -> record.
@@ -66,11 +62,12 @@ class Gateway:
         self._sinks, self._answer_rules = tuple(sinks), answer_rules
         self._fingerprint, self._trace = fingerprint, trace
 
-    async def generate(self, caller: Caller, request: GenerateRequest, notes: Notes) -> AsyncGenerator[Chunk, None]:
+    def generate(self, caller: Caller, request: GenerateRequest, notes: Notes) -> Generation:
         """The answer's chunks; the last one has a finish reason. Close the iterator to cancel. Raises TruthGPTError.
 
         `notes` are complete when the first chunk comes, and on an error.
         """
+        passage = Passage(caller, request, "generate", notes)
 
         async def prepare(prepared: Prepared[GenerateRequest]) -> None:
             model = await self._health.find(request.model)
@@ -84,17 +81,11 @@ class Gateway:
             if self._flights is not None:
                 prepared.ticket = ticket(caller, model, prepared.request, self._answer_rules)
 
-        async with self._pass(caller, request, "generate", notes, prepare) as passage:
-            source, note = self._source(passage)
-            async with aclosing(source) as chunks:
-                async for chunk in chunks:
-                    if note is not None:
-                        note()
-                        note = None
-                    passage.tally.add(chunk)
-                    yield chunk
-                    if chunk.finish_reason is not None:
-                        return  # the answer's end is not waited for, only its last chunk
+        async def begin() -> tuple[Source, Callable[[], None] | None]:
+            await self._enter(passage, prepare)
+            return self._source(passage)
+
+        return Generation(passage, begin, partial(self._leave, passage))
 
     async def infer(self, caller: Caller, request: InferRequest, notes: Notes) -> InferResult:
         """Run a model that does not generate, once. Raises TruthGPTError."""
@@ -103,9 +94,11 @@ class Gateway:
             await self._health.find(request.model)
             prepared.request, notes.sanitized = self._screen.infer(request)
 
-        async with self._pass(caller, request, "infer", notes, prepare) as passage:
+        async def work(passage: Passage[InferRequest]) -> InferResult:
             notes.cache = "bypass"
             return await self._upstream.infer(passage.asks())
+
+        return await self._run(Passage(caller, request, "infer", notes), prepare, work)
 
     async def embed(self, caller: Caller, request: EmbedRequest, notes: Notes) -> None:
         """Turn texts into vectors: nothing that is served can, so far. Raises TruthGPTError."""
@@ -114,53 +107,69 @@ class Gateway:
             prepared.request, notes.sanitized = self._screen.embed(request)
             raise InvalidRequest(NO_EMBEDDINGS, "model")
 
-        async with self._pass(caller, request, "embed", notes, prepare):
+        async def work(passage: Passage[EmbedRequest]) -> None:
             raise InternalError("no model embeds, and no request for it may come this far")
 
-    @asynccontextmanager
-    async def _pass(
-        self, caller: Caller, request: Any, endpoint: str, notes: Notes,
-        prepare: Callable[[Prepared[Any]], Awaitable[None]],
-    ) -> AsyncIterator[Passage[Any]]:  # fmt: skip
-        """Let one request in, and settle and record it however it ends."""
-        passage: Passage[Any] = Passage(caller, request, endpoint, notes)
-        tally, refusal = passage.tally, None
-        try:
-            passage.trace, passage.input_hash = self._trace(request.traceparent), self._fingerprint(request)
-            if passage.trace is not None:
-                handling.set((request.id, passage.trace.own))
-            with self._admission.permit():
-                prepared: Prepared[Any] = Prepared(request)
-                try:
-                    await prepare(prepared)
-                except TruthGPTError as error:  # first it counts in the caller's limits, as every request does
-                    refusal, prepared.ticket = error.with_traceback(None), None
-                tally.ended("prepare")
-                entry = await self._limiter.enter(
-                    caller, endpoint, prepared.tokens, passage.lease, prepared.ticket, notes, prepared.recount
-                )
-                passage.entry, passage.request, passage.ticket = entry, prepared.request, prepared.ticket
-                tally.ended("limits and cache")
-                if refusal is not None:
-                    raise refusal.again()
-                yield passage
-        except (asyncio.CancelledError, GeneratorExit):
-            tally.outcome = "ok" if tally.finish_reason else "cancelled"  # who leaves after the last chunk has it all
-            raise
-        except TruthGPTError as error:
-            tally.outcome, tally.error = "error", error.kind
-            raise
-        except Exception as error:
-            tally.outcome, tally.error = "error", InternalError.kind
-            raise InternalError(f"{type(error).__name__} on the request path") from error
-        finally:
-            if tally.asked_s is not None:
-                tally.ended("answer")
-            if passage.entry is not None:
-                self._limiter.leave(passage.entry, tally.charged)
-            self._record(passage)
+        await self._run(Passage(caller, request, "embed", notes), prepare, work)
 
-    def _source(self, passage: Passage[GenerateRequest]) -> tuple[Chunks, Callable[[], None] | None]:
+    async def _run(
+        self, passage: Passage[Request], prepare: Callable[[Prepared[Request]], Awaitable[None]],
+        work: Callable[[Passage[Request]], Awaitable[Result]],
+    ) -> Result:  # fmt: skip
+        """Let one request in, do its work, and settle and record it however it ends."""
+        try:
+            await self._enter(passage, prepare)
+            result = await work(passage)
+        except BaseException as error:
+            self._leave(passage, error)
+            raise
+        self._leave(passage, None)
+        return result
+
+    async def _enter(
+        self, passage: Passage[Request], prepare: Callable[[Prepared[Request]], Awaitable[None]]
+    ) -> None:
+        """Let one request in: afterwards it is counted, and its answer may come. `_leave` follows in any case."""
+        tally, request, refusal = passage.tally, passage.request, None
+        passage.trace, passage.input_hash = self._trace(request.traceparent), self._fingerprint(request)
+        if passage.trace is not None:
+            handling.set((request.id, passage.trace.own))
+        passage.permit = self._admission.permit()
+        prepared = Prepared(request)
+        try:
+            await prepare(prepared)
+        except TruthGPTError as error:  # first it counts in the caller's limits, as every request does
+            refusal, prepared.ticket = error.with_traceback(None), None
+        tally.ended("prepare")
+        passage.entry = await self._limiter.enter(
+            passage.caller, passage.endpoint, prepared.tokens, passage.lease, prepared.ticket, passage.notes,
+            prepared.recount,
+        )  # fmt: skip
+        passage.request, passage.ticket = prepared.request, prepared.ticket
+        tally.ended("limits and cache")
+        if refusal is not None:
+            raise refusal.again()
+
+    def _leave(self, passage: Passage[Any], error: BaseException | None) -> None:
+        """Settle and record one request, which `error` has ended. Raises InternalError for one that is none of ours."""
+        tally = passage.tally
+        if isinstance(error, TruthGPTError):
+            tally.outcome, tally.error = "error", error.kind
+        elif isinstance(error, Exception):
+            tally.outcome, tally.error = "error", InternalError.kind
+        elif error is not None:  # who leaves after the last chunk has it all
+            tally.outcome = "ok" if tally.finish_reason else "cancelled"
+        if passage.permit is not None:
+            passage.permit.release()
+        if tally.asked_s is not None:
+            tally.ended("answer")
+        if passage.entry is not None:
+            self._limiter.leave(passage.entry, tally.charged)
+        self._record(passage)
+        if isinstance(error, Exception) and not isinstance(error, TruthGPTError):
+            raise InternalError(f"{type(error).__name__} on the request path") from error
+
+    def _source(self, passage: Passage[GenerateRequest]) -> tuple[Source, Callable[[], None] | None]:
         """From where the answer comes: the cache, a flight that somebody else may have started, or Triton.
 
         And what is to be noted once its first chunk is there.
@@ -169,19 +178,19 @@ class Gateway:
         lookup = passage.entry.lookup if passage.entry is not None else None
         if lookup is not None and lookup.answer is not None:
             notes.cache = "hit"
-            return _single(lookup.answer.chunk()), None
+            return Ready(lookup.answer.chunk()), None
         request = passage.asks()
         if flights is None or passage.ticket is None or lookup is None or lookup.state == "bypass":
             notes.cache, tally.charge = "bypass", True
-            outcome = Outcome()
+            flight = alone(partial(self._upstream.generate, request))
 
             def note_upstream() -> None:
-                notes.fallback = outcome.fallback
+                notes.fallback = flight.outcome.fallback
 
-            return self._upstream.generate(request, outcome), note_upstream
+            return flight, note_upstream
         # Who shares an answer may have more time for it than the one who asked first.
         shared = request if request.timeout_s is None else changed(request, timeout_s=None)
-        flight = flights.join(passage.ticket, lookup, lambda out: self._upstream.generate(shared, out))
+        flight = flights.join(passage.ticket, lookup, partial(self._upstream.generate, shared))
         missed = notes.cache = "miss" if request.cache.lookup else "bypass"
 
         def note_flight() -> None:
@@ -189,7 +198,7 @@ class Gateway:
             tally.charge = not flight.shared
 
         deadline = passage.deadline
-        return flight.chunks() if deadline is None else within(flight.chunks(), deadline), note_flight
+        return flight if deadline is None else within(flight, deadline), note_flight
 
     async def generate_all(
         self, caller: Caller, requests: Sequence[GenerateRequest], at_once: int, notes: Notes

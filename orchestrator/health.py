@@ -8,12 +8,11 @@ unready takes its running streams with it: none waits for a deadline.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from orchestrator.domain import Model
@@ -43,6 +42,22 @@ class Served:
     gone_at: float | None = None
     attending: set[Attendance] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
+
+
+class Attending:
+    """The context in which a stream is tied to its model's health."""
+
+    __slots__ = ("_served", "_attendance")
+
+    def __init__(self, served: Served) -> None:
+        self._served, self._attendance = served, Attendance()
+
+    def __enter__(self) -> Attendance:
+        self._served.attending.add(self._attendance)
+        return self._attendance
+
+    def __exit__(self, *raised: object) -> None:
+        self._served.attending.discard(self._attendance)
 
 
 class Health:
@@ -108,18 +123,12 @@ class Health:
             raise UpstreamUnavailable(f"{name} is gone" if self.triton_up else "Triton does not answer")
         return served
 
-    @contextlib.contextmanager
-    def attend(self, name: str) -> Iterator[Attendance]:
+    def attend(self, name: str) -> Attending:
         """Tie a stream to its model's health for as long as the context lasts. Raises UpstreamUnavailable."""
         served = self.require(name)
         if not served.model.ready:
             raise UpstreamUnavailable(f"{name} is not ready: {served.reason}")
-        attendance = Attendance()
-        served.attending.add(attendance)
-        try:
-            yield attendance
-        finally:
-            served.attending.discard(attendance)
+        return Attending(served)
 
     def fail_all(self, error: TruthGPTError) -> None:
         """End every running stream with this error."""

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from orchestrator.admission import Permit
 from orchestrator.cache import Ticket
 from orchestrator.domain import (
     TASKS,
@@ -21,6 +22,7 @@ from orchestrator.domain import (
     Record,
     Trace,
     changed,
+    made,
 )
 from orchestrator.errors import DeadlineExceeded
 from orchestrator.flights import Flight
@@ -91,6 +93,7 @@ class Passage(Generic[Request]):
     request: Request
     endpoint: str
     notes: Notes
+    permit: Permit | None = None
     entry: Entry | None = None
     ticket: Ticket | None = None
     input_hash: str = ""
@@ -124,7 +127,8 @@ class Passage(Generic[Request]):
     def record(self) -> Record:
         request, notes, tally = self.request, self.notes, self.tally
         duration_s = time.monotonic() - request.accepted_at
-        return Record(
+        return made(
+            Record,
             id=request.id,
             caller=self.caller.id,
             tenant=self.caller.tenant,

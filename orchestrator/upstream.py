@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from orchestrator.breaker import Breakers
-from orchestrator.broadcast import Outcome
+from orchestrator.breaker import Breakers, Guard
+from orchestrator.broadcast import Outcome, Put
 from orchestrator.domain import Chunk, GenerateRequest, InferRequest, InferResult
 from orchestrator.errors import (
     DeadlineExceeded,
@@ -37,6 +36,25 @@ class Fallback:
     text: str | None = None
 
 
+class _Tap:
+    """Through which the chunks of one answer go: they are checked, and the breaker hears of them."""
+
+    def __init__(self, output: OutputGuard, put: Put) -> None:
+        self.output, self._put = output, put
+        self.started = False
+        self.guard: Guard
+
+    def __call__(self, given: Chunk) -> bool:
+        """Whether no more is wanted."""
+        self.started = True
+        chunk = self.output.feed(given)
+        ended = self.output.ended
+        self.guard.chunk(ended)
+        if not ended or not self.output.empty:
+            self._put(chunk)
+        return ended
+
+
 class Upstream:
     """Asks Triton on behalf of the gateway. `observe(model, outcome)` is told how each attempt ended: ok, error or
     cancelled.
@@ -50,80 +68,61 @@ class Upstream:
         self._retries, self._fallback, self._max_output_chars = retries, fallback, max_output_chars
         self._observe = observe
 
-    def generate(self, request: GenerateRequest, outcome: Outcome) -> AsyncGenerator[Chunk, None]:
-        """The answer's chunks, checked and cut to the longest that is allowed; the last one has a finish reason.
+    async def generate(self, request: GenerateRequest, outcome: Outcome, put: Put) -> None:
+        """Hand the answer's chunks to `put`, checked and cut to the longest that is allowed; the last one has a finish
+        reason.
 
         `outcome.fallback` is set before the first chunk where not the model itself answers. Raises TruthGPTError.
         """
-        guard = OutputGuard(self._max_output_chars)
+        tap = _Tap(OutputGuard(self._max_output_chars), put)
         if self._fallback == Fallback():
-            return self._ask(request, guard)
-        return self._with_fallback(request, outcome, guard)
-
-    async def _with_fallback(
-        self, request: GenerateRequest, outcome: Outcome, output: OutputGuard
-    ) -> AsyncGenerator[Chunk, None]:
-        started = False
+            return await self._ask(request, tap)
         try:
-            async with aclosing(self._ask(request, output)) as chunks:
-                async for chunk in chunks:
-                    started = True
-                    yield chunk
-            return
+            return await self._ask(request, tap)
         except (Unavailable, UpstreamError, DeadlineExceeded) as error:
-            if started or isinstance(error, (Overloaded, Draining, EmptyAnswer)):
+            if tap.started or isinstance(error, (Overloaded, Draining, EmptyAnswer)):
                 raise
             failure = error.with_traceback(None)
         other = self._fallback.model
         if other is not None and other != request.model:
             try:
                 outcome.fallback = f"model={other}"
-                async with aclosing(self._ask(replace(request, model=other), output)) as chunks:
-                    async for chunk in chunks:
-                        started = True
-                        yield chunk
-                return
+                return await self._ask(replace(request, model=other), tap)
             except TruthGPTError as error:
-                if started:
+                if tap.started:
                     raise
                 outcome.fallback = None
                 log.warning("the fallback model %s cannot answer either: %s", other, error)
         if self._fallback.text is None:
             raise failure.again()
         outcome.fallback = "text"
-        yield Chunk(self._fallback.text, finish_reason="stop")
+        put(Chunk(self._fallback.text, finish_reason="stop"))
 
-    async def _ask(self, request: GenerateRequest, output: OutputGuard) -> AsyncGenerator[Chunk, None]:
+    async def _ask(self, request: GenerateRequest, tap: _Tap) -> None:
         """However often it is tried, a request is one success or one failure of its model's breaker."""
-        self._health.require(request.model)  # a name that only its client knows gets no breaker
+        model = request.model
+        self._health.require(model)  # a name that only its client knows gets no breaker
         self._retries.asked()
         attempt = 1
-        with self._breakers.guard(request.model) as guard:
+        with self._breakers.guard(model) as tap.guard:
             while True:
-                started, outcome = False, "cancelled"
+                outcome = "cancelled"
                 try:
-                    with self._health.attend(request.model) as attendance:
-                        async with aclosing(self._triton.stream(request, attendance)) as chunks:
-                            async for given in chunks:
-                                started, chunk = True, output.feed(given)
-                                if output.ended:  # whoever has it all may leave before the iterator ends
-                                    outcome = "ok"
-                                guard.chunk(output.ended)
-                                if not output.empty or not output.ended:
-                                    yield chunk
-                                if output.ended:
-                                    break
+                    with self._health.attend(model) as attendance:
+                        await self._triton.stream(request, attendance, tap)
+                    outcome = "ok"
                     break
                 except TruthGPTError as error:
                     outcome = "error"
-                    if started or not isinstance(error, Away) or not self._retries.take(attempt):
+                    if tap.started or not isinstance(error, Away) or not self._retries.take(attempt):
                         raise
                     log.info("request %s is tried again: %s", request.id, error)
                 finally:
-                    self._observe(request.model, outcome)
+                    # whoever has it all may leave before the end
+                    self._observe(model, "ok" if outcome == "cancelled" and tap.output.ended else outcome)
                 await asyncio.sleep(self._retries.pause_s(attempt))
                 attempt += 1
-        if output.empty:  # no fault of a model that answers
+        if tap.output.empty:  # no fault of a model that answers
             raise EmptyAnswer
 
     async def infer(self, request: InferRequest) -> InferResult:

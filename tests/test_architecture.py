@@ -65,11 +65,12 @@ ROOMS: dict[str, set[str]] = {
     "limiter": {"domain", "errors", "cache", "limits", "limits_local", "store"},
     "upstream": {"domain", "errors", "breaker", "broadcast", "health", "output", "retries", "triton"},
     "ids": set(),
-    "passage": {"domain", "errors", "cache", "flights", "ids", "limiter"},
+    "passage": {"domain", "errors", "admission", "cache", "flights", "ids", "limiter"},
+    "generation": {"domain", "passage"},
     # the path and its edges
     "gateway": {
         "context", "domain", "errors", "admission", "breaker", "broadcast", "cache", "flights", "health", "limiter",
-        "passage", "screening", "tokens", "upstream",
+        "passage", "generation", "screening", "tokens", "upstream",
     },
     "api": {"ids", "context", "domain", "errors", "sse", "gateway", "tensors"},
     # what is counted

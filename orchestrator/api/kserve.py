@@ -6,11 +6,12 @@ A generation model streams inside and cannot be asked by plain `infer` in Triton
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
+
+import orjson
 
 from orchestrator import sse
 from orchestrator.api import errors as table
@@ -90,8 +91,9 @@ class KServe:
         model = await self._model(exchange)
         call = kserve_request.generate(await exchange.json(), exchange, model, self._defaults)
         async with exchange.cancelled_by_hang_up(self._within_s):
-            whole = await kserve_path.collect(self._gateway, exchange, call)
-            await exchange.reply(200, _Answer(call, model).body(whole))
+            async with aclosing(self._gateway.generate(exchange.caller, call.request, exchange.notes)) as chunks:
+                whole = await kserve_path.joined(chunks)
+                await exchange.reply(200, _Answer(call, model).body(whole))  # what is left to do comes after the reply
 
     async def generate_stream(self, exchange: Exchange) -> None:
         """Server-sent events, without [DONE]. The first one fixes the status; a later error is the last event."""
@@ -134,8 +136,11 @@ async def _stream(exchange: Exchange, answer: _Answer, chunks: AsyncIterator[Chu
         async for chunk in chunks:
             if not exchange.started:
                 await exchange.begin_events()
-            await exchange.write(sse.event(answer.body(chunk)))
-            complete = chunk.finish_reason is not None
+            event, complete = sse.event(answer.body(chunk)), chunk.finish_reason is not None
+            if complete:
+                await exchange.end(event)
+                break  # what is left to do comes after the answer
+            await exchange.write(event)
         if not complete:
             raise UpstreamError("the answer has no end")
     except TruthGPTError as error:
@@ -145,8 +150,6 @@ async def _stream(exchange: Exchange, answer: _Answer, chunks: AsyncIterator[Chu
             log.error("request %s failed in its stream: %s", exchange.id, error, exc_info=error)
         body = table.encode(table.body_of(error, exchange.caller.language), exchange.path)
         await exchange.end(sse.event(body))
-    else:
-        await exchange.end()
 
 
 class _Answer:
@@ -154,22 +157,24 @@ class _Answer:
 
     def __init__(self, call: Call, model: Model) -> None:
         self._asked, self._prefix, self._prompt_tokens = call.outputs, call.prefix, 0
-        self._fixed = {"model_name": model.name, "model_version": model.version}
+        self._fixed: dict[str, object] = {"model_name": model.name, "model_version": model.version}
         if call.id is not None:
             self._fixed["id"] = call.id
 
     def body(self, chunk: Chunk) -> bytes:
         """The next chunk as JSON; the prompt, where it was asked for, stands in front of the first text."""
         self._prompt_tokens = self._prompt_tokens or chunk.prompt_tokens
-        text, self._prefix = self._prefix + chunk.text, ""
-        values: dict[str, object] = {
-            "finish_reason": chunk.finish_reason or "",
-            "num_input_tokens": self._prompt_tokens,
-            "num_output_tokens": chunk.tokens,
-            "text_output": text,
-        }
-        fields = self._fixed | {name: value for name, value in values.items() if name in self._asked}
-        return json.dumps(fields, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
+        asked, fields = self._asked, self._fixed.copy()
+        if "text_output" in asked:
+            fields["text_output"] = self._prefix + chunk.text
+        if "finish_reason" in asked:
+            fields["finish_reason"] = chunk.finish_reason or ""
+        if "num_input_tokens" in asked:
+            fields["num_input_tokens"] = self._prompt_tokens
+        if "num_output_tokens" in asked:
+            fields["num_output_tokens"] = chunk.tokens
+        self._prefix = ""
+        return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
 
 
 async def _reply(exchange: Exchange, head: dict[str, object], asked: InferBody, tensors: Sequence[Tensor]) -> None:

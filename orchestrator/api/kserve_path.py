@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -76,14 +77,20 @@ async def infer(
 
 async def collect(gateway: Gateway, asked: Asked, call: Call) -> Chunk:
     """The whole answer as one chunk."""
-    parts, usage, reason = [], Usage(), None
     async with aclosing(gateway.generate(asked.caller, call.request, asked.notes)) as chunks:
-        async for chunk in chunks:
-            parts.append(chunk.text)
-            usage, reason = usage.plus(chunk), chunk.finish_reason
-    if reason is None:
-        raise UpstreamError("the answer has no end")
-    return Chunk("".join(parts), usage.completion_tokens, usage.prompt_tokens, reason)
+        return await joined(chunks)
+
+
+async def joined(chunks: AsyncIterator[Chunk]) -> Chunk:
+    """All of an answer's chunks as one."""
+    parts, usage, reason = [], Usage(), None
+    async for chunk in chunks:
+        parts.append(chunk.text)
+        usage.add(chunk)
+        reason = chunk.finish_reason
+        if reason is not None:
+            return Chunk("".join(parts), usage.completion_tokens, usage.prompt_tokens, reason)
+    raise UpstreamError("the answer has no end")
 
 
 def tensors(outputs: frozenset[str], chunk: Chunk) -> list[Tensor]:

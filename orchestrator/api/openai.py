@@ -86,7 +86,10 @@ class OpenAI:
                     parts, usage, reason = [], Usage(), None
                     async for chunk in chunks:
                         parts.append(chunk.text)
-                        usage, reason = usage.plus(chunk), chunk.finish_reason
+                        usage.add(chunk)
+                        reason = chunk.finish_reason
+                        if reason is not None:  # what is left to do comes after the reply
+                            break
                     await exchange.reply_json(200, answer.whole([("".join(parts), reason)], usage))
 
     async def _call(self, exchange: Exchange, parse: Parser) -> Call:
@@ -111,7 +114,8 @@ class OpenAI:
             pieces = self._gateway.generate_all(exchange.caller, call.requests, self._prompts_at_once, exchange.notes)
             async with aclosing(pieces) as chunks:
                 async for index, chunk in chunks:
-                    usages[index], reasons[index] = usages[index].plus(chunk), chunk.finish_reason
+                    usages[index].add(chunk)
+                    reasons[index] = chunk.finish_reason
                     if not call.request.stream:
                         texts[index].append(chunk.text)
                         continue
@@ -141,14 +145,16 @@ async def _stream(exchange: Exchange, answer: _Form, chunks: AsyncIterator[Chunk
             first = not exchange.started
             if first:
                 await exchange.begin_events()
+            usage.add(chunk)
+            complete = chunk.finish_reason is not None
+            if complete:
+                await exchange.end(answer.events(chunk, first) + answer.usage_event(usage) + sse.DONE)
+                break  # what is left to do comes after the answer
             await exchange.write(answer.events(chunk, first))
-            usage, complete = usage.plus(chunk), chunk.finish_reason is not None
         if not complete:
             raise UpstreamError("the answer has no end")
     except TruthGPTError as error:
         await _fail(exchange, error)
-    else:
-        await exchange.end(answer.usage_event(usage) + sse.DONE)
 
 
 async def _fail(exchange: Exchange, error: TruthGPTError) -> None:

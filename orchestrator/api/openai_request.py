@@ -23,7 +23,7 @@ from orchestrator.api.fields import (
 )
 from orchestrator.api.http import Exchange
 from orchestrator.api.policy import cache_policy, task
-from orchestrator.domain import EmbedRequest, GenerateRequest
+from orchestrator.domain import EmbedRequest, GenerateRequest, made
 from orchestrator.errors import InvalidRequest, Text
 
 MAX_PROMPTS = 64
@@ -175,7 +175,8 @@ def _call(fields: dict[str, Any], exchange: Exchange, defaults: Defaults, **prom
         if name not in STREAM_OPTIONS:
             shown = f"stream_options.{name[:100]}"
             raise InvalidRequest(Text(f"Unknown parameter: {shown!r}.", f"Parámetro desconocido: {shown!r}."), shown)
-    request = GenerateRequest(
+    request = made(
+        GenerateRequest,
         id=exchange.id,
         model=fields["model"],
         accepted_at=exchange.accepted_at,

@@ -30,9 +30,18 @@ class Attendance:
 
     def __init__(self) -> None:
         self.error: TruthGPTError | None = None
-        self.heard_at = 0.0  # loop time of the last bytes: a stream that is being written to proves the stub alive
+        self._heard_at = 0.0
         self._timer: asyncio.Timeout | None = None
         self._answer: Answer | None = None
+
+    @property
+    def heard_at(self) -> float:
+        """Loop time of the last bytes: a stream that is being written to proves the stub alive."""
+        return max(self._heard_at, 0.0 if self._answer is None else self._answer.heard_at)
+
+    @heard_at.setter
+    def heard_at(self, at: float) -> None:
+        self._heard_at = at
 
     def follow(self, answer: Answer) -> None:
         """Tie an answer that is being received to it. Raises what `fail()` was given before."""

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import orjson
 
-from orchestrator.domain import TASKS, Chunk, GenerateRequest, InferRequest, InferResult
-from orchestrator.errors import DeadlineExceeded, ModelNotFound, UpstreamError, UpstreamUnavailable
-from orchestrator.sse import EventParser
+from orchestrator.domain import TASKS, GenerateRequest, InferRequest, InferResult
+from orchestrator.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, UpstreamError, UpstreamUnavailable
 from orchestrator.triton.attendance import Attendance, Deadlines
 from orchestrator.triton.connection import Answer, Pool
 from orchestrator.triton.infer import describe, infer
-from orchestrator.triton.wire import Reply, decode, error_of, payload, pieces, read_body, sampling, scalar
+from orchestrator.triton.reading import Put, Reading
+from orchestrator.triton.wire import Reply, decode, error_of, payload, read_body, sampling, scalar
 
 _T = TypeVar("_T")
 OUR_BACKEND = "inflight"
@@ -79,77 +79,59 @@ class Triton:
     async def close(self) -> None:
         self._pool.close()
 
-    async def stream(self, request: GenerateRequest, attendance: Attendance) -> AsyncGenerator[Chunk, None]:
-        """The answer, chunk by chunk; the last one has a finish reason. Closing the iterator cancels it in the backend.
+    async def stream(self, request: GenerateRequest, attendance: Attendance, put: Put) -> None:
+        """Hand the answer's chunks to `put` until the last one, which has a finish reason, or until it wants no more.
 
-        Raises InvalidRequest, Overloaded, DeadlineExceeded, UpstreamUnavailable, UpstreamError, Cancelled, or what
+        A chunk is handed on where its bytes arrive. Cancelling this cancels the request in the backend. Raises
+        InvalidRequest, Overloaded, DeadlineExceeded, UpstreamUnavailable, UpstreamError, Cancelled, or what
         `attendance.fail()` was given.
         """
-        now = asyncio.get_running_loop().time
+        now = asyncio.get_running_loop().time()
         # from acceptance: a prompt that waited for its turn behind others of its request does not get it anew
         whole_s = min(self._deadlines.request_s, request.timeout_s or self._deadlines.request_s)
-        total_at = now() + whole_s - (time.monotonic() - request.accepted_at)
-        deadline = first_at = min(total_at, now() + self._deadlines.first_token_s)
-        wanted = request.max_tokens or self._default_max_tokens
-        sent_at = now()
-        answer = await self._open(request, wanted, whole_s, attendance, deadline)
-        finished = False
+        total_at = now + whole_s - (time.monotonic() - request.accepted_at)
+        first_at = min(total_at, now + self._deadlines.first_token_s)
+        times = (now, first_at, total_at)
         try:
-            parser, tokens, prompt_tokens, queue_s, started = EventParser(), 0, 0, 0.0, False
-            while True:
-                try:
-                    data = await self._read(answer, attendance, deadline)
-                except DeadlineExceeded as error:
-                    if deadline < total_at and deadline != first_at:
-                        raise UpstreamUnavailable(f"no token for {self._deadlines.token_gap_s} s") from error
-                    raise
-                for piece in pieces(parser, data):
-                    tokens += piece.tokens
-                    finished = piece.finish_reason is not None
-                    if not (piece.text or finished):  # it keeps the connection alive, or tells of the admission
-                        if piece.prompt_tokens and not prompt_tokens:
-                            queue_s = now() - sent_at
-                        prompt_tokens = prompt_tokens or piece.prompt_tokens
-                        continue
-                    prompt_tokens = prompt_tokens or piece.prompt_tokens
-                    waited_s, started = None if started else queue_s, True
-                    yield Chunk(piece.text, tokens, prompt_tokens, piece.finish_reason, waited_s)
-                    if finished:
-                        return
-                    tokens, deadline = 0, min(total_at, now() + self._deadlines.token_gap_s)
-        finally:
-            if finished:
-                answer.finish()
-            else:
-                answer.close()  # it is hung up on
+            return await self._stream(request, self._default_max_tokens, whole_s, attendance, put, times)
+        except InvalidRequest as error:
+            if not self._default_max_tokens or request.max_tokens is not None or error.param != "max_tokens":
+                raise
+        # The gateway's default is more than the prompt leaves room for: the model's own default is all the room.
+        await self._stream(request, None, whole_s, attendance, put, times)
 
-    async def _open(
-        self, request: GenerateRequest, max_tokens: int | None, whole_s: float, attendance: Attendance, deadline: float
-    ) -> Answer:
-        body = orjson.dumps(payload(request, max_tokens, whole_s))
+    async def _stream(
+        self, request: GenerateRequest, default: int | None, whole_s: float, attendance: Attendance, put: Put,
+        times: tuple[float, float, float],
+    ) -> None:  # fmt: skip
+        sent_at, first_at, _ = times
+        if sent_at >= first_at:
+            raise DeadlineExceeded
+        body = orjson.dumps(payload(request, request.max_tokens or default, whole_s))
         headers = {"content-type": "application/json"}
         if request.traceparent:
             headers["traceparent"] = request.traceparent
         path = f"/{self._model_path(request.model, 'generate_stream')}"
+        reading = Reading(put, self._deadlines, *times)
         answer = await self._send("POST", path, body, headers, whole_s)
         try:
             attendance.follow(answer)
-            await self._within(answer.begun, attendance, answer, deadline)
-            if answer.status == 200 and answer.headers.get("content-type", "").startswith("text/event-stream"):
-                return answer
+            if await answer.hand_to(reading):
+                return
             # An early failure is a plain body, even with status 200, or one event with status 400: the body decides.
-            text = await self._within(lambda until: read_body(answer, until), attendance, answer, deadline)
-        except BaseException:
-            answer.close()
-            raise
-        answer.close()
-        error = error_of(text, answer.status)
-        if isinstance(error, ModelNotFound):  # it was served a moment ago: it is being reloaded or removed
-            raise UpstreamUnavailable(str(error)) from error
-        if max_tokens and request.max_tokens is None and error.param == "max_tokens":
-            # The gateway's default is more than the prompt leaves room for: the model's own default is all the room.
-            return await self._open(request, None, whole_s, attendance, deadline)
-        raise error
+            text = await self._within(lambda until: read_body(answer, until), answer, first_at)
+        except OSError as error:
+            # Its traceback has this frame, and this frame whoever keeps the answer and what ended it: a cycle.
+            raise _lost(error) from error.with_traceback(None)
+        finally:
+            if reading.finished:
+                answer.finish()
+            else:
+                answer.close()  # it is hung up on
+        failure = error_of(text, answer.status)
+        if isinstance(failure, ModelNotFound):  # it was served a moment ago: it is being reloaded or removed
+            raise UpstreamUnavailable(str(failure)) from failure
+        raise failure
 
     async def _send(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], within_s: float
@@ -159,27 +141,18 @@ class Triton:
         except OSError as error:
             raise _lost(error) from error
 
-    def _read(self, answer: Answer, attendance: Attendance, deadline: float) -> Awaitable[bytes]:
-        return self._within(answer.read, attendance, answer, deadline)
-
-    async def _within(
-        self, call: Callable[[float], Awaitable[_T]], attendance: Attendance, answer: Answer, deadline: float
-    ) -> _T:
-        """Await something of an answer until it stalls or the request's deadline passes; translate what goes wrong."""
+    async def _within(self, call: Callable[[float], Awaitable[_T]], answer: Answer, deadline: float) -> _T:
+        """Await something of an answer until it stalls or the request's deadline passes."""
         now = asyncio.get_running_loop().time
         began = now()
         if began >= deadline:
             raise DeadlineExceeded
         try:
-            result = await call(min(began + self._deadlines.stall_s, deadline))
+            return await call(min(began + self._deadlines.stall_s, deadline))
         except TimeoutError as error:
             if now() >= deadline:
                 raise DeadlineExceeded from error
             raise UpstreamUnavailable(f"Triton sent nothing for {self._deadlines.stall_s} s") from error
-        except OSError as error:
-            raise _lost(error) from error
-        attendance.heard_at = answer.heard_at
-        return result
 
     async def heartbeat(self, model: str) -> Heartbeat:
         """Ask a model's stub process how it is. Raises TruthGPTError when it does not answer properly in time."""

@@ -9,17 +9,26 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping
-from typing import cast
+from typing import NoReturn, Protocol, cast
 
 import httptools
 
 IDLE_S = 30.0  # a connection unused for longer is not used again: the other end may be about to close it
+EVENTS_TYPE = "text/event-stream"
 DRAIN_S = 1.0  # for the end of a response that nobody reads any more, before its connection is given up
 HIGH_BYTES = 256 << 10  # received and not yet read: above this nothing more is taken from the socket
 
 
 class ConnectionFailed(OSError):
     """A connection could not be had, was lost, or what came is not HTTP."""
+
+
+class Reader(Protocol):
+    """Who is handed an answer's events as they come; see reading.Reading."""
+
+    def feed(self, data: bytes) -> bool: ...
+    def until(self, heard_at: float) -> float: ...
+    def late(self) -> Exception: ...
 
 
 class Answer:
@@ -36,8 +45,10 @@ class Answer:
         self._connection, self._loop = connection, loop
         self._parts: list[bytes] = []
         self._size = 0
-        self._begun = self._complete = self._closed = False
+        self._begun = self._complete = self._closed = self._failed = False
+        self._read = False  # its reader wants no more of it
         self._error: Exception | None = None
+        self._reader: Reader | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._until = math.inf
         self._timer: asyncio.TimerHandle | None = None
@@ -55,7 +66,7 @@ class Answer:
         """
         while True:
             if self._error is not None:
-                raise self._error
+                self._raise()
             if self._parts:
                 data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
                 self._parts.clear()
@@ -67,21 +78,46 @@ class Answer:
                 return b""
             await self._wait(until)
 
+    async def hand_to(self, reader: Reader) -> bool:
+        """Give the reader the body piece by piece as it comes, until it wants no more.
+
+        False where the answer is no stream of events: its body is to be read then. To be called at once after the
+        request was sent. Raises ConnectionFailed, what the reader raises or a delay means, or what `fail` was given.
+        """
+        self._reader = reader
+        self._look()
+        if self._error is None:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = self._reader = None
+        if self._error is not None:
+            self._raise()
+        return self._read
+
     def fail(self, error: Exception) -> None:
         """End it with this error, wherever it is waited for; only the first one counts."""
-        if self._error is None:
-            self._error = error
+        if not self._failed:
+            self._failed, self._error = True, error
             self._wake()
+
+    def _raise(self) -> NoReturn:
+        error, self._error = self._error, ConnectionFailed("it has failed before")
+        try:
+            raise error or self._error
+        finally:
+            del error  # its traceback has this frame, and what it is the cause of would be in a cycle
 
     def close(self) -> None:
         """Done with it. Its connection is kept if the response has come to its end."""
         if not self._closed:
             self._end()
-            self._connection.leave(self._complete and self._error is None)
+            self._connection.leave(self._complete and not self._failed)
 
     def finish(self) -> None:
         """Done with it, and its end is about to come: the connection is kept if it does so soon."""
-        if self._complete or self._error is not None or self._closed:
+        if self._complete or self._failed or self._closed:
             self.close()
         else:
             self._end()
@@ -98,7 +134,7 @@ class Answer:
 
     async def _wait(self, until: float) -> None:
         if self._error is not None:
-            raise self._error
+            self._raise()
         if until <= self._loop.time():
             raise TimeoutError
         self._until = until
@@ -130,23 +166,56 @@ class Answer:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def _look(self) -> None:
+        """One timer for all waits of a reader, too."""
+        self._timer = None
+        reader = self._reader
+        if reader is None:
+            return
+        until = reader.until(self.heard_at)
+        if self._loop.time() >= until:
+            self.fail(reader.late())
+        else:
+            self._timer = self._loop.call_at(until, self._look)
+
+    def _feed(self, reader: Reader, data: bytes) -> None:
+        try:
+            self._read = reader.feed(data)
+        except Exception as error:
+            self._reader = None
+            self.fail(error)
+            return
+        if self._read:
+            self._reader = None
+            self._wake()
+
     def take_head(self, status: int, headers: dict[str, str]) -> None:
         self.status, self.headers, self._begun = status, headers, True
-        self._wake()
+        if self._reader is None:
+            self._wake()
+        elif status != 200 or not headers.get("content-type", "").startswith(EVENTS_TYPE):
+            self._reader = None
+            self._wake()
 
     def take(self, data: bytes) -> None:
-        if self._closed:
+        if self._closed or self._read:
+            return
+        self.heard_at = self._loop.time()
+        if self._reader is not None:
+            self._feed(self._reader, data)
             return
         self._parts.append(data)
         self._size += len(data)
         if self._size > HIGH_BYTES:
             self._connection.pause()
-        self.heard_at = self._loop.time()
         self._wake()
 
     def take_end(self) -> None:
         self._complete = True
-        self._wake()
+        if self._reader is not None:
+            self._feed(self._reader, b"")
+        else:
+            self._wake()
 
 
 class Connection(asyncio.Protocol):

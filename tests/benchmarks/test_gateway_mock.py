@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from benchmarks.gateway_mock import MODEL, TOKEN, Connection
-from orchestrator.domain import GenerateRequest
+from orchestrator.domain import Chunk, GenerateRequest
 from orchestrator.triton import Deadlines, Triton
 from orchestrator.triton.attendance import Attendance
 
@@ -35,7 +35,8 @@ async def test_the_gateways_own_client_understands_it(url: str) -> None:
         assert not (await triton.heartbeat(MODEL)).busy
         request = GenerateRequest(id="1", model=MODEL, accepted_at=time.monotonic(), text="hi", max_tokens=16)
         assert (await triton.prompt(request, 1.0)).tokens == 8
-        chunks = [chunk async for chunk in triton.stream(request, Attendance())]
+        chunks: list[Chunk] = []
+        await triton.stream(request, Attendance(), lambda chunk: chunks.append(chunk) is not None)
         assert [chunk.text for chunk in chunks] == [TOKEN] * 16 and chunks[-1].finish_reason == "stop"
     finally:
         await triton.close()

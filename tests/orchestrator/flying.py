@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.cache import ENTER, Lookup, Ticket, lookup_of, ticket
 from orchestrator.domain import CachePolicy, Caller, Chunk, GenerateRequest, Model
 from orchestrator.errors import TruthGPTError
-from orchestrator.flights import Flight, Flights, Outcome, Times
+from orchestrator.flights import Flight, Flights, Outcome, Put, Times
 from orchestrator.store import Store, StoreAway
 
 from .conftest import until
@@ -51,7 +51,7 @@ class Upstream:
         self.rest.set()
         return self
 
-    async def stream(self, outcome: Outcome) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, outcome: Outcome, put: Put) -> None:
         self.calls += 1
         try:
             await self.first.wait()
@@ -60,10 +60,10 @@ class Upstream:
                 if index == 1:
                     await self.rest.wait()
                 await asyncio.sleep(self.pause_s)
-                yield Chunk(word, 1, 3, None)
+                put(Chunk(word, 1, 3, None))
             if self.error is not None:
                 raise self.error
-            yield Chunk("", 0, 3, self.finish)
+            put(Chunk("", 0, 3, self.finish))
             await asyncio.sleep(self.linger_s)
         finally:
             await asyncio.sleep(self.closing_s)
@@ -182,11 +182,9 @@ async def main(url: str, first_s: float, pause_s: float) -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     upstream = Upstream(pause_s=pause_s).go()
 
-    async def stream(outcome: Outcome) -> AsyncGenerator[Chunk, None]:
+    async def stream(outcome: Outcome, put: Put) -> None:
         await asyncio.sleep(first_s)
-        async with aclosing(upstream.stream(outcome)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        await upstream.stream(outcome, put)
 
     async with replica(url, times=Times()) as worker:
         tasks = set()

@@ -48,7 +48,7 @@ def collecting() -> Iterator[set[str]]:
             module = str(type(thing).__module__)
             if module.startswith("orchestrator."):
                 found.add(f"{module}.{type(thing).__name__}")
-            elif isinstance(thing, types.FrameType) and thing.f_globals["__name__"].startswith("orchestrator."):
+            elif type(thing) is types.FrameType and thing.f_globals["__name__"].startswith("orchestrator."):
                 found.add(f"frame of {thing.f_code.co_qualname}")
     finally:
         gc.set_debug(0)
