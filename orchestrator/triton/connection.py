@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping
-from typing import NoReturn, Protocol, cast
+from typing import Protocol, cast
 
 import httptools
 
@@ -66,7 +66,7 @@ class Answer:
         """
         while True:
             if self._error is not None:
-                self._raise()
+                raise self._error
             if self._parts:
                 data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
                 self._parts.clear()
@@ -92,8 +92,12 @@ class Answer:
                 await self._waiter
             finally:
                 self._waiter = self._reader = None
-        if self._error is not None:
-            self._raise()
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback has this frame: a cycle
         return self._read
 
     def fail(self, error: Exception) -> None:
@@ -101,13 +105,6 @@ class Answer:
         if not self._failed:
             self._failed, self._error = True, error
             self._wake()
-
-    def _raise(self) -> NoReturn:
-        error, self._error = self._error, ConnectionFailed("it has failed before")
-        try:
-            raise error or self._error
-        finally:
-            del error  # its traceback has this frame, and what it is the cause of would be in a cycle
 
     def close(self) -> None:
         """Done with it. Its connection is kept if the response has come to its end."""
@@ -134,7 +131,7 @@ class Answer:
 
     async def _wait(self, until: float) -> None:
         if self._error is not None:
-            self._raise()
+            raise self._error
         if until <= self._loop.time():
             raise TimeoutError
         self._until = until
