@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -124,10 +124,13 @@ class Ticket:
     model: str
     task: str
     policy: CachePolicy = CachePolicy()
+    _keys: list[str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def keys(self) -> list[str]:
         """Names of the entry, of the flight's lock and of the tenant's statistics; one hash tag."""
-        return [answer_key(self.tenant, self.key), flight_key(self.tenant, self.key), stats_key(self.tenant)]
+        if self._keys is None:
+            self._keys = [answer_key(self.tenant, self.key), flight_key(self.tenant, self.key), stats_key(self.tenant)]
+        return self._keys
 
     def args(self, worker: str, lock_ms: int = LOCK_MS, *, again: bool = False, dead: str = "") -> bytes:
         """The last argument of `cache_enter`. `again`: not counted. `dead`: a worker whose lock is to be taken over."""

@@ -102,7 +102,7 @@ class Passage(Generic[Request]):
 
     def __post_init__(self) -> None:
         self.tally = Tally(self.request.accepted_at, charge=False)
-        self._lease = random_id(12)
+        self._lease = random_id(12) if self.caller.limits.concurrency else ""  # for nothing else
 
     @property
     def lease(self) -> str:

@@ -5,7 +5,7 @@ The names, their ranges and which of two wins are those of docs/protocol.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from orchestrator.api.fields import (
     wrong,
 )
 from orchestrator.api.kserve_tensors import InferBody, scalars
-from orchestrator.domain import Caller, GenerateRequest, Model, Notes, Tensor
+from orchestrator.domain import Caller, GenerateRequest, Model, Notes, Tensor, made
 from orchestrator.errors import InvalidRequest, Text
 
 TEXTS = ("text_input", "sampling_parameters")
@@ -45,6 +45,21 @@ TEMPERATURE = (0.0, 100.0)
 SEED = (-(2**63), 2**64 - 1)
 TIMEOUT_US = (0, 2**63 - 1)
 MAX_TIMEOUT_S = 86_400.0
+
+
+_KNOWN = frozenset((*TEXTS, *FLAGS, *SAMPLING, *KSERVE))
+_TENSORS = frozenset((*TEXTS, *FLAGS))
+_RETURNED = {f"return_{name}": name for name in OUTPUTS if name != "text_output"}
+# How each is read where it is given; else it has its default.
+_READ: Mapping[str, Callable[[dict[str, Any]], object]] = {
+    "max_tokens": lambda fields: integer(fields, "max_tokens", *MAX_TOKENS),
+    "temperature": lambda fields: number(fields, "temperature", *TEMPERATURE, 1.0),
+    "top_p": top_p,
+    "top_k": lambda fields: max(0, integer(fields, "top_k", *TOP_K) or 0),
+    "seed": lambda fields: integer(fields, "seed", *SEED),
+    "stop": stop,
+    "stream": lambda fields: boolean(fields, "stream"),
+}
 
 
 class Asked(Protocol):
@@ -76,15 +91,13 @@ class Call:
 
 def generate(body: dict[str, Any], asked: Asked, model: Model, defaults: Defaults) -> Call:
     """`POST v2/models/{model}/generate` and `generate_stream`. Raises InvalidRequest naming the parameter."""
-    known = (*TEXTS, *FLAGS, *SAMPLING, *KSERVE)
-    given = scalars(body.get("parameters"))
-    for name in (*given, *(name for name in body if name not in ("id", "parameters"))):
-        if name not in known:
-            raise unknown(name, known)
-    fields: dict[str, Any] = dict(given)
+    fields: dict[str, Any] = dict(scalars(body.get("parameters")))
+    for name in (*fields, *body):
+        if name not in _KNOWN and (name in fields or name not in ("id", "parameters")):
+            raise unknown(name, (*TEXTS, *FLAGS, *SAMPLING, *KSERVE))
     for name, value in body.items():
-        if name not in ("id", "parameters") and value is not None:
-            one = isinstance(value, list) and len(value) == 1 and name in (*TEXTS, *FLAGS)
+        if name in _KNOWN and value is not None:
+            one = isinstance(value, list) and len(value) == 1 and name in _TENSORS
             fields[name] = value[0] if one else value  # a tensor of one element may be a list of one
     sampling = fields.pop("sampling_parameters", None) or {}
     if isinstance(sampling, str):
@@ -104,26 +117,21 @@ def generate(body: dict[str, Any], asked: Asked, model: Model, defaults: Default
     id = body.get("id")
     if id is not None and not isinstance(id, str):
         raise wrong("id", "a string", "un texto")
-    returned = {name for name in OUTPUTS if name != "text_output" and boolean(fields, f"return_{name}")}
+    returned = {"text_output"}
+    for flag, output in _RETURNED.items():
+        if flag in fields and boolean(fields, flag):
+            returned.add(output)
     echo = "exclude_input_in_output" in fields and not boolean(fields, "exclude_input_in_output")
-    request = GenerateRequest(
-        id=asked.id,
-        model=model.name,
-        accepted_at=asked.accepted_at,
-        max_tokens=integer(fields, "max_tokens", *MAX_TOKENS),
-        temperature=number(fields, "temperature", *TEMPERATURE, defaults.temperature),
-        top_p=top_p(fields),
-        top_k=max(0, integer(fields, "top_k", *TOP_K) or 0),
-        seed=integer(fields, "seed", *SEED),
-        stop=stop(fields),
-        stream=boolean(fields, "stream"),
-        timeout_s=_timeout_s(fields),
-        task=policy.task(asked.headers, model.task),
-        cache=policy.cache_policy(asked.headers),
-        traceparent=asked.traceparent,
-        **_prompt(fields),
-    )
-    return Call(request, id, frozenset({"text_output", *returned}), request.text or "" if echo else "")
+    values: dict[str, Any] = {
+        "id": asked.id, "model": model.name, "accepted_at": asked.accepted_at, "temperature": defaults.temperature,
+        "task": policy.task(asked.headers, model.task), "cache": policy.cache_policy(asked.headers),
+        "traceparent": asked.traceparent,
+    }  # fmt: skip
+    for name, read in _READ.items():
+        if name in fields:
+            values[name] = read(fields)
+    request = made(GenerateRequest, **values, timeout_s=_timeout_s(fields), **_prompt(fields))
+    return Call(request, id, frozenset(returned), request.text or "" if echo else "")
 
 
 def infer(body: InferBody, asked: Asked, model: Model, defaults: Defaults) -> Call:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +56,18 @@ NEUTRAL_CHAT: Mapping[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+# How each is read where it is given; else it has its default.
+_SAMPLING: Mapping[str, Callable[[dict[str, Any]], object]] = {
+    "max_tokens": lambda fields: integer(fields, "max_tokens", *MAX_TOKENS),
+    "temperature": lambda fields: number(fields, "temperature", *TEMPERATURE, 1.0),
+    "top_p": top_p,
+    "top_k": lambda fields: max(0, integer(fields, "top_k", *TOP_K) or 0),
+    "seed": lambda fields: integer(fields, "seed", *SEED),
+    "stop": stop,
+}
+
+
+@dataclass(slots=True)
 class Call:
     """A parsed body: what to generate, one request a prompt, and how to write it out."""
 
@@ -175,21 +186,13 @@ def _call(fields: dict[str, Any], exchange: Exchange, defaults: Defaults, **prom
         if name not in STREAM_OPTIONS:
             shown = f"stream_options.{name[:100]}"
             raise InvalidRequest(Text(f"Unknown parameter: {shown!r}.", f"Parámetro desconocido: {shown!r}."), shown)
-    request = made(
-        GenerateRequest,
-        id=exchange.id,
-        model=fields["model"],
-        accepted_at=exchange.accepted_at,
-        max_tokens=integer(fields, "max_tokens", *MAX_TOKENS),
-        temperature=number(fields, "temperature", *TEMPERATURE, defaults.temperature),
-        top_p=top_p(fields),
-        top_k=max(0, integer(fields, "top_k", *TOP_K) or 0),
-        seed=integer(fields, "seed", *SEED),
-        stop=stop(fields),
-        stream=stream,
-        task=task(exchange.headers, ""),
-        cache=cache_policy(exchange.headers),
-        traceparent=exchange.traceparent,
-        **prompt,
-    )
+    values: dict[str, Any] = {
+        "id": exchange.id, "model": fields["model"], "accepted_at": exchange.accepted_at, "stream": stream,
+        "temperature": defaults.temperature, "task": task(exchange.headers, ""),
+        "cache": cache_policy(exchange.headers), "traceparent": exchange.traceparent,
+    }  # fmt: skip
+    for name, read in _SAMPLING.items():
+        if name in fields:
+            values[name] = read(fields)
+    request = made(GenerateRequest, **values, **prompt)
     return Call((request,), stream and boolean(options, "include_usage", "stream_options.include_usage"))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from orchestrator.domain import TASKS, CachePolicy
 from orchestrator.errors import InvalidRequest, Text
 
+_SAYS_NOTHING = CachePolicy()
 _MAX_AGE_S = 2**31 - 1  # RFC 9111, section 1.2.2: more is as good as that
 
 
@@ -18,7 +19,7 @@ def cache_policy(headers: Mapping[bytes, bytes]) -> CachePolicy:
     """
     given = headers.get(b"cache-control")
     if not given:
-        return CachePolicy()
+        return _SAYS_NOTHING
     lookup = store = True
     max_age_s = None
     for directive in given.decode("latin-1").lower().split(","):

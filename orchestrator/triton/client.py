@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -238,7 +239,9 @@ class Triton:
         """Unload a model; Triton returns before its running requests have ended."""
         await self._call("POST", f"v2/repository/models/{quote(model, safe='')}/unload", {}, timeout_s)
 
-    def _model_path(self, model: str, what: str) -> str:
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def _model_path(model: str, what: str) -> str:
         return f"v2/models/{quote(model, safe='')}/{what}"
 
     async def fetch(

@@ -327,11 +327,12 @@ class Pool:
 
         Raises ConnectionFailed, also when no connection is had within `connect_s`, or `within_s` if that is shorter.
         """
-        lines = [f"{method} {path} HTTP/1.1\r\n{self._host_field}"]
-        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+        lines = f"{method} {path} HTTP/1.1\r\n{self._host_field}"
+        for name, value in headers.items():
+            lines += f"{name}: {value}\r\n"
         if body is not None:
-            lines.append(f"content-length: {len(body)}\r\n")
-        head = "".join(lines).encode("latin-1") + b"\r\n"
+            lines += f"content-length: {len(body)}\r\n"
+        head = f"{lines}\r\n".encode("latin-1")
         connection = self._take() or await self._connect(min(self._connect_s, within_s))
         return connection.send(head + body if body else head)
 

@@ -41,10 +41,10 @@ class Reading:
                     self._queue_s = self._now() - self._sent_at
                 self._prompt_tokens = prompt_tokens
                 continue
-            self._prompt_tokens = prompt_tokens
-            chunk = Chunk(piece.text, self._tokens, prompt_tokens, piece.finish_reason, self._queue_s)
+            self._prompt_tokens = piece.prompt_tokens = prompt_tokens
+            piece.tokens, piece.queue_s = self._tokens, self._queue_s
             self._tokens, self._queue_s = 0, None
-            if self._put(chunk) or self.finished:
+            if self._put(piece) or self.finished:
                 return True
             self._deadline = min(self._total_at, self._now() + self._deadlines.token_gap_s)
         return False

@@ -84,22 +84,22 @@ def pieces(parser: EventParser, data: bytes) -> Iterator[Chunk]:
         events = parser.feed(data)
     except ValueError as error:
         raise UpstreamError(str(error)) from error
-    for event in events:
-        fields = decode(event)
-        if not isinstance(fields, dict) or "error" in fields:
-            raise error_of(event, 200)
-        try:
-            reason = scalar(fields.get("finish_reason", "")) or None
-            if reason not in (None, *FINISH_REASONS):
-                raise ValueError(f"finish_reason {reason!r}")
-            yield Chunk(
-                text=str(scalar(fields["text_output"])),
-                tokens=int(scalar(fields.get("num_output_tokens", 0))),
-                prompt_tokens=int(scalar(fields.get("num_input_tokens", 0))),
-                finish_reason=reason,
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UpstreamError("a chunk of Triton's stream makes no sense") from error
+    return map(_chunk, events)
+
+
+def _chunk(event: bytes) -> Chunk:
+    fields = decode(event)
+    if not isinstance(fields, dict) or "error" in fields:
+        raise error_of(event, 200)
+    try:
+        given = fields.get
+        reason = scalar(given("finish_reason", "")) or None
+        if reason is not None and reason not in FINISH_REASONS:
+            raise ValueError(f"finish_reason {reason!r}")
+        tokens, prompt_tokens = scalar(given("num_output_tokens", 0)), scalar(given("num_input_tokens", 0))
+        return Chunk(str(scalar(fields["text_output"])), int(tokens), int(prompt_tokens), reason)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpstreamError("a chunk of Triton's stream makes no sense") from error
 
 
 def scalar(value: Any) -> Any:
