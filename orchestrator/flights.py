@@ -274,7 +274,9 @@ class Flights:
         too_large = ticket.task if entry == b"" else ""
         ttl_ms = max(1, self._ttl_of(ticket.task) * 1000)
         try:
-            reply = self._store.script(LEAVE, ticket.keys(), [holder, entry or b"", ttl_ms, too_large])
+            args = [holder, entry or b"", ttl_ms, too_large]
+            # lazy: others are answered by this process until it is stored
+            reply = self._store.script(LEAVE, ticket.keys(), args, lazy=bool(entry))
         except StoreAway as error:
             log.debug("the cache goes without Redis: %s", error)
             self._unlist(run)

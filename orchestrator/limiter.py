@@ -128,7 +128,9 @@ class Limiter:
         self._leases.pop(entry.lease, None)
         if self._store is not None:
             try:
-                self._store.script_only(SETTLE, entry.keys, settle_args(counted, tokens, entry.lease))
+                # a lease is given back at once: the next request may come to another worker
+                lazy = not entry.caller.limits.concurrency
+                self._store.script_only(SETTLE, entry.keys, settle_args(counted, tokens, entry.lease), lazy)
             except StoreAway as error:  # what was reserved stays reserved until its window has passed
                 log.info("a request could not be settled: %s", error)
 

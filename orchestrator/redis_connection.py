@@ -1,4 +1,5 @@
-"""One pipelined connection to Redis (RESP2): what is sent in one tick of the loop leaves in one write.
+"""One pipelined connection to Redis (RESP2): what is sent in one tick of the loop leaves in one write. What nobody
+hurries for leaves with the next command, at the latest after LAZY_S: to wake Redis costs more than most commands do.
 
 Every command has a deadline. A reply that is late cannot be told from one that never comes, and those behind it could
 no longer be matched: a deadline that passes ends the connection for everyone on it.
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_S = 1.0  # nobody waits for a connection, so that it may take longer than a command
 MAX_PENDING = 10_000
+LAZY_S = 0.002
 LOOK_AGAIN_S = 0.001
 
 Argument = bytes | str | int | float
@@ -82,6 +84,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport  # from connection_made on, which is before anybody else has this object
         self._pending: deque[_Pending] = deque()
         self._unsent: list[bytes] = []
+        self._soon = self._later = False  # whether what is unsent will leave in this tick, and whether after LAZY_S
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._late: _Pending | None = None  # the oldest command when a deadline was first seen to have passed
@@ -143,21 +146,23 @@ class Connection(asyncio.Protocol):
         self._submit(command, _Pending(None, self._timeout_s))
 
     def run(
-        self, script: str, sha: str, arguments: tuple[Argument, ...], dropped: OnDropped | None = None
-    ) -> asyncio.Future[Any]:
+        self, script: str, sha: str, arguments: tuple[Argument, ...], dropped: OnDropped | None = None,
+        lazy: bool = False,
+    ) -> asyncio.Future[Any]:  # fmt: skip
         """Run a Lua script that Redis may know by its SHA-1 already; `arguments` begin with the number of keys.
 
         As `send`; a script that is unknown is sent again as a whole, with a deadline of its own. `dropped` gets the
-        reply if the future was cancelled meanwhile.
+        reply if the future was cancelled meanwhile. A `lazy` one may wait for company.
         """
         reply: asyncio.Future[Any] = self._loop.create_future()
         pending = _Pending(reply, self._timeout_s, ("EVAL", script, *arguments), dropped)
-        self._submit(("EVALSHA", sha, *arguments), pending)
+        self._submit(("EVALSHA", sha, *arguments), pending, lazy)
         return reply
 
-    def run_only(self, script: str, sha: str, arguments: tuple[Argument, ...]) -> None:
+    def run_only(self, script: str, sha: str, arguments: tuple[Argument, ...], lazy: bool = False) -> None:
         """The same without waiting for the reply."""
-        self._submit(("EVALSHA", sha, *arguments), _Pending(None, self._timeout_s, ("EVAL", script, *arguments)))
+        pending = _Pending(None, self._timeout_s, ("EVAL", script, *arguments))
+        self._submit(("EVALSHA", sha, *arguments), pending, lazy)
 
     @property
     def idle(self) -> bool:
@@ -179,18 +184,30 @@ class Connection(asyncio.Protocol):
             if command.reply is not None and not command.reply.done():
                 command.reply.set_exception(StoreAway(reason))
 
-    def _submit(self, command: tuple[Argument, ...], pending: _Pending) -> None:
+    def _submit(self, command: tuple[Argument, ...], pending: _Pending, lazy: bool = False) -> None:
         if self.lost.done():
             raise StoreAway(self.lost.result())
         if len(self._pending) >= MAX_PENDING:
             raise StoreAway(f"{MAX_PENDING} commands are waiting for Redis")
         packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub knows tuples of one only
-        if not self._unsent:
-            self._loop.call_soon(self._flush)
         self._unsent.append(packed)
         self._pending.append(pending)
+        if self._soon:
+            return
+        if not lazy:
+            self._soon = True
+            self._loop.call_soon(self._flush)
+        elif not self._later:
+            self._later = True
+            self._loop.call_later(LAZY_S, self._flush_later)
+
+    def _flush_later(self) -> None:
+        self._later = False
+        if self._unsent and not self._soon:
+            self._flush()
 
     def _flush(self) -> None:
+        self._soon = False
         if self.lost.done():
             return
         now, soonest = time.monotonic(), math.inf  # uvloop's own time stands still while callbacks run

@@ -137,14 +137,20 @@ class Store:
         return await self.script(script, keys, args)
 
     def script(
-        self, script: Script, keys: Sequence[str], args: Sequence[Argument], dropped: OnDropped | None = None
-    ) -> asyncio.Future[Any]:
-        """The same as a future. If that is cancelled, `dropped` gets the reply when it comes. Raises StoreAway."""
-        return self._connection().run(script.text, script.sha, (len(keys), *keys, *args), dropped)
+        self, script: Script, keys: Sequence[str], args: Sequence[Argument], dropped: OnDropped | None = None,
+        lazy: bool = False,
+    ) -> asyncio.Future[Any]:  # fmt: skip
+        """The same as a future. If that is cancelled, `dropped` gets the reply when it comes. Raises StoreAway.
 
-    def script_only(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> None:
+        A `lazy` one may wait a few milliseconds for company on its way.
+        """
+        return self._connection().run(script.text, script.sha, (len(keys), *keys, *args), dropped, lazy)
+
+    def script_only(
+        self, script: Script, keys: Sequence[str], args: Sequence[Argument], lazy: bool = False
+    ) -> None:
         """Run a script whose reply nobody waits for. Raises StoreAway."""
-        self._connection().run_only(script.text, script.sha, (len(keys), *keys, *args))
+        self._connection().run_only(script.text, script.sha, (len(keys), *keys, *args), lazy)
 
     def _connection(self) -> Connection:
         if not self.up or self._commands is None:

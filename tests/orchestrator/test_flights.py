@@ -304,6 +304,7 @@ async def test_tenants_never_share(two: tuple[Replica, Replica]) -> None:
     await until(lambda: not here.flights._running)
     here.upstream.words = ["other"]
     assert [await there.ask(tenant=name) for name in ("a", "b", "c")] == [ANSWER, ANSWER, "other"]
+    await until(lambda: not there.flights._running)
     assert sorted(key.split(b":")[1] for key in await stored(here)) == [b"{a}", b"{b}", b"{c}"]
 
 
