@@ -22,12 +22,12 @@ EVENTS = ("generation", "error", "security", "performance", "lost", "recovered",
 SECURITY = frozenset({"unauthenticated", "permission_denied", "rate_limited", "unsafe_input", "admin"})
 TEXT_CHARS = 512  # of each field that a client has a say in
 
-# The texts of an event that many have in common; those that are empty are left out.
+# The texts of an event that many have in common, beside the model's name; those that are empty are left out.
 _COMMON = (
-    "model", "tenant", "operation", "edge", "route", "task", "outcome", "error", "finish_reason", "cache", "fallback",
-    "refused", "shadow",
+    "tenant", "operation", "edge", "route", "task", "outcome", "error", "finish_reason", "cache", "fallback", "refused",
+    "shadow",
 )  # fmt: skip
-_common = attrgetter(*_COMMON)
+_common = attrgetter("model", *_COMMON)
 
 
 def event_of(kind: str | None) -> str:
@@ -61,8 +61,9 @@ def of_request(record: Record, prints: Fingerprint) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _common_json(*texts: str | None) -> str:
-    return "".join(f',"{name}":{quoted(masked(text))}' for name, text in zip(_COMMON, texts, strict=True) if text)
+def _common_json(model: str, *texts: str | None) -> str:
+    named = zip(_COMMON, texts, strict=True)
+    return f',"model":{quoted(masked(model))}' + "".join(f',"{name}":{quoted(masked(x))}' for name, x in named if x)
 
 
 def of_incident(incident: Incident, prints: Fingerprint) -> bytes:
