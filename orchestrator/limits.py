@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from orchestrator.domain import Limits, Window
@@ -30,9 +30,10 @@ LEASE_S = 30.0
 RENEW_S = 10.0
 MOST = 10**12  # a limit or a reservation above it counts as this
 
-_RESERVE = struct.Struct("<qB7Q")
+_RESERVE, _CAPS = struct.Struct("<qBQ"), struct.Struct("<6Q")
 _SETTLE = struct.Struct("<4QB")
 _SHADOW, _ENFORCE, _PEEK = 0, 1, 2
+_new = tuple.__new__  # of a Window: all that its own constructor does, at half the cost
 
 
 class Reservation(NamedTuple):
@@ -44,8 +45,7 @@ class Reservation(NamedTuple):
     used: int  # 1: tokens_minute, 2: tokens_day, 4: concurrency
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What the limits say to one request. `windows`: the used ones, as they stand afterwards.
 
     `refused` is the window that is used up longest; in shadow mode the request is accepted nevertheless.
@@ -71,9 +71,32 @@ def limit_rows(limits: Limits) -> tuple[tuple[str, int], ...]:
     )
 
 
+class _Known(NamedTuple):
+    """What follows from a caller's limits alone. `rows`: name, limit and place in a reply of each window with a limit.
+
+    `numbers`: those that the script calls these windows by.
+    """
+
+    caps: bytes
+    rows: tuple[tuple[str, int, int], ...]
+    numbers: tuple[int, ...]
+    settled: int
+
+
+@lru_cache(maxsize=1024)
+def _known(limits: Limits) -> _Known:
+    rows = limit_rows(limits)
+    used = [(number, name, limit) for number, (name, limit) in enumerate(rows, 1) if limit > 0]
+    return _Known(
+        _CAPS.pack(*[limit for _, limit in rows]),
+        tuple((name, limit, at) for at, (_, name, limit) in zip(range(6, 18, 2), used, strict=False)),
+        tuple(number for number, _, _ in used),
+        settled_windows(limits),
+    )
+
+
 def _pack(limits: Limits, mode: int, tokens: int, lease: str, now_ms: int) -> bytes:
-    caps = [limit for _, limit in limit_rows(limits)]
-    return _RESERVE.pack(now_ms, mode, min(tokens, MOST), *caps) + lease.encode()
+    return _RESERVE.pack(now_ms, mode, min(tokens, MOST)) + _known(limits).caps + lease.encode()
 
 
 def reserve_args(limits: Limits, *, tokens: int, lease: str, enforce: bool, now_ms: int = -1) -> bytes:
@@ -100,18 +123,13 @@ RENEW = Script(RENEW_LUA)
 def verdict(reply: Sequence[Any], limits: Limits) -> Verdict:
     """The verdict in the reply of `limits_reserve` to `reserve_args(limits, ...)`."""
     accepted, refused_at, wait_ms, born_ms, time_ms, tokens = reply[:6]
-    windows: list[Window] = []
-    refused = None
-    at = 6
-    for number, (name, limit) in enumerate(limit_rows(limits), 1):
-        if limit > 0:
-            window = Window(name, limit, reply[at], reply[at + 1] / 1000)
-            windows.append(window)
-            at += 2
-            if number == refused_at:
-                refused = window
-    reservation = Reservation(born_ms, time_ms, tokens, settled_windows(limits) if accepted else 0)
-    return Verdict(bool(accepted), tuple(windows), refused, wait_ms / 1000, reservation)
+    known = _known(limits)
+    windows = tuple([
+        _new(Window, (name, limit, reply[at], reply[at + 1] / 1000)) for name, limit, at in known.rows
+    ])  # fmt: skip
+    refused = windows[known.numbers.index(refused_at)] if refused_at in known.numbers else None
+    reservation = Reservation(born_ms, time_ms, tokens, known.settled if accepted else 0)
+    return Verdict(bool(accepted), windows, refused, wait_ms / 1000, reservation)
 
 
 def settled_windows(limits: Limits) -> int:

@@ -12,6 +12,9 @@ QUEUE_BYTES = 8 << 20  # of lines that wait; more are lost, counted and told of
 COLLECT_S = 0.05  # lines that come within this time of each other are written together
 PROMPT_S = 0.01  # the longest that a line of warning and above waits for being written
 CLOSE_S = 2.0
+UNMADE_BYTES = 2048  # that a line counts for until it is made: its record is as large
+
+Line = bytes | Callable[[], bytes]  # a line, or what makes it when it is written; that raises nothing
 
 
 class Target(Protocol):
@@ -47,23 +50,25 @@ class Writer:
 
     def __init__(self, target: Target, lost_line: Callable[[int], bytes], queue_bytes: int = QUEUE_BYTES) -> None:
         self._target, self._lost_line, self._queue_bytes = target, lost_line, queue_bytes
-        self._lines: list[bytes] = []
+        self._lines: list[Line] = []
         self._size = self._taken = self._done = 0
         self._hurry = self._stalled = self._closed = self._torn = False
         self.lost = 0  # lines that no line has told of
         # reentrant: a collected object or a signal may log while a line is being queued
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
-    def put(self, line: bytes, prompt: bool = False) -> None:
+    def put(self, line: Line, prompt: bool = False) -> None:
         """Queue one line with its newline. A `prompt` one has been written when this returns, unless writing stalls."""
-        with self._changed:
-            if self._size + len(line) > self._queue_bytes:
+        size = len(line) if isinstance(line, bytes) else UNMADE_BYTES
+        with self._lock:  # by itself: the condition's own way to it is twice as long
+            if self._size + size > self._queue_bytes:
                 self.lost += 1
                 return
             self._lines.append(line)
-            self._size += len(line)
+            self._size += size
             self._taken += 1
             if prompt or len(self._lines) == 1:
                 self._hurry = self._hurry or prompt
@@ -115,13 +120,16 @@ class Writer:
         return 0
 
 
-def _packed(lines: list[bytes], unit_bytes: int) -> Iterator[bytes]:
+def _packed(lines: list[Line], unit_bytes: int) -> Iterator[bytes]:
     """Whole lines together, as many as stay within a write's unit."""
-    start = size = 0
-    for index, line in enumerate(lines):
-        if size and size + len(line) > unit_bytes:
-            yield b"".join(lines[start:index])
-            start, size = index, 0
-        size += len(line)
+    unit: list[bytes] = []
+    size = 0
+    for line in lines:
+        data = line if isinstance(line, bytes) else line()
+        if size and size + len(data) > unit_bytes:
+            yield b"".join(unit)
+            unit, size = [], 0
+        unit.append(data)
+        size += len(data)
     if size:
-        yield b"".join(lines[start:])
+        yield b"".join(unit)

@@ -26,7 +26,10 @@ _RULES = (
 def suspicious(text: str) -> bool:
     """Whether there may be a secret in a text; no is certain."""
     lower = text.lower()
-    return any(mark in lower for mark in _MARKS)
+    for mark in _MARKS:  # any() of a generator takes twice as long
+        if mark in lower:
+            return True
+    return False
 
 
 def masked(text: str) -> str:

@@ -83,15 +83,15 @@ def check(texts: Sequence[str], rules: Rules, param: str) -> Cleaned:
 
 
 def _check(texts: tuple[str, ...], rules: Rules, param: str) -> Cleaned:
-    if rules.mode == "off":
-        cleaned = Cleaned(tuple(texts), ())
+    chars = sum(map(len, texts))
+    if rules.mode == "off" or (chars <= rules.max_chars and all(map(_is_clean, texts))):
+        cleaned = Cleaned(texts, ())
     elif rules.mode == "clean":
         near = _near(texts, _FAR_BEYOND * rules.max_chars)
         cleaned = clean(near, rules.max_chars)
         if list(near) != list(texts):
             cleaned = Cleaned(cleaned.texts, _ordered([{*cleaned.changes, "cut"}]))
     else:
-        chars = sum(map(len, texts))
         if chars > _FAR_BEYOND * rules.max_chars:  # reading on would cost more than the answer "too long"
             raise _too_long(chars, rules.max_chars, param)
         tidied = [_tidy(text) for text in texts]
@@ -164,16 +164,37 @@ def _ordered(changes: Iterable[AbstractSet[str]]) -> tuple[str, ...]:
 def _tidy(text: str) -> tuple[str, frozenset[str]]:
     """Everything but the cut; and what was changed. A second call changes nothing."""
     changes = set()
-    printable, ascii_only = text.isprintable(), text.isascii()
-    steps = _SPACING if ascii_only else _COMPOSITION + _SPACING
-    if not printable:  # what these look for is neither printable nor a space
-        steps = (_CONTROLS if ascii_only else _CONTROLS + _FORMATS) + steps
+    latin = _is_latin(text)
+    steps = _SPACING if latin else _COMPOSITION + _SPACING
+    if not _is_printable(text):  # what these look for is neither printable nor a space
+        steps = (_CONTROLS if latin else _CONTROLS + _FORMATS) + steps
     for name, step in steps:
         before, text = text, step(text)
         if text != before:
             changes.add(name)
     text, removed = unsafe.remove(text, _tidy_spaces)
     return text, removed.union(changes)
+
+
+def _is_clean(text: str) -> bool:
+    """Whether nothing in it needs a change; no is only a maybe. As most texts are, told at a fraction of the cost."""
+    return unsafe.is_safe(text) and _is_printable(text) and _is_latin(text) and _tidy_spaces(text) == text
+
+
+def _is_printable(text: str) -> bool:
+    """Whether all of it is, line breaks and tabs apart."""
+    return text.isprintable() or text.replace("\n", "").replace("\t", "").isprintable()
+
+
+def _is_latin(text: str) -> bool:
+    """Whether all of it is in Latin-1, which is composed and has neither marks nor formats."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("latin-1")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _first_marks(run: re.Match[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from orchestrator import logs
 from orchestrator.domain import Trace
+from orchestrator.logs import JsonLines
 from orchestrator.spans import spans_of
 from tests.orchestrator.recording import record
 
@@ -19,9 +21,11 @@ NAMED = {name for text in re.findall(r"`([^`]*)`", PAGE) for name in text.split(
 
 def test_every_field_of_a_line_is_named() -> None:
     """The table of fields has each one that a request's line can have."""
-    others = {"time", "level", "logger", "message", "worker", "request_id", "traceparent", "exception", "traceback"}
-    fields = {*others, "stream", "degraded", "sanitized", *logs._TEXTS, *logs._COUNTS, *logs._SECONDS}
-    assert fields <= NAMED
+    texts = dict.fromkeys((*logs.COMMON, "input_hash", "traceparent"), "x")
+    seconds = dict.fromkeys(("ttft_s", "queue_s", "upstream_s"), 0.0)
+    full = record(**texts, **seconds, degraded=True, sanitized=("x",))
+    fields = {"exception", "traceback", *json.loads(JsonLines(debug=False, worker=1).request(full, 0.0))}
+    assert fields <= NAMED and {*texts, *seconds, "worker", "request_id", "duration_s"} <= fields
 
 
 def test_every_attribute_of_a_span_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from orchestrator.ids import random_id
 
@@ -21,6 +22,7 @@ def traceparent_of(given: bytes | None) -> str | None:
     return given.decode() if given and _TRACEPARENT.fullmatch(given) else None
 
 
+@lru_cache(maxsize=64)
 def language_of(accept: bytes) -> str:
     """en or es by Accept-Language (RFC 9110): highest weight, then order; English without either."""
     if not accept:

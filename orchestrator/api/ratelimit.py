@@ -12,12 +12,12 @@ from functools import lru_cache
 from orchestrator.domain import Window
 
 _LENGTHS_S = {"minute": 60, "hour": 3600, "day": 86400, "tokens_minute": 60, "tokens_day": 86400}
-
-_HEADERS = {
-    unit: tuple(f"x-ratelimit-{what}-{unit}".encode() for what in ("limit", "remaining", "reset"))
+_COUNT_TOKENS = frozenset({"tokens_minute", "tokens_day"})
+_REQUESTS, _TOKENS = (
+    [f"x-ratelimit-{what}-{unit}".encode() for what in ("limit", "remaining", "reset")]
     for unit in ("requests", "tokens")
-}
-_NEAREST, _FARTHEST = (-1.0, 0.0), (math.inf, 0.0)
+)
+_FARTHEST = (math.inf, 0.0)
 
 
 def limit_headers(windows: Sequence[Window], refused: str | None = None) -> list[tuple[bytes, bytes]]:
@@ -28,37 +28,34 @@ def limit_headers(windows: Sequence[Window], refused: str | None = None) -> list
     window `refused` instead, so that its `t` is not after Retry-After; it has no `t` (the draft lets it out) where
     that window has no header.
     """
-    counted, shown, nearest = [], None, _FARTHEST
-    near: dict[str, tuple[tuple[float, float], Window]] = {}  # of each unit, the window nearest to exhaustion
+    counted = []
+    refusing = requests = tokens = None
+    nearest_requests = nearest_tokens = _FARTHEST
     for window in windows:
-        if window.name not in _LENGTHS_S:
+        name, limit, used, reset_s = window
+        if name not in _LENGTHS_S:
             continue
-        counted.append(window)
-        nearness = (window.remaining / window.limit, -window.reset_s)
-        unit = "tokens" if window.name.startswith("tokens") else "requests"
-        if unit not in near or nearness < near[unit][0]:
-            near[unit] = nearness, window
-        if window.name == refused:
-            shown, nearest = window, _NEAREST
-        elif nearness < nearest:
-            shown, nearest = window, nearness
+        counted.append((name, limit))
+        nearness = ((limit - used) / limit if used < limit else 0.0, -reset_s)
+        if name in _COUNT_TOKENS:
+            if nearness < nearest_tokens:
+                tokens, nearest_tokens = window, nearness
+        elif nearness < nearest_requests:
+            requests, nearest_requests = window, nearness
+        if name == refused:
+            refusing = window
+    shown = refusing or (tokens if nearest_tokens < nearest_requests else requests)
     if shown is None:
         return []
-    state = f'"{shown.name.replace("_", "-")}";r={shown.remaining}'
-    if refused is None or refused == shown.name:
-        state += f";t={math.ceil(shown.reset_s)}"
-    headers = [
-        (b"ratelimit-policy", _policy(tuple([(window.name, window.limit) for window in counted]))),
-        (b"ratelimit", state.encode()),
-    ]
-    for unit, (limit, remaining, reset) in _HEADERS.items():
-        if unit in near:
-            window = near[unit][1]
-            headers += (
-                (limit, b"%d" % window.limit),
-                (remaining, b"%d" % window.remaining),
-                (reset, duration(window.reset_s).encode()),
-            )
+    name, limit, used, reset_s = shown
+    state = f'"{name.replace("_", "-")}";r={limit - used if used < limit else 0}'
+    if refused is None or refusing is not None:
+        state += f";t={math.ceil(reset_s)}"
+    headers = [(b"ratelimit-policy", _policy(tuple(counted))), (b"ratelimit", state.encode())]
+    if requests is not None:
+        headers += _of_unit(_REQUESTS, requests)
+    if tokens is not None:
+        headers += _of_unit(_TOKENS, tokens)
     return headers
 
 
@@ -73,6 +70,15 @@ def duration(seconds: float) -> str:
         return f"{ms / 1000:g}s"
     minutes, left = divmod(-(-ms // 1000), 60)
     return f"{minutes}m{left}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60}m{left}s"
+
+
+def _of_unit(names: list[bytes], window: Window) -> list[tuple[bytes, bytes]]:
+    _, limit, used, reset_s = window
+    return [
+        (names[0], b"%d" % limit),
+        (names[1], b"%d" % (limit - used) if used < limit else b"0"),
+        (names[2], duration(reset_s).encode()),
+    ]
 
 
 @lru_cache(maxsize=1024)

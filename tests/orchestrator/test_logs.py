@@ -32,7 +32,10 @@ KEY = keys.credential("abcdefghijkl", "S" * 43)
 CLIENT = f"00-{'a' * 32}-{'b' * 16}-01"
 PROMPT = "the prompt"
 TEXT = st.text(max_size=30)
-SECONDS = st.none() | st.floats(0, 1e6)
+DURATION = st.floats(0, 1e6)
+TEXTS = ("id", *logs.COMMON, "input_hash")
+COUNTS = ("prompt_tokens", "completion_tokens", "output_chars")
+SECONDS = dict.fromkeys(("ttft_s", "queue_s", "upstream_s"), st.none() | DURATION) | {"duration_s": DURATION}
 
 
 class Lines(logging.Handler):
@@ -103,9 +106,11 @@ def test_what_asyncio_says_of_a_task_has_no_text() -> None:
 
 @settings(max_examples=40)
 @given(
-    texts=st.fixed_dictionaries({name: TEXT for name in ("id", *logs._TEXTS)}),
-    numbers=st.fixed_dictionaries({name: st.integers(0, 10**9) for name in logs._COUNTS}),
-    seconds=st.fixed_dictionaries({name: SECONDS for name in logs._SECONDS}),
+    texts=st.fixed_dictionaries({name: TEXT for name in TEXTS}),
+    numbers=st.fixed_dictionaries({name: st.integers(0, 10**9) for name in COUNTS}),
+    seconds=st.fixed_dictionaries(
+        {name: DURATION if name == "duration_s" else st.none() | DURATION for name in SECONDS}
+    ),
     flags=st.fixed_dictionaries({"stream": st.booleans(), "degraded": st.booleans()}),
     sanitized=st.lists(TEXT).map(tuple),
     worker=st.none() | st.integers(1, 128),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.logwriter import COLLECT_S, Descriptor, Writer
+from orchestrator.logwriter import COLLECT_S, UNMADE_BYTES, Descriptor, Writer
 
 
 def told(lost: int) -> bytes:
@@ -66,6 +66,21 @@ def test_a_prompt_line_is_written_at_once(pipe: tuple[int, int]) -> None:
     writer.close()
     writer.put(b"late\n")
     assert os.read(reader, 100) == b"late\n"
+
+
+def test_a_line_that_the_thread_makes_keeps_its_place(pipe: tuple[int, int]) -> None:
+    """It is written between those before and after it, after the end too, and what waits unmade is bounded."""
+    reader, end = pipe
+    writer = Writer(Descriptor(end), told, queue_bytes=3 * UNMADE_BYTES)
+    writer.put(b"one\n")
+    writer.put(lambda: b"two\n")
+    writer.put(b"three\n", prompt=True)
+    assert os.read(reader, 100) == b"one\ntwo\nthree\n"
+    for _ in range(5):
+        writer.put(lambda: b"more\n")
+    writer.close()
+    writer.put(lambda: b"late\n")
+    assert read_all(reader) == b"more\nmore\nmore\nlost 2\nlate\n"
 
 
 def test_nobody_waits_for_a_pipe_that_nobody_reads(pipe: tuple[int, int]) -> None:
