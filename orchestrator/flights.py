@@ -20,7 +20,7 @@ from orchestrator.cache import ENTER, LEAVE, RENEW, Answer, Lookup, Ticket, enco
 from orchestrator.domain import Chunk, Usage
 from orchestrator.errors import Draining, InternalError, TruthGPTError
 from orchestrator.relay import Followed, Relay, Times
-from orchestrator.store import Script, Store, StoreAway, StoreError
+from orchestrator.store import Argument, Script, Store, StoreAway, StoreError
 
 __all__ = ["Flight", "Flights", "Outcome", "Put", "Start", "Times", "alone"]
 
@@ -274,7 +274,7 @@ class Flights:
         too_large = ticket.task if entry == b"" else ""
         ttl_ms = max(1, self._ttl_of(ticket.task) * 1000)
         try:
-            args = [holder, entry or b"", ttl_ms, too_large]
+            args: list[Argument] = [holder, entry or b"", ttl_ms, too_large]
             # lazy: others are answered by this process until it is stored
             reply = self._store.script(LEAVE, ticket.keys(), args, lazy=bool(entry))
         except StoreAway as error:

@@ -19,7 +19,7 @@ from orchestrator.redis_connection import Argument, Connection, OnDropped, Store
 from orchestrator.redis_url import address_of
 from orchestrator.settings import mask_url
 
-__all__ = ["Script", "Store", "StoreAway", "StoreError"]
+__all__ = ["Argument", "Script", "Store", "StoreAway", "StoreError"]
 
 log = logging.getLogger(__name__)
 
