@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 CONNECT_S = 1.0  # nobody waits for a connection, so that it may take longer than a command
 MAX_PENDING = 10_000
 LAZY_S = 0.002
+SPIN_S = 0.0002
 LOOK_AGAIN_S = 0.001
 
 Argument = bytes | str | int | float
@@ -85,6 +86,9 @@ class Connection(asyncio.Protocol):
         self._pending: deque[_Pending] = deque()
         self._unsent: list[bytes] = []
         self._soon = self._later = False  # whether what is unsent will leave in this tick, and whether after LAZY_S
+        self._awake = False
+        self._flushed_at = 0.0
+        self._round_trip_s = SPIN_S / 2  # a running mean
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._late: _Pending | None = None  # the oldest command when a deadline was first seen to have passed
@@ -207,7 +211,7 @@ class Connection(asyncio.Protocol):
             self._flush()
 
     def _flush(self) -> None:
-        self._soon = False
+        hurried, self._soon = self._soon, False
         if self.lost.done():
             return
         now, soonest = time.monotonic(), math.inf  # uvloop's own time stands still while callbacks run
@@ -216,8 +220,20 @@ class Connection(asyncio.Protocol):
             soonest = min(soonest, pending.deadline)
         self._transport.write(b"".join(self._unsent))
         self._unsent.clear()
+        self._flushed_at = now
+        if hurried and not self._awake and self._round_trip_s < SPIN_S:
+            self._awake = True
+            self._loop.call_soon(self._stay_awake)
         if self._timer is None or soonest < self._timer_at:
             self._watch(soonest, now)
+
+    def _stay_awake(self) -> None:
+        """Keep the loop looking for the reply of a Redis that is near: to sleep and be woken takes as long as that, and
+        more of the processor than looking does, which has to warm up again.
+        """
+        self._awake = bool(self._pending) and time.monotonic() < self._flushed_at + SPIN_S
+        if self._awake:
+            self._loop.call_soon(self._stay_awake)
 
     def _watch(self, when: float, now: float) -> None:
         if self._timer is not None:
@@ -250,6 +266,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        self._round_trip_s += (time.monotonic() - self._flushed_at - self._round_trip_s) / 16
         self._reader.feed(data)
         try:
             while (reply := self._reader.gets()) is not False:  # False: no complete reply any more
