@@ -73,6 +73,25 @@ async def test_infer_collects_a_generation_models_stream(stack: Stack, calls: An
     assert (stack.records[-1].edge, stack.records[-1].route) == ("grpc", "inference.GRPCInferenceService/ModelInfer")
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_every_declared_output_may_be_asked_for(stack: Stack, calls: Any, streamed: bool) -> None:
+    """As perf_analyzer asks for all of them: `logprobs` is left out as Triton does; an unknown name is refused."""
+    request = ask(stream=streamed)
+    for output in ("text_output", "finish_reason", "logprobs", "num_input_tokens", "num_output_tokens"):
+        request.outputs.add(name=output)
+    if streamed:
+        responses = [response.infer_response async for response in calls.ModelStreamInfer(iter([request]))]
+        assert len(responses) == 3
+    else:
+        responses = [await calls.ModelInfer(request)]
+    sent = ["text_output", "finish_reason", "num_input_tokens", "num_output_tokens"]
+    assert [[output.name for output in response.outputs] for response in responses] == [sent] * len(responses)
+    request.outputs.add(name="no")
+    with pytest.raises(grpc.aio.AioRpcError, match="unexpected inference output 'no'") as caught:
+        await calls.ModelInfer(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_a_stream_gives_the_chunks_as_they_come(stack: Stack, calls: Any, fake: FakeTriton) -> None:
     """Each chunk is a response with the request's id; only the last one is final; the prompt stands in front if asked
     for.
