@@ -41,12 +41,16 @@ MIN_ROUNDS = 3
 console = Console(stderr=True)
 HOW = (
     "The system under test, with all its processes and threads, is pinned to one core; the load generator, the "
-    "upstream, Redis and Triton to another one. Closed loop, keep-alive connections, one (C=1) or 32 clients; moments "
-    "are taken at the socket. Every answer is checked; a run with an error is no result. Added: minus the same run "
-    "asked of the upstream directly, in the same round. CPU: user and system time of all processes of the system "
-    "(/proc/PID/stat), by requests. Ours runs production's profile with every policy on: keys, sanitising, limits on "
-    "requests and tokens, cache, audit, logs, metrics, Redis with its append-only file; LiteLLM and Portkey run plain, "
-    "litellm-full with key, Redis cache, limits and Prometheus."
+    "upstream, Redis and Triton to another one. Closed loop, keep-alive connections, one (C=1) or 32 clients. HTTP: "
+    "moments are taken at the socket, and every answer is checked. gRPC: perf_analyzer takes the moments; its requests "
+    "are checked for errors and for the number of their responses, not for what is in them. A run with an error is no "
+    "result. Added: minus the same run asked of the upstream directly, in the same round. CPU: user and system time of "
+    "all processes of the system (/proc/PID/stat), by requests. Memory: PSS of all processes of the system, which "
+    "divides a page by the number of processes that map it. Ours is judged by that of a fresh gateway while no other "
+    "gateway of ours runs; the load generator and the upstream, which map the same interpreter, do. Ours runs "
+    "production's profile with every policy on: keys, sanitising, limits on requests and tokens, cache, audit, logs, "
+    "metrics, Redis with its append-only file; LiteLLM and Portkey run plain, litellm-full with key, Redis cache, "
+    "limits and Prometheus."
 )
 
 
@@ -88,7 +92,6 @@ class Bench:
         if {"triton", "grpc"} & {*self._groups}:
             repository = folder / "repository"
             models = gateway_triton.write_models(repository)
-            gateway_triton.prompts(folder / "prompts.json")
             triton, behind = await systems.triton(folder, repository, models, gateway_triton.BACKEND)
             ends.push_async_callback(systems.stop_triton, triton, folder)
             runs = PLAIN if "triton" in self._groups else ()
@@ -148,9 +151,12 @@ class Bench:
         return {}
 
     async def growth(self, ends: contextlib.AsyncExitStack, upto: int, mark: int, step: int) -> dict[str, Any] | None:
-        """Memory of a fresh gateway of ours over many requests."""
+        """Memory of a fresh gateway of ours over many requests. Ends the other ones, which would halve PSS."""
         if self._fresh is None:
             return None
+        for other, _ in self.systems:
+            if other.name.startswith("ours") and other.process is not None:
+                other.process.stop()
         system: System = self._fresh("ours-memory")
         assert system.process is not None
         ends.callback(system.process.stop)

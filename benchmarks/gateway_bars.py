@@ -79,7 +79,10 @@ def ratio(rounds: list[Round], run: str, figure: str, system: str, other: str) -
 
 
 def bars(rounds: list[Round], memory: Mapping[str, Any], growth: Mapping[str, Any] | None) -> list[Bar]:
-    """Every bar whose systems were measured. `memory` is PSS in 10^6 bytes by system, `growth` that of the long run."""
+    """Every bar whose systems were measured. `memory` is PSS in 10^6 bytes by system, `growth` that of the long run.
+
+    Ours is judged by `growth` alone: at the time of `memory` two of ours run, and share what both map.
+    """
     middle = medians(rounds)
 
     def value(system: str, run: str, figure: str) -> float | None:
@@ -96,7 +99,7 @@ def bars(rounds: list[Round], memory: Mapping[str, Any], growth: Mapping[str, An
         return Bar(bar, "added p50", _over(mine, theirs), limit, True, "× theirs", mine, theirs)
 
     def smaller(bar: str, other: str, limit: float) -> Bar:
-        after = growth["points"][-1]["pss"] if growth else memory.get("ours")
+        after = growth["points"][-1]["pss"] if growth else None
         return Bar(bar, "memory", _over(after, memory.get(other)), limit, True, "× theirs", after, memory.get(other))
 
     def costs(bar: str, what: str, figure: float | None, limit: float, unit: str) -> Bar:

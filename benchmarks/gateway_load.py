@@ -308,7 +308,7 @@ def quantiles(values: list[float]) -> dict[str, float]:
     if not values:
         return {}
     ranked = sorted(values)
-    at = {f"p{q}": ranked[min(len(ranked) - 1, len(ranked) * q // 100)] * 1000 for q in (50, 90, 99)}
+    at = {f"p{q}": ranked[-(-len(ranked) * q // 100) - 1] * 1000 for q in (50, 90, 99)}  # rank: rounded up, from 1
     return {**at, "mean": statistics.fmean(values) * 1000}
 
 

@@ -84,8 +84,7 @@ async def primed(system: System, run: Run) -> Ask:
 def kept(result: Result) -> dict[str, Any]:
     """What is written down of a run: milliseconds, requests a second, CPU microseconds a request."""
     row: dict[str, Any] = {"requests": result.requests, "per_s": round(result.rate, 1), "errors": result.errors}
-    if result.strays:
-        row["strays"] = result.strays
+    row["strays"] = result.strays
     row |= {f"{name}_ms": round(value, 4) for name, value in result.whole.items()}
     row |= {f"first_{name}_ms": round(value, 4) for name, value in result.first.items()}
     if result.before is not None and result.requests:

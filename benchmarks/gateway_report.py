@@ -88,7 +88,7 @@ def markdown(result: dict[str, Any]) -> str:
         "## Figures",
         _table(("system", "run", *(name for name, _, _ in FIGURES)), rows(result, tuple(f[0] for f in FIGURES))),
         "\n".join(f"- no result: {line}" for line in failures(result)),
-        "## Memory (10^6 bytes, all processes of a system together; PSS is what is compared)",
+        "## Memory (10^6 bytes, all processes of a system together)",
         _table(
             ("system", "requests so far", "PSS", "USS", "RSS"),
             ([name, f"{mb['requests']:,}", *(f"{mb[k]:.1f}" for k in ("pss", "uss", "rss"))]
@@ -98,7 +98,10 @@ def markdown(result: dict[str, Any]) -> str:
     if growth:
         points = ", ".join(f"{p['requests']:,}: {p['pss']:.1f}" for p in growth["points"])
         slope = growth["slope_mb_per_10000"]
-        parts.append(f"A fresh gateway of ours, misses only, PSS after requests: {points}. Slope: {slope} a 10,000.")
+        parts.append(
+            "PSS is what is compared; ours is that of a fresh gateway, alone of its kind, misses only, after requests: "
+            f"{points}. Slope: {slope} a 10,000."
+        )
     if result["stages"]:
         parts.append("## Stages of ours, one client (mean µs, from truthgpt_stage_seconds)")
         for run, stages in result["stages"].items():

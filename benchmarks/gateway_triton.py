@@ -23,7 +23,7 @@ from tests.counting import write_entry
 BACKEND = Path(__file__).parent / "instant_backend.py"
 COUNTING, IDENTITY = "counting", "identity"
 WORD = "(?:one|two|three)"
-PROMPTS = 20_000  # of perf_analyzer, so that none is asked twice in a run
+PROMPTS = 20_000  # of perf_analyzer: more than it asks in a run
 _IDENTITY = """name: "identity"
 backend: "python"
 max_batch_size: 0
@@ -86,15 +86,14 @@ def direct(ports: dict[str, int]) -> System:
 
 
 def prompts(path: Path) -> None:
-    """Requests for perf_analyzer, each with another prompt."""
+    """Requests for perf_analyzer, each with a prompt that nobody has asked so far."""
     sampling = json.dumps({"max_tokens": CHUNKS, "temperature": 0})
-    first = gateway_load.new_number()
     rows = [
         {
-            "text_input": [f"one two three {first + n}"], "sampling_parameters": [sampling], "stream": [True],
-            "return_finish_reason": [True],
+            "text_input": [f"one two three {gateway_load.new_number()}"], "sampling_parameters": [sampling],
+            "stream": [True], "return_finish_reason": [True],
         }
-        for n in range(PROMPTS)
+        for _ in range(PROMPTS)
     ]  # fmt: skip
     path.write_text(json.dumps({"data": rows}))
 
@@ -105,8 +104,13 @@ async def perf(
     """One run of perf_analyzer over gRPC: so many requests, of which the first fifth warms up and is not counted.
 
     What is counted is what it exports of each request: when it was sent and when each response came. CPU is of all
-    requests, its start included. Raises ClickException when it fails.
+    requests, its start included. Raises ClickException when it fails, or when a stream had too few responses.
+
+    A run starts at the first prompt, so each has prompts of its own: a cache would answer those of the last run.
     """
+    asked = folder / "prompts.json"
+    if stream:
+        prompts(asked)
     exported = folder / "profile.json"
     exported.unlink(missing_ok=True)
     argv = [
@@ -116,7 +120,7 @@ async def perf(
     ]  # fmt: skip
     if system.key:
         argv += ["-H", f"x-api-key: {system.key}"]
-    argv += ["--streaming", "--input-data", str(folder / "prompts.json")] if stream else ["--input-data", "zero"]
+    argv += ["--streaming", "--input-data", str(asked)] if stream else ["--input-data", "zero"]
     libraries = os.pathsep.join([str(PERF_ANALYZER), tritonserver.find().library_path()])
     before = sample()
     process = start(
@@ -138,6 +142,9 @@ def _kept(rows: list[dict[str, Any]], stream: bool) -> dict[str, Any]:
     rows = sorted(rows, key=lambda row: row["timestamp"])[len(rows) // 5 :]
     if not rows or not all(row["response_timestamps"] for row in rows):
         raise click.ClickException("perf_analyzer exported a request without a response")
+    fewest = min(len(row["response_timestamps"]) for row in rows)
+    if stream and fewest < CHUNKS:
+        raise click.ClickException(f"a stream had {fewest} of {CHUNKS} responses")
     whole = [(row["response_timestamps"][-1] - row["timestamp"]) / 1e9 for row in rows]
     ended = max(row["response_timestamps"][-1] for row in rows)
     took = (ended - rows[0]["timestamp"]) / 1e9

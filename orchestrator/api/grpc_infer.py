@@ -8,6 +8,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import grpc
+
 from orchestrator.api import grpc_tensors, kserve_path
 from orchestrator.api.fields import Defaults
 from orchestrator.api.grpc_door import Door, Methods, Rpc, Stream, Unary, parse
@@ -16,7 +18,7 @@ from orchestrator.api.grpc_messages import SERVICE, InferRequest, StreamResponse
 from orchestrator.api.http import SLOW_READER_S
 from orchestrator.api.kserve_request import Call
 from orchestrator.context import handling
-from orchestrator.errors import DeadlineExceeded, UpstreamError
+from orchestrator.errors import Cancelled, DeadlineExceeded, UpstreamError
 from orchestrator.gateway import Gateway
 
 AT_ONCE = 64  # requests of one stream that are answered at a time; the next one is not read before
@@ -55,7 +57,10 @@ class Inference:
 
         async def write(response: Any) -> None:
             async with writing:  # a call takes one message at a time
-                await rpc.context.write(response.SerializeToString())
+                try:
+                    await rpc.context.write(response.SerializeToString())
+                except grpc.aio.InternalError as error:  # the client has left: a cancellation follows
+                    raise Cancelled from error
 
         try:
             async with asyncio.TaskGroup() as group:

@@ -36,6 +36,8 @@ FLAGS = (
     "return_num_output_tokens",
 )  # fmt: skip
 OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
+# Clients that ask for all that a model's metadata declares ask for these too. As with Triton, no answer has them.
+NEVER_SENT = ("logprobs",)
 SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "timeout_s")
 PROMPTS = ("messages", "prompt_token_ids")  # in sampling_parameters alone
 # Fields of KServe's own. Only `timeout`, microseconds, means something to a generation model.
@@ -143,7 +145,7 @@ def infer(body: InferBody, asked: Asked, model: Model, defaults: Defaults) -> Ca
         raise required("text_input")
     names = {wanted.name for wanted in body.outputs}
     for wanted in body.outputs:
-        if wanted.name not in OUTPUTS or wanted.classes:
+        if wanted.name not in (*OUTPUTS, *NEVER_SENT) or wanted.classes:
             shown = wanted.name[:100]
             raise InvalidRequest(
                 Text(

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+from pathlib import Path
 from typing import Any
 
+import pytest
+from rich.progress import Progress
+
+from benchmarks import gateway, gateway_measure
 from benchmarks.gateway_bars import GRPC_1, Bar, added, bars, medians, ratio
-from benchmarks.gateway_measure import HIT_1, HIT_32, PLAIN, REQUEST_1, REQUEST_32
+from benchmarks.gateway_load import Result
+from benchmarks.gateway_measure import HIT_1, HIT_32, PLAIN, QUICK, REQUEST_1, REQUEST_32
+from benchmarks.gateway_systems import Process, System
 
 
 def figures(p50: float, per_s: float, **more: Any) -> dict[str, Any]:
@@ -80,3 +89,44 @@ def test_a_bar_holds_at_its_limit() -> None:
     """At most and at least include the limit itself."""
     assert Bar("G", "", 0.6, 0.6, True, "ms").reached and Bar("G", "", 2.5, 2.5, False, "×").reached
     assert not Bar("G", "", 0.61, 0.6, True, "ms").reached and not Bar("G", "", 2.4, 2.5, False, "×").reached
+
+
+def test_strays_in_one_round_alone_have_a_median() -> None:
+    """How many answers did not come from the cache is written down of every run, none included."""
+    found = rounds()
+    for one, strays in zip(found, (0, 3, 0), strict=True):
+        result = Result(32, 9000, 1.0, {}, {"p50": 4.0}, {}, 0.0, strays, 20.0)
+        one["ours"][HIT_32.name] = gateway_measure.kept(result)
+    assert medians(found)["ours"][HIT_32.name]["strays"] == 0
+
+
+async def test_memory_of_ours_is_measured_while_no_other_of_ours_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other gateways of ours, whose pages would count half, have ended by then; peers are let be. Without such a
+    measurement there is no verdict.
+    """
+
+    def system(name: str) -> System:
+        async def verify() -> str | None:
+            return None
+
+        return System(name, 0, Process(name, subprocess.Popen(["sleep", "60"]), tmp_path / "log"), verify)
+
+    async def running(*_: object) -> dict[str, Any]:
+        return {one.name: one.process.popen.poll() is None for one in [*everyone, fresh] if one.process is not None}
+
+    everyone, fresh = [system("ours"), system("litellm"), system("ours-triton")], system("ours-memory")
+    monkeypatch.setattr(gateway_measure, "growth", running)
+    with Progress(disable=True) as progress:
+        progress.add_task("memory")
+        bench = gateway.Bench(tmp_path, ("ours",), QUICK, progress)
+        bench.systems, bench._fresh = [(one, PLAIN) for one in everyone], lambda name: fresh
+        async with contextlib.AsyncExitStack() as ends:
+            for one in everyone:
+                assert one.process is not None
+                ends.callback(one.process.stop)
+            seen = await bench.growth(ends, 2, 1, 1)
+    assert seen == {"ours": False, "litellm": True, "ours-triton": False, "ours-memory": True}
+    judged = {(bar.bar, bar.what): bar.reached for bar in bars(rounds(), {"ours": 1.0, "litellm": 400.0}, None)}
+    assert judged["G1", "memory"] is None

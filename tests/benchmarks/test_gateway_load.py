@@ -154,6 +154,15 @@ def test_no_two_prompts_are_the_same_unless_told() -> None:
             assert json.loads(body)["stream"] is True
 
 
+@pytest.mark.parametrize(
+    ("count", "p50", "p90", "p99"), [(1, 1, 1, 1), (2, 1, 2, 2), (3, 2, 3, 3), (100, 50, 90, 99), (200, 100, 180, 198)]
+)
+def test_quantiles_are_those_of_the_nearest_rank(count: int, p50: int, p90: int, p99: int) -> None:
+    """Of the values 1 to N each quantile is its own rank: the least that so many percent do not exceed."""
+    found = gateway_load.quantiles([value / 1000 for value in range(count, 0, -1)])
+    assert [round(found[name]) for name in ("p50", "p90", "p99")] == [p50, p90, p99]
+
+
 @given(st.lists(st.floats(min_value=0, max_value=100), min_size=1, max_size=300))
 def test_quantiles_are_values_in_order(values: list[float]) -> None:
     """Quantiles are among the values, rise, and at most one in a hundred lies above the last one."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.soak import engine
+from tests.soak.report import line
 
 LEAK = Path(engine.__file__).parent / "leak"
 
@@ -17,14 +19,17 @@ def test_a_minute_of_everything_leaves_nothing_behind() -> None:
     threads or shared memory for it, nor does Redis.
     """
     report = engine.run(seconds=60, rate=100)
+    print(line(report))  # for who wants to see how far from its bounds it stays
     assert report.problems == []
-    assert report.requests > 1000
 
 
 @pytest.mark.timeout(120)
 def test_a_leak_is_found() -> None:
-    """The same check fails for workers that keep 16 KiB and a file of each request, and says that it is they."""
-    leaking = {"PYTHONPATH": str(LEAK), "SOAK_LEAK_BYTES": "16384", "SOAK_LEAK_FILES": "1"}
+    """The same check fails for workers that keep 16 KiB of each request and a file of every 60th, some 5 in all of what
+    is looked at, and says that it is they.
+    """
+    path = os.pathsep.join([str(LEAK), os.environ.get("PYTHONPATH", "")])
+    leaking = {"PYTHONPATH": path, "SOAK_LEAK_BYTES": "16384", "SOAK_LEAK_FILE_EVERY": "60"}
     report = engine.run(seconds=8, rate=100, environ=leaking)
     growing = {figure for figure, found in report.findings.items() if not found.flat}
     assert growing == {(f"worker {number}", what) for number in (1, 2) for what in ("uss", "files")}, report.problems

@@ -20,12 +20,14 @@ def _shown(what: str, value: float) -> str:
 def moment(now: Progress) -> Table:
     """What every process holds now."""
     table = Table(title=f"{now.requests:,} requests, {now.wrong} wrong answers", title_justify="left")
-    for heading in ("process", "memory (USS)", "files", "threads"):
+    for heading in ("process", "memory (USS)", "files", "sockets", "threads"):
         table.add_column(heading, justify="left" if heading == "process" else "right")
     for who in dict.fromkeys(who for who, what in now.sample if what == "uss"):
-        table.add_row(who, *(_shown(what, now.sample[who, what]) for what in ("uss", "files", "threads")))
+        table.add_row(who, *(_shown(what, now.sample[who, what]) for what in ("uss", "files", "sockets", "threads")))
     others = {
-        figure: value for figure, value in now.sample.items() if figure[0] == "shm" or figure[1] in ("used", "keys")
+        (who, what): value
+        for (who, what), value in now.sample.items()
+        if who == "shm" or what in ("used", "keys", "expiring")
     }
     table.caption = ", ".join(f"{who} {what} {_shown(what, value)}" for (who, what), value in others.items())
     return table

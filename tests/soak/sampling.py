@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +23,9 @@ class Gone(Exception):
 class Sampler:
     """The processes are those that run now: one that is started anew later is a failure, and not a series of its own.
 
-    Memory is unique (USS) and proportional (PSS) set size in bytes.
+    Memory is unique (USS) and proportional (PSS) set size in bytes. Descriptors are files (whatever is no socket), of
+    which a process has always the same, and sockets, which come and go with clients. Redis' keys are those without an
+    expiry, which only commands make, and those that expire.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -46,19 +49,24 @@ class Sampler:
         found: dict[Figure, float] = {}
         for who, process in self._processes.items():
             try:
-                memory = process.memory_full_info()
+                memory, (files, sockets) = process.memory_full_info(), _descriptors(process.pid)
                 found |= {
                     (who, "uss"): memory.uss,
                     (who, "pss"): memory.pss,
-                    (who, "files"): process.num_fds(),
+                    (who, "files"): files,
+                    (who, "sockets"): sockets,
                     (who, "threads"): process.num_threads(),
                 }
-            except psutil.Error as error:
+            except (psutil.Error, OSError) as error:
                 raise Gone(f"{who} is gone: {error}") from error
         regions = [path.stat().st_size for path in _files(tritonserver.SHM, f"{self._prefix}*")]
         found |= {("shm", "regions"): len(regions), ("shm", "bytes"): sum(regions)}
-        info = self._redis.info("memory")
-        found |= {("redis", "used"): info["used_memory"], ("redis", "keys"): self._redis.dbsize()}
+        space = self._redis.info("keyspace").get("db0", {"keys": 0, "expires": 0})
+        found |= {
+            ("redis", "used"): self._redis.info("memory")["used_memory"],
+            ("redis", "keys"): space["keys"] - space["expires"],
+            ("redis", "expiring"): space["expires"],
+        }
         return found
 
     def disk(self) -> dict[str, int]:
@@ -72,6 +80,18 @@ class Sampler:
 
     def close(self) -> None:
         self._redis.close()
+
+
+def _descriptors(pid: int) -> tuple[int, int]:
+    """How many files and how many sockets a process has open."""
+    sockets = total = 0
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            sockets += os.readlink(path).startswith("socket:")
+            total += 1
+        except FileNotFoundError:
+            continue  # it was closed just now
+    return total - sockets, sockets
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:

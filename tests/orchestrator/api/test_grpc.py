@@ -7,11 +7,13 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 import redis
+from grpc._cython import cygrpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
@@ -71,6 +73,25 @@ async def test_infer_collects_a_generation_models_stream(stack: Stack, calls: An
     assert response.raw_output_contents[1] == b"\3\0\0\0"
     assert json.loads(stack.fake.requests[-1]["sampling_parameters"])["max_tokens"] == 9
     assert (stack.records[-1].edge, stack.records[-1].route) == ("grpc", "inference.GRPCInferenceService/ModelInfer")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_every_declared_output_may_be_asked_for(stack: Stack, calls: Any, streamed: bool) -> None:
+    """As perf_analyzer asks for all of them: `logprobs` is left out as Triton does; an unknown name is refused."""
+    request = ask(stream=streamed)
+    for output in ("text_output", "finish_reason", "logprobs", "num_input_tokens", "num_output_tokens"):
+        request.outputs.add(name=output)
+    if streamed:
+        responses = [response.infer_response async for response in calls.ModelStreamInfer(iter([request]))]
+        assert len(responses) == 3
+    else:
+        responses = [await calls.ModelInfer(request)]
+    sent = ["text_output", "finish_reason", "num_input_tokens", "num_output_tokens"]
+    assert [[output.name for output in response.outputs] for response in responses] == [sent] * len(responses)
+    request.outputs.add(name="no")
+    with pytest.raises(grpc.aio.AioRpcError, match="unexpected inference output 'no'") as caught:
+        await calls.ModelInfer(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_a_stream_gives_the_chunks_as_they_come(stack: Stack, calls: Any, fake: FakeTriton) -> None:
@@ -300,6 +321,53 @@ async def test_who_leaves_frees_the_slot(stack: Stack, fake: FakeTriton, how: st
             call.cancel()
         assert await until(lambda: fake.running == 0 and stack.gateway.in_flight == 0) < 1.0
         await until(lambda: [record.outcome for record in stack.records] == ["cancelled"])
+
+
+class GoneClient:
+    """A call's context whose client left a moment ago, so that nothing can be written to it any more."""
+
+    code: grpc.StatusCode | None = None
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        pass
+
+    async def write(self, message: bytes) -> None:
+        raise cygrpc.ExecuteBatchError("Failed grpc_call_start_batch: 0 with grpc_call_error value: 'GRPC_CALL_OK'")
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        pass
+
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        pass
+
+
+async def test_who_has_left_when_it_is_written_to_is_no_fault_of_ours(
+    stack: Stack, caplog: pytest.LogCaptureFixture
+) -> None:
+    """gRPC refuses a message before it tells of the cancellation: the request was cancelled, and nothing is logged."""
+
+    async def messages() -> AsyncIterator[bytes]:
+        yield ask(stream=True).SerializeToString()
+
+    application: Any = stack.server.config.app
+    details = SimpleNamespace(method="/inference.GRPCInferenceService/ModelStreamInfer")
+    context = GoneClient()
+    await application.grpc.door.service(details).stream_stream(messages(), context)
+    assert context.code is grpc.StatusCode.CANCELLED
+    await until(lambda: [record.outcome for record in stack.records] == ["cancelled"])
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_a_client_that_does_not_read_holds_no_slot(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:

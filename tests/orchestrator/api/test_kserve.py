@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.api import kserve_request
+from orchestrator.ops import entrycheck
+
 from ..conftest import Stack, serving, until
 from ..fake_triton import FakeTriton, event, failure
 
@@ -175,6 +178,16 @@ async def test_infer_collects_a_generation_models_stream(stack: Stack) -> None:
     assert body["outputs"] == [{"name": "finish_reason", "datatype": "BYTES", "shape": [1], "data": ["stop"]}]
 
 
+async def test_an_output_that_is_declared_and_never_sent_may_be_asked_for(stack: Stack) -> None:
+    """`logprobs`, which every generation entry declares, is left out of the answer, be it among others or alone."""
+    asked = {"inputs": [text("text_input", "Hola")], "outputs": [{"name": "logprobs"}, {"name": "finish_reason"}]}
+    status, body, _ = await stack.post(PATH + "infer", asked)
+    assert (status, [output["name"] for output in body["outputs"]]) == (200, ["finish_reason"])
+    status, body, _ = await stack.post(PATH + "infer", {**asked, "outputs": [{"name": "logprobs"}]})
+    assert (status, body["outputs"]) == (200, [])
+    assert {*kserve_request.OUTPUTS, *kserve_request.NEVER_SENT} == {*entrycheck.OUTPUTS}
+
+
 WRONG_TENSORS: list[tuple[dict[str, Any], str]] = [
     ({"inputs": [text("text", "x")]}, "unexpected inference input 'text' for model 'm'"),
     ({"inputs": [flag("text_input")]}, "inference input 'text_input' data-type is 'BOOL', but model 'm' expects"),
@@ -182,7 +195,10 @@ WRONG_TENSORS: list[tuple[dict[str, Any], str]] = [
     ({"inputs": [{**text("text_input", "x"), "shape": [], "data": ["x"]}]}, "Expected [1], got []"),
     ({"inputs": [flag("stream")]}, "text_input is required"), ({"inputs": []}, "text_input is required"),
     ({"inputs": [text("text_input", "x")], "outputs": [{"name": "no"}]}, "unexpected inference output 'no'"),
-    ({"inputs": [text("text_input", "x")], "outputs": [{"name": "logprobs"}]}, "unexpected inference output"),
+    ({"inputs": [text("text_input", "x")], "outputs": [{"name": "logprobs2"}]}, "output 'logprobs2'"),
+    ({"inputs": [text("text_input", "x")], "outputs": [{"name": "logprobs", "parameters": {"classification": 2}}]},
+     "output 'logprobs'"),
+    ({"inputs": [text("text_input", "x"), flag("return_logprobs")]}, "return_logprobs is not supported"),
     ({"inputs": [text("text_input", "x")], "parameters": {"heartbeat": True}}, "heartbeat"),
     ({"inputs": [text("text_input", "x"), text("sampling_parameters", "{")]}, "sampling_parameters"),
 ]  # fmt: skip

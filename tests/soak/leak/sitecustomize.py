@@ -1,25 +1,27 @@
 """Makes a gateway's worker leak, so that the soak test can be seen to fail: Python runs it at start when its folder is
-on PYTHONPATH. SOAK_LEAK_BYTES are kept and SOAK_LEAK_FILES left open for each request that ends.
+on PYTHONPATH. SOAK_LEAK_BYTES are kept of each request that ends; of every SOAK_LEAK_FILE_EVERY a file is left open.
 """
 
 import os
 import sys
+from typing import Any
 
 kept: list[object] = []
 
 
 def _leak() -> None:
-    from orchestrator.domain import Record
+    from orchestrator.passage import Passage
 
-    size, files = (int(os.environ.get(f"SOAK_LEAK_{name}", "0")) for name in ("BYTES", "FILES"))
-    make = Record.__init__
+    size, every = (int(os.environ.get(f"SOAK_LEAK_{name}", "0")) for name in ("BYTES", "FILE_EVERY"))
+    record = Passage.record
 
-    def make_and_leak(self: Record, *args: object, **kwargs: object) -> None:
-        make(self, *args, **kwargs)  # type: ignore[arg-type]  # whatever its fields are
+    def record_and_leak(self: Passage[Any]) -> object:
         kept.append(bytearray(os.urandom(1) * size))  # written to, so that it takes memory at once
-        kept.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(files))
+        if every and len(kept) % every == 0:
+            os.open(os.devnull, os.O_RDONLY)
+        return record(self)
 
-    Record.__init__ = make_and_leak  # type: ignore[method-assign]
+    Passage.record = record_and_leak  # type: ignore[assignment, method-assign]
 
 
 if "orchestrator.worker" in sys.orig_argv:
