@@ -19,7 +19,8 @@ ASGIMessage = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[ASGIMessage]]
 Send = Callable[[ASGIMessage], Awaitable[None]]
-WhenGone = Callable[[Callable[[], None] | None], None]  # what to call, once, when the client has hung up; None: nothing
+# What to call, once, when the client has hung up or has not read its answer for so many seconds. None: nothing.
+WhenGone = Callable[[Callable[[], None] | None, float], None]
 Headers = Sequence[tuple[bytes, bytes]]
 
 JSON_TYPE = b"application/json"
@@ -41,7 +42,7 @@ class Refused(Exception):
 class HangUpWatch:
     """What `Exchange.cancelled_by_hang_up` returns."""
 
-    __slots__ = ("_exchange", "_task", "_timer", "_when_gone", "_within_s")
+    __slots__ = ("_exchange", "_task", "_when_gone", "_within_s")
 
     def __init__(self, exchange: Exchange, when_gone: WhenGone, within_s: float) -> None:
         self._exchange, self._when_gone, self._within_s = exchange, when_gone, within_s
@@ -51,14 +52,12 @@ class HangUpWatch:
         if task is None:
             raise RuntimeError("an exchange runs in a task")
         self._task = task
-        self._timer = asyncio.get_running_loop().call_later(self._within_s, self._gone)
-        self._when_gone(self._gone)
+        self._when_gone(self._gone, self._within_s)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._when_gone(None)
-        self._timer.cancel()
+        self._when_gone(None, 0.0)
         if kind is not None and issubclass(kind, asyncio.CancelledError):
             if self._exchange.gone and self._task.uncancel() == 0:
                 raise HangUp from None
