@@ -38,8 +38,8 @@ class Cycle:
     """`started`: something of the answer is written; `complete`: all of it; `disconnected`: nobody reads it."""
 
     __slots__ = (
-        "_body", "_chunked", "_connection", "_expects", "_head", "_head_only", "_more_body", "_news", "_remaining",
-        "_waiter", "complete", "disconnected", "keep_alive", "scope", "started",
+        "_body", "_chunked", "_connection", "_expects", "_head", "_head_only", "_held", "_more_body", "_news",
+        "_remaining", "_waiter", "complete", "disconnected", "keep_alive", "scope", "started",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, scope: dict[str, Any], keep_alive: bool, expects_continue: bool) -> None:
@@ -49,6 +49,7 @@ class Cycle:
         self._more_body, self._news = True, False
         self._waiter: asyncio.Future[None] | None = None
         self._head: bytes | None = None  # goes out with the first of the body, in one packet
+        self._held: list[bytes] = []  # pieces of a stream, until this turn of the event loop ends
         self._head_only = scope["method"] == "HEAD"
         self._chunked, self._remaining = False, 0
         self.started = self.complete = self.disconnected = False
@@ -66,6 +67,7 @@ class Cycle:
             if self.complete or self.disconnected:
                 return
             if self.started:
+                self._flush()
                 self._connection.transport.close()
             else:
                 self._head = None
@@ -138,13 +140,27 @@ class Cycle:
         data = self._frame(message.get("body", b""), more)
         if self._head is not None:
             data, self._head, self.started = self._head + data, None, True
-        self._write(data)
-        if not more:
+        if more:
+            if data:
+                if not self._held:
+                    asyncio.get_running_loop().call_soon(self._flush)
+                self._held.append(data)
+        else:
+            if self._held:
+                self._held.append(data)
+                self._flush()
+            else:
+                self._write(data)
             self.complete = True
             self._wake()
             if not self.keep_alive:
                 self._connection.transport.close()
             self._connection.answered(self)
+
+    def _flush(self) -> None:
+        if self._held:
+            held, self._held = self._held, []
+            self._write(held[0] if len(held) == 1 else b"".join(held))
 
     def _write(self, data: bytes) -> None:
         transport = self._connection.transport
