@@ -26,7 +26,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
 from orchestrator.errors import Text
-from orchestrator.httpcycle import Cycle
+from orchestrator.httpcycle import Cycle, Turn
 
 LINGER_S = 2.0  # for a refused client to read why, before the connection is reset under it
 FIRST_S = 0.25  # for a request to come in on a connection accepted just before the server ends
@@ -115,11 +115,12 @@ def _target(url: bytes) -> tuple[bytes, bytes]:
 
 
 class Config(uvicorn.Config):
-    """uvicorn's configuration with the bounds of a connection."""
+    """uvicorn's configuration with the bounds of a connection, and what connections share."""
 
     def __init__(self, app: Any, bounds: Bounds, **options: Any) -> None:
         super().__init__(app, http=Hardened, ws="none", timeout_keep_alive=int(bounds.idle_s), **options)
         self.bounds = bounds
+        self.turn = Turn()
 
 
 class Hardened(asyncio.Protocol):
@@ -129,7 +130,7 @@ class Hardened(asyncio.Protocol):
         self, config: Config, server_state: ServerState, app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:  # fmt: skip
-        self.server_state = server_state
+        self.server_state, self.turn = server_state, config.turn
         self._connections: set[Any] = server_state.connections
         self._app, self._bounds = config.loaded_app, config.bounds
         self._loop = _loop or asyncio.get_running_loop()
@@ -223,9 +224,9 @@ class Hardened(asyncio.Protocol):
             self._stop_parsing(LONG_TARGET)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        self._headers.append((name, value))
-        if len(self._headers) > self._bounds.fields:
+        name, headers = name.lower(), self._headers
+        headers.append((name, value))
+        if len(headers) > self._bounds.fields:
             self._stop_parsing(LARGE_HEAD)
         if name == b"expect" and value.lower() == b"100-continue":
             self._expects_continue = True

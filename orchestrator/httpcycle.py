@@ -23,12 +23,31 @@ _FAILED_HEADERS = (
 )
 
 
+class Turn:
+    """Whose pieces of a stream wait for the turn of the event loop to end: what came together leaves in one write."""
+
+    def __init__(self) -> None:
+        self._cycles: list[Cycle] = []
+
+    def hold(self, cycle: Cycle) -> None:
+        """Flush it when the turn ends."""
+        if not self._cycles:
+            asyncio.get_running_loop().call_soon(self._end)
+        self._cycles.append(cycle)
+
+    def _end(self) -> None:
+        cycles, self._cycles = self._cycles, []
+        for cycle in cycles:
+            cycle.flush()
+
+
 class Connection(Protocol):
     """What a request needs of the connection that it came by."""
 
     transport: asyncio.Transport
     flow: FlowControl
     server_state: ServerState
+    turn: Turn
 
     def answered(self, cycle: Cycle) -> None: ...
     def ended(self, cycle: Cycle) -> None: ...
@@ -49,7 +68,7 @@ class Cycle:
         self._more_body, self._news = True, False
         self._waiter: asyncio.Future[None] | None = None
         self._head: bytes | None = None  # goes out with the first of the body, in one packet
-        self._held: list[bytes] = []  # pieces of a stream, until this turn of the event loop ends
+        self._held: list[bytes] = []  # pieces of a stream
         self._head_only = scope["method"] == "HEAD"
         self._chunked, self._remaining = False, 0
         self.started = self.complete = self.disconnected = False
@@ -67,7 +86,7 @@ class Cycle:
             if self.complete or self.disconnected:
                 return
             if self.started:
-                self._flush()
+                self.flush()
                 self._connection.transport.close()
             else:
                 self._head = None
@@ -143,12 +162,12 @@ class Cycle:
         if more:
             if data:
                 if not self._held:
-                    asyncio.get_running_loop().call_soon(self._flush)
+                    self._connection.turn.hold(self)
                 self._held.append(data)
         else:
             if self._held:
                 self._held.append(data)
-                self._flush()
+                self.flush()
             else:
                 self._write(data)
             self.complete = True
@@ -157,7 +176,8 @@ class Cycle:
                 self._connection.transport.close()
             self._connection.answered(self)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what is held."""
         if self._held:
             held, self._held = self._held, []
             self._write(held[0] if len(held) == 1 else b"".join(held))
