@@ -108,8 +108,8 @@ class Running:
 
 
 @asynccontextmanager
-async def serving(settings: Settings | None = None, **bounds: Any) -> AsyncIterator[Running]:
-    app = Application()
+async def serving(settings: Settings | None = None, app: Any = None, **bounds: Any) -> AsyncIterator[Running]:
+    app = app or Application()
 
     async def drain() -> None: ...
 
@@ -289,6 +289,17 @@ async def test_who_says_nothing_is_closed() -> None:
         served.send(GET % b"q")
         await served.answer()
         assert all(await asyncio.gather(silent.ended(3), served.ended(3)))
+
+
+@on_uvloop
+async def test_a_body_that_comes_after_its_answer_keeps_no_connection() -> None:
+    """Who sends the rest of a refused request and then nothing is closed after the idle time."""
+    async with serving(idle_s=1) as running:
+        client = await running.connect()
+        client.send(b"POST /early HTTP/1.1\r\nhost: h\r\ncontent-length: 10\r\n\r\n")
+        assert (await client.answer())[0] == 200
+        client.send(b"0123456789")
+        assert await client.ended(3)
 
 
 @on_uvloop
