@@ -46,6 +46,7 @@ class Bounds:
     body_s: float = 600.0
     idle_s: float = 75.0  # until a new connection's first byte, and between two requests
     connections: int = 10_000
+    waiting: int = 100  # requests of a connection that came before the answer to the one before them
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,8 @@ class Hardened(asyncio.Protocol):
             self._stop_parsing(LARGE_HEAD)
         if parser.should_upgrade():
             self._stop_parsing(NO_UPGRADE)
+        if len(self._waiting) >= self._bounds.waiting:  # one packet may have 14,000, of 1 KiB here each
+            self._stop_parsing(MALFORMED)  # which is not said: the connection ends behind the answers to those before
         raw_path, query = _target(self._url)
         path, version = raw_path.decode("ascii"), parser.get_http_version()
         scope = {
@@ -294,7 +297,7 @@ class Hardened(asyncio.Protocol):
         """The whole answer is written; what came behind this request is next."""
         self.server_state.total_requests += 1
         self.ended(cycle)
-        if self._refused is not None:  # what was refused came behind this request
+        if self._refused is not None and not self._waiting:  # what was refused came behind this request
             self._close_in_stages()
         elif not self.transport.is_closing():
             self.flow.resume_reading()

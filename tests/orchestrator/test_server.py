@@ -244,6 +244,17 @@ async def test_a_hostile_head_behind_a_request_does_not_cut_its_answer() -> None
 
 
 @on_uvloop
+async def test_requests_do_not_pile_up_behind_one_that_takes_long() -> None:
+    """A packet is room for thousands of requests: the first hundred are answered, and then the connection ends."""
+    async with serving() as running:
+        running.app.delay_s = 0.01
+        client = await running.connect()
+        client.send(b"".join(GET % (b"%d" % n) for n in range(3_000)))
+        assert [(await client.answer())[2]["query"] for _ in range(101)] == [*map(str, range(101))]
+        assert await client.ended()
+
+
+@on_uvloop
 async def test_a_slow_head_or_body_is_answered_408() -> None:
     """A head that trickles is ended after its time, as is a body; the application hears of it."""
     settings = replace(Settings(), request_timeout_s=0.4)
