@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import math
 import re
 import weakref
@@ -21,12 +20,11 @@ from urllib.parse import unquote
 import httptools
 import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
-from orchestrator.errors import Text
 from orchestrator.httpcycle import Cycle, Turn
+from orchestrator.refusals import CROWDED, LARGE_HEAD, LONG_TARGET, MALFORMED, NO_UPGRADE, TOO_SLOW, Refusal
 
 LINGER_S = 2.0  # for a refused client to read why, before the connection is reset under it
 FIRST_S = 0.25  # for a request to come in on a connection accepted just before the server ends
@@ -47,53 +45,6 @@ class Bounds:
     idle_s: float = 75.0  # until a new connection's first byte, and between two requests
     connections: int = 10_000
     waiting: int = 100  # requests of a connection that came before the answer to the one before them
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """An answer to what is not, or not yet, a request: nothing is known of its edge, key or language."""
-
-    status: int
-    kind: str
-    code: str
-    text: Text
-
-    def encode(self, headers: list[tuple[bytes, bytes]]) -> bytes:
-        error = {"message": f"{self.text.en} {self.text.es}", "type": self.kind, "param": None, "code": self.code}
-        body = json.dumps({"error": error}, ensure_ascii=False).encode()
-        fixed = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            (b"connection", b"close"),
-        ]
-        if self.status == 503:
-            fixed.append((b"retry-after", b"1"))
-        lines = [b"%b: %b\r\n" % header for header in (*headers, *fixed)]
-        return b"".join([STATUS_LINE[self.status], *lines, b"\r\n", body])
-
-
-def _invalid(status: int, code: str, en: str, es: str) -> Refusal:
-    return Refusal(status, "invalid_request_error", code, Text(en, es))
-
-
-MALFORMED = _invalid(400, "malformed_request", "This is not HTTP/1.1.", "Esto no es HTTP/1.1.")
-TOO_SLOW = _invalid(
-    408, "request_timeout", "The request took too long to arrive.", "La solicitud tardó demasiado en llegar."
-)
-NO_UPGRADE = _invalid(400, "no_upgrade", "Only HTTP/1.1 is spoken here.", "Aquí solo se habla HTTP/1.1.")
-LONG_TARGET = _invalid(414, "uri_too_long", "The request's URL is too long.", "La URL de la solicitud es muy larga.")
-LARGE_HEAD = _invalid(
-    431,
-    "headers_too_large",
-    "The request's headers are too many or too long.",
-    "Hay demasiadas cabeceras o muy largas.",
-)
-CROWDED = Refusal(
-    503,
-    "service_unavailable_error",
-    "too_many_connections",
-    Text("Too many connections.", "Hay demasiadas conexiones."),
-)
 
 
 def _without_upgrade(data: bytes) -> bytes:

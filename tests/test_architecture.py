@@ -79,7 +79,8 @@ ROOMS: dict[str, set[str]] = {
     "scrape": {"metrics", "metrics_table"},
     # processes
     "httpcycle": set(),
-    "hardening": {"errors", "httpcycle"},
+    "refusals": {"errors"},
+    "hardening": {"httpcycle", "refusals"},
     "server": {"settings", "hardening"},
     "worker": {"settings", "logs", "app", "server"},
     "parent": {"settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape"},
