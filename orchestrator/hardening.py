@@ -70,7 +70,7 @@ class Config(uvicorn.Config):
     """uvicorn's configuration with the bounds of a connection, and what connections share."""
 
     def __init__(self, app: Any, bounds: Bounds, **options: Any) -> None:
-        super().__init__(app, http=Hardened, ws="none", timeout_keep_alive=int(bounds.idle_s), **options)
+        super().__init__(app, http=Hardened, ws="none", **options)
         self.bounds = bounds
         self.turn = Turn()
 
@@ -128,8 +128,7 @@ class Hardened(asyncio.Protocol):
         self._waiting.clear()
         self.flow.resume_writing()
         self._parser = None
-        if self._on_gone is not None:
-            self._on_gone()
+        self._tell_gone()
 
     def pause_writing(self) -> None:
         self.flow.pause_writing()
@@ -137,16 +136,23 @@ class Hardened(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.flow.resume_writing()
 
-    def _when_gone(self, call: Callable[[], None] | None, within_s: float) -> None:
+    def _when_gone(self, call: Callable[[], None], within_s: float | None) -> None:
         """The extension by which an application hears of a hang-up without waiting for it.
 
-        A client that is still there after `within_s` counts as gone.
+        A client that is still there after `within_s` counts as gone. None: the application is not interested any more,
+        in that call; the request behind it may have begun and have its own.
         """
-        self._on_gone = call
-        if call is not None:
-            self._gone_at = self._loop.time() + within_s
+        if within_s is not None:
+            self._on_gone, self._gone_at = call, self._loop.time() + within_s
             if self.transport.is_closing():
-                self._loop.call_soon(call)
+                self._loop.call_soon(self._tell_gone)
+        elif self._on_gone == call:
+            self._on_gone = None
+
+    def _tell_gone(self) -> None:
+        call, self._on_gone = self._on_gone, None
+        if call is not None:
+            call()
 
     def data_received(self, data: bytes) -> None:
         if self._refused is not None or self._parser is None:
@@ -280,8 +286,8 @@ class Hardened(asyncio.Protocol):
 
     def look(self, now: float) -> None:
         """End what has taken too long; `now` is the loop's time in seconds."""
-        if self._on_gone is not None and now >= self._gone_at:
-            self._on_gone()
+        if now >= self._gone_at:
+            self._tell_gone()
         if self.transport.is_closing():
             unread = self.transport.get_write_buffer_size()
             if self._unread is None or unread < self._unread[0]:
@@ -307,8 +313,13 @@ class Hardened(asyncio.Protocol):
         """Answer and close. A response under way is not cut into: the connection is closed behind it."""
         self._refused = refusal
         self._deadline = math.inf
+        if self._waiting:
+            if self._in_body:  # of the last one, which will not be whole
+                self._waiting.pop()
+                self._newest = self._waiting[-1] if self._waiting else self._running
+            return
         if self._newest is not None:
-            if self._waiting or not self._in_body or self._newest.started:
+            if not self._in_body or self._newest.started:
                 return
             self._newest.disconnect()
         self.transport.write(refusal.encode(self.server_state.default_headers))

@@ -19,8 +19,8 @@ ASGIMessage = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[ASGIMessage]]
 Send = Callable[[ASGIMessage], Awaitable[None]]
-# What to call, once, when the client has hung up or has not read its answer for so many seconds. None: nothing.
-WhenGone = Callable[[Callable[[], None] | None, float], None]
+# What to call, once, when the client has hung up or has not read its answer within so many seconds. None: not any more.
+WhenGone = Callable[[Callable[[], None], float | None], None]
 Headers = Sequence[tuple[bytes, bytes]]
 
 JSON_TYPE = b"application/json"
@@ -57,7 +57,7 @@ class HangUpWatch:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._when_gone(None, 0.0)
+        self._when_gone(self._gone, None)
         if kind is not None and issubclass(kind, asyncio.CancelledError):
             if self._exchange.gone and self._task.uncancel() == 0:
                 raise HangUp from None

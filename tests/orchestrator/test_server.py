@@ -241,6 +241,10 @@ async def test_a_hostile_head_behind_a_request_does_not_cut_its_answer() -> None
         client.send(GET % b"first" + b"GET /" + b"a" * 9_000)
         assert (await client.answer())[2]["query"] == "first"
         assert await client.ended()
+        client = await running.connect()
+        client.send(GET % b"1" + GET % b"2" + CHUNKED + b"no chunk\r\n")
+        assert [(await client.answer())[2]["query"] for _ in range(2)] == ["1", "2"]
+        assert await client.ended()
 
 
 @on_uvloop
