@@ -194,8 +194,9 @@ class Hardened(asyncio.Protocol):
         if parser is None:
             raise RuntimeError("a connection that is lost has no parser")
         # What has come altogether is seldom too much for a head: only then are its own bytes counted.
-        if max(self._packet, self._unparsed) > limit and sum(map(len, chain.from_iterable(self._headers))) > limit:
-            self._stop_parsing(LARGE_HEAD)
+        if self._packet > limit or self._unparsed > limit:
+            if sum(map(len, chain.from_iterable(self._headers))) > limit:
+                self._stop_parsing(LARGE_HEAD)
         if parser.should_upgrade():
             self._stop_parsing(NO_UPGRADE)
         if len(self._waiting) >= self._bounds.waiting:  # one packet may have 14,000, of 1 KiB here each

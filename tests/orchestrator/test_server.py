@@ -163,6 +163,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"G" * 70_000, 400, "malformed_request"),
         (b"\x16\x03\x01\x02\x00\x01\x00", 400, "malformed_request"),
         (b"GET / HTTP/1.1\r\n" + b"".join(b"h%d: v\r\n" % n for n in range(101)) + b"\r\n", 431, "headers_too_large"),
+        (b"GET / HTTP/1.1\r\n" + b"h: %b\r\n" % (b"v" * 800) * 90 + b"\r\n", 431, "headers_too_large"),
         (CHUNKED + b"1;" + b"e" * 600_000, 431, "headers_too_large"),
         (CHUNKED + b"0\r\nt: " + b"e" * 600_000, 431, "headers_too_large"),
         (b"POST / HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n", 400, "malformed_request"),
@@ -175,6 +176,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "method",
         "TLS",
         "101",
+        "long",
         "extension",
         "trailer",
         "smuggling",
@@ -239,6 +241,10 @@ async def test_a_hostile_head_behind_a_request_does_not_cut_its_answer() -> None
         running.app.delay_s = 0.1
         client = await running.connect()
         client.send(GET % b"first" + b"GET /" + b"a" * 9_000)
+        assert (await client.answer())[2]["query"] == "first"
+        assert await client.ended()
+        client = await running.connect()
+        client.send(GET % b"first" + b"GET / HTTP/1.1\r\n" + b"h: %b\r\n" % (b"v" * 800) * 90 + b"\r\n")
         assert (await client.answer())[2]["query"] == "first"
         assert await client.ended()
         client = await running.connect()
