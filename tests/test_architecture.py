@@ -79,8 +79,9 @@ ROOMS: dict[str, set[str]] = {
     "metrics_readings": {"audit", "breaker", "gateway", "limiter", "metrics", "store"},
     "scrape": {"metrics", "metrics_table"},
     # processes
-    "corked": set(),
-    "hardening": {"corked", "errors"},
+    "httpcycle": set(),
+    "refusals": {"errors"},
+    "hardening": {"httpcycle", "refusals"},
     "server": {"settings", "hardening"},
     "worker": {"settings", "logs", "app", "server"},
     "parent": {"settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape"},

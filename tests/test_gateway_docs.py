@@ -45,7 +45,7 @@ from tests.test_docs import check_command
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "gateway.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-EDGE = ("hardening", *(f"api.{path.stem}" for path in sorted((ROOT / "orchestrator" / "api").glob("[a-z]*.py"))))
+EDGE = ("refusals", *(f"api.{path.stem}" for path in sorted((ROOT / "orchestrator" / "api").glob("[a-z]*.py"))))
 PROCESSES = ("app", "server", "parent", "worker")
 HEADER = re.compile(rb"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 EXAMPLES = examples(PAGE)

@@ -19,7 +19,8 @@ ASGIMessage = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[ASGIMessage]]
 Send = Callable[[ASGIMessage], Awaitable[None]]
-WhenGone = Callable[[Callable[[], None] | None], None]  # what to call, once, when the client has hung up; None: nothing
+# What to call, once, when the client has hung up or has not read its answer within so many seconds. None: not any more.
+WhenGone = Callable[[Callable[[], None], float | None], None]
 Headers = Sequence[tuple[bytes, bytes]]
 
 JSON_TYPE = b"application/json"
@@ -41,6 +42,8 @@ class Refused(Exception):
 class HangUpWatch:
     """What `Exchange.cancelled_by_hang_up` returns."""
 
+    __slots__ = ("_exchange", "_task", "_when_gone", "_within_s")
+
     def __init__(self, exchange: Exchange, when_gone: WhenGone, within_s: float) -> None:
         self._exchange, self._when_gone, self._within_s = exchange, when_gone, within_s
 
@@ -49,14 +52,12 @@ class HangUpWatch:
         if task is None:
             raise RuntimeError("an exchange runs in a task")
         self._task = task
-        self._timer = asyncio.get_running_loop().call_later(self._within_s, self._gone)
-        self._when_gone(self._gone)
+        self._when_gone(self._gone, self._within_s)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._when_gone(None)
-        self._timer.cancel()
+        self._when_gone(self._gone, None)
         if kind is not None and issubclass(kind, asyncio.CancelledError):
             if self._exchange.gone and self._task.uncancel() == 0:
                 raise HangUp from None
@@ -69,6 +70,11 @@ class HangUpWatch:
 
 class Exchange:
     """A request and the way to answer it. `id` is echoed on every response; `accepted_at` is monotonic seconds."""
+
+    __slots__ = (
+        "_body_limit_bytes", "_extensions", "_receive", "_send", "accepted_at", "address", "caller", "gone", "headers",
+        "id", "notes", "params", "path", "started", "template", "traceparent",
+    )  # fmt: skip
 
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, *, id: str, caller: Caller, accepted_at: float,
@@ -96,7 +102,10 @@ class Exchange:
 
         Raises PayloadTooLarge before reading it all, Refused for an unknown coding, InvalidRequest, or HangUp.
         """
-        coding = self.headers.get(b"content-encoding", b"").strip().lower().decode("latin-1")
+        given = self.headers.get(b"content-encoding")
+        if given is None:
+            return await self._body()
+        coding = given.strip().lower().decode("latin-1")
         coding = {"": "identity", "x-gzip": "gzip"}.get(coding, coding)
         if coding not in (*CODINGS, "identity"):
             raise Refused(table.UNSUPPORTED_CODING, table.CODINGS_TAKEN, ((b"accept-encoding", b"gzip, deflate"),))
@@ -104,22 +113,30 @@ class Exchange:
         return body if coding == "identity" or not body else decompress(body, coding, self._body_limit_bytes)
 
     async def _body(self) -> bytes:
+        limit = self._body_limit_bytes
         declared = self.headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared[:20]) > self._body_limit_bytes:
-            raise PayloadTooLarge(self._body_limit_bytes)
-        parts, size, more = [], 0, True
+        if declared.isdigit() and int(declared[:20]) > limit:
+            raise PayloadTooLarge(limit)
+        body, more = await self._part()
+        if len(body) > limit:
+            raise PayloadTooLarge(limit)
+        if not more:  # as nearly always
+            return body
+        whole = bytearray(body)
         while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self.gone = True
-                raise HangUp
-            part = message.get("body", b"")
-            size += len(part)
-            if size > self._body_limit_bytes:
-                raise PayloadTooLarge(self._body_limit_bytes)
-            parts.append(part)
-            more = message.get("more_body", False)
-        return b"".join(parts)
+            body, more = await self._part()
+            whole += body
+            if len(whole) > limit:
+                raise PayloadTooLarge(limit)
+        return bytes(whole)
+
+    async def _part(self) -> tuple[bytes, bool]:
+        """The next piece of the body, and whether there are more."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.gone = True
+            raise HangUp
+        return message.get("body", b""), message.get("more_body", False)
 
     def cancelled_by_hang_up(self, within_s: float) -> HangUpWatch:
         """Cancel the block as soon as the client hangs up, or does not read its answer for `within_s`; raises HangUp.
@@ -167,6 +184,7 @@ class Exchange:
 
     async def _start(self, status: int, content_type: bytes, headers: Headers) -> None:
         self.started = True
-        fixed = [(b"content-type", content_type), (b"x-request-id", self.id.encode())]
-        noted = note_headers(self.notes)
-        await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *noted, *headers]})
+        fields = [(b"content-type", content_type), (b"x-request-id", self.id.encode())]
+        fields += note_headers(self.notes)
+        fields += headers
+        await self._send({"type": "http.response.start", "status": status, "headers": fields})

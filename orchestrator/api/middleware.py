@@ -27,6 +27,7 @@ OPEN = frozenset(
     {"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/metrics"}
 )
 NOBODY = "anonymous"
+_NOBODIES = {language: Caller(NOBODY, language=language) for language in ("en", "es")}
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 64 << 10
 
@@ -57,7 +58,7 @@ class FrontDoor:
             receive,
             send,
             id=request_id(headers.get(b"x-request-id")),
-            caller=Caller(NOBODY, language=language_of(headers.get(b"accept-language", b""))),
+            caller=_NOBODIES[language_of(headers.get(b"accept-language", b""))],
             accepted_at=accepted_at,
             headers=headers,
             body_limit_bytes=self._body_limit_bytes,
@@ -65,21 +66,21 @@ class FrontDoor:
         )
         handling.set((exchange.id, exchange.traceparent))  # in the request's own task, which ends with it
         try:
-            if len(fields) > MAX_HEADERS or sum(len(name) + len(value) for name, value in fields) > MAX_HEADER_BYTES:
+            if len(fields) > MAX_HEADERS or sum([len(name) + len(value) for name, value in fields]) > MAX_HEADER_BYTES:
                 raise Refused(table.HEADERS_TOO_LARGE, table.TOO_MANY_HEADERS, ((b"connection", b"close"),))
             await self._handle(exchange, scope)
         except HangUp:
             log.debug("the client of %s hung up", exchange.id)
         except Refused as refused:
-            self._tell(exchange, scope, refused.row.code or "")
+            self._tell(exchange, refused.row.code or "")
             await exchange.refuse(refused)
         except TruthGPTError as error:
-            self._tell(exchange, scope, error.kind)
+            self._tell(exchange, error.kind)
             if isinstance(error, InternalError):
                 log.error("request %s failed: %s", exchange.id, error, exc_info=error)
             await self._fail(exchange, error)
         except Exception as error:
-            self._tell(exchange, scope, InternalError.kind)
+            self._tell(exchange, InternalError.kind)
             log.exception("request %s failed", exchange.id)
             await self._fail(exchange, InternalError(type(error).__name__))
 
@@ -95,12 +96,11 @@ class FrontDoor:
         exchange.template, exchange.params = found.template, found.params
         exchange.notes.route = f"{method} {found.template}"
         if found.template not in OPEN:
-            caller = self._identify(exchange.headers, (scope.get("client") or ("",))[0])
-            language = exchange.caller.language
+            caller, language = self._identify(exchange.headers, exchange.address), exchange.caller.language
             exchange.caller = caller if caller.language == language else dataclasses.replace(caller, language=language)
         await handler(exchange)
 
-    def _tell(self, exchange: Exchange, scope: Scope, kind: str) -> None:
+    def _tell(self, exchange: Exchange, kind: str) -> None:
         if exchange.notes.recorded:
             return
         incident = Incident(
@@ -109,7 +109,7 @@ class FrontDoor:
             edge=exchange.notes.edge,
             operation=exchange.template,
             caller="" if exchange.caller.id == NOBODY else exchange.caller.id,
-            address=(scope.get("client") or ("",))[0],
+            address=exchange.address,
             at=time.time(),
             traceparent=exchange.traceparent,
         )

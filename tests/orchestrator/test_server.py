@@ -108,8 +108,8 @@ class Running:
 
 
 @asynccontextmanager
-async def serving(settings: Settings | None = None, **bounds: Any) -> AsyncIterator[Running]:
-    app = Application()
+async def serving(settings: Settings | None = None, app: Any = None, **bounds: Any) -> AsyncIterator[Running]:
+    app = app or Application()
 
     async def drain() -> None: ...
 
@@ -163,6 +163,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"G" * 70_000, 400, "malformed_request"),
         (b"\x16\x03\x01\x02\x00\x01\x00", 400, "malformed_request"),
         (b"GET / HTTP/1.1\r\n" + b"".join(b"h%d: v\r\n" % n for n in range(101)) + b"\r\n", 431, "headers_too_large"),
+        (b"GET / HTTP/1.1\r\n" + b"h: %b\r\n" % (b"v" * 800) * 90 + b"\r\n", 431, "headers_too_large"),
         (CHUNKED + b"1;" + b"e" * 600_000, 431, "headers_too_large"),
         (CHUNKED + b"0\r\nt: " + b"e" * 600_000, 431, "headers_too_large"),
         (b"POST / HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n", 400, "malformed_request"),
@@ -175,6 +176,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "method",
         "TLS",
         "101",
+        "long",
         "extension",
         "trailer",
         "smuggling",
@@ -241,6 +243,25 @@ async def test_a_hostile_head_behind_a_request_does_not_cut_its_answer() -> None
         client.send(GET % b"first" + b"GET /" + b"a" * 9_000)
         assert (await client.answer())[2]["query"] == "first"
         assert await client.ended()
+        client = await running.connect()
+        client.send(GET % b"first" + b"GET / HTTP/1.1\r\n" + b"h: %b\r\n" % (b"v" * 800) * 90 + b"\r\n")
+        assert (await client.answer())[2]["query"] == "first"
+        assert await client.ended()
+        client = await running.connect()
+        client.send(GET % b"1" + GET % b"2" + CHUNKED + b"no chunk\r\n")
+        assert [(await client.answer())[2]["query"] for _ in range(2)] == ["1", "2"]
+        assert await client.ended()
+
+
+@on_uvloop
+async def test_requests_do_not_pile_up_behind_one_that_takes_long() -> None:
+    """A packet is room for thousands of requests: the first hundred are answered, and then the connection ends."""
+    async with serving() as running:
+        running.app.delay_s = 0.01
+        client = await running.connect()
+        client.send(b"".join(GET % (b"%d" % n) for n in range(3_000)))
+        assert [(await client.answer())[2]["query"] for _ in range(101)] == [*map(str, range(101))]
+        assert await client.ended()
 
 
 @on_uvloop
@@ -289,6 +310,17 @@ async def test_who_says_nothing_is_closed() -> None:
         served.send(GET % b"q")
         await served.answer()
         assert all(await asyncio.gather(silent.ended(3), served.ended(3)))
+
+
+@on_uvloop
+async def test_a_body_that_comes_after_its_answer_keeps_no_connection() -> None:
+    """Who sends the rest of a refused request and then nothing is closed after the idle time."""
+    async with serving(idle_s=1) as running:
+        client = await running.connect()
+        client.send(b"POST /early HTTP/1.1\r\nhost: h\r\ncontent-length: 10\r\n\r\n")
+        assert (await client.answer())[0] == 200
+        client.send(b"0123456789")
+        assert await client.ended(3)
 
 
 @on_uvloop

@@ -67,7 +67,7 @@ async def exchange(
     headers = [(b"content-type", b"text/x")] + ([(b"x-api-key", key)] if key else [])
     headers += [(name.replace("_", "-").encode(), value) for name, value in more.items()]
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": headers}
-    scope["extensions"] = {"truthgpt.when_gone": {"call": lambda call: None}}
+    scope["extensions"] = {"truthgpt.when_gone": {"call": lambda call, within_s: None}}
     await door(scope, receive, send)
     return sent[0]["status"], sent[1]["body"], dict(sent[0]["headers"])
 

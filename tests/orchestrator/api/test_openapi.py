@@ -114,7 +114,7 @@ def test_every_error_is_described() -> None:
 
 
 def test_what_a_connection_is_refused_with_is_described() -> None:
-    """The statuses that come before there is a request are those of hardening.py, and their bodies fit."""
+    """The statuses that come before there is a request are those of refusals.py, and their bodies fit."""
     refusals = [value for value in vars(hardening).values() if isinstance(value, Refusal)]
     assert {refusal.status for refusal in refusals} == set(CONNECTION)
     for refusal in refusals:
