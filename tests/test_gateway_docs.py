@@ -17,6 +17,7 @@ from orchestrator.api import (
     admin,
     bodies,
     fields,
+    grpc_door,
     grpc_errors,
     grpc_health,
     grpc_infer,
@@ -173,6 +174,7 @@ def test_every_method_and_bound_of_grpc_is_named() -> None:
     ):  # fmt: skip
         assert stated in grpc, stated
     hostile = part("Bounds for hostile clients")
+    assert f"{grpc_door.OPEN_STREAMS} of a worker" in hostile and f"{grpc_door.MESSAGE_S:g} s for the next" in hostile
     assert f"{grpc_server.STREAMS} calls" in hostile and f"{grpc_server.IDLE_S} s without" in hostile
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -21,11 +23,14 @@ from orchestrator.api.middleware import NOBODY, Identify
 from orchestrator.api.notes import note_headers
 from orchestrator.context import handling
 from orchestrator.domain import Caller, Incident, Notes
-from orchestrator.errors import InternalError, InvalidRequest, TruthGPTError
+from orchestrator.errors import DeadlineExceeded, InternalError, InvalidRequest, TruthGPTError
 
 log = logging.getLogger(__name__)
 
 NO_SUCH_METHOD = "not_found"  # as over HTTP, in what is reported
+TOO_MANY_STREAMS = "too_many_streams"
+OPEN_STREAMS = 100  # at a time in one process, of all that need no credential: strangers can hold them
+MESSAGE_S = 30.0  # for such a stream's next message to come, and to be answered
 
 
 class Rpc:
@@ -80,7 +85,7 @@ class Stream:
     """A method that takes a stream of messages' bytes, and answers by writing to the call's context."""
 
     handle: Callable[[Door, Rpc, AsyncIterator[bytes]], Awaitable[None]]
-    open: bool = False
+    open: bool = False  # without a credential, and only OPEN_STREAMS of these at a time
 
 
 Methods = Mapping[str, Unary | Stream]  # SERVICE/METHOD -> what answers it
@@ -96,6 +101,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     ) -> None:
         self.methods = methods
         self._identify, self._report = identify, report
+        self._open_streams = 0
         self._proxies = ProxyHeadersMiddleware(_nobody, trusted_proxies) if trusted_proxies else None
         self._handlers = {f"/{name}": self._handler(name, method) for name, method in methods.items()}
         self._unknown = grpc.stream_stream_rpc_method_handler(self._refuse_unknown)
@@ -126,9 +132,11 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                 rpc = Rpc(context, name)
                 handling.set((rpc.id, rpc.traceparent))
                 try:
-                    if not method.open:
+                    if method.open:
+                        await self._handle_open(method, rpc, messages)
+                    else:
                         await self.admit(rpc)
-                    await method.handle(self, rpc, messages)
+                        await method.handle(self, rpc, messages)
                     context.set_trailing_metadata(rpc.end())
                 except grpc.aio.AbortError:
                     raise  # the handler has ended the call by itself
@@ -153,6 +161,19 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                 return b""  # not sent: the status is not OK
 
         return grpc.unary_unary_rpc_method_handler(unary)
+
+    async def _handle_open(self, method: Stream, rpc: Rpc, messages: AsyncIterator[bytes]) -> None:
+        """A stream that anybody may hold: beyond so many of them the next one is refused."""
+        if self._open_streams >= OPEN_STREAMS:
+            self._incident(rpc, TOO_MANY_STREAMS, rpc.notes.route)
+            rpc.context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+            rpc.context.set_details("Too many such streams are open.")
+            return
+        self._open_streams += 1
+        try:
+            await method.handle(self, rpc, messages)
+        finally:
+            self._open_streams -= 1
 
     def _end(self, rpc: Rpc, error: Exception) -> None:
         """Make an error the call's status. Not by `abort`: the context keeps what that raises, and so the request."""
@@ -190,6 +211,16 @@ def parse(kind: Any, raw: bytes) -> Any:
         return kind.FromString(raw)
     except DecodeError as error:
         raise InvalidRequest(NOT_A_MESSAGE) from error
+
+
+@asynccontextmanager
+async def soon() -> AsyncGenerator[None, None]:
+    """A step of an open stream. Raises DeadlineExceeded where it is not over in MESSAGE_S."""
+    try:
+        async with asyncio.timeout(MESSAGE_S):
+            yield
+    except TimeoutError as error:
+        raise DeadlineExceeded("an open stream is idle") from error
 
 
 async def _forwarded(proxies: ProxyHeadersMiddleware, rpc: Rpc) -> str:
