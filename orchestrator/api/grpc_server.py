@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 
@@ -46,6 +47,7 @@ class GrpcServer:
         self, methods: Methods, identify: Identify, report: Callable[[Incident], None], trusted_proxies: str | None,
         message_limit_bytes: int,
     ) -> None:  # fmt: skip
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_without_values)
         self._server = grpc.aio.server(options=_options(message_limit_bytes), maximum_concurrent_rpcs=CALLS)
         self.door = Door(methods, identify, report, trusted_proxies)
         self._server.add_generic_rpc_handlers((self.door,))
@@ -62,6 +64,14 @@ class GrpcServer:
     async def stop(self) -> None:
         """Take no calls any more, and end those that still run."""
         await self._server.stop(END_S)
+
+
+def _without_values(record: logging.LogRecord) -> bool:
+    """Of grpc's own lines drop those that quote a stranger's metadata, a credential for instance, where it is no UTF-8.
+
+    Nobody can mend what they tell of: grpc reads the value as Latin-1 and goes on.
+    """
+    return not str(record.msg).startswith("Invalid encoding")
 
 
 def _options(message_limit_bytes: int) -> list[tuple[str, int]]:

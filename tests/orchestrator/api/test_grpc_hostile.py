@@ -1,0 +1,57 @@
+"""What clients of the gRPC edge do that a client's library would not, on a socket of the test's own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections.abc import AsyncIterator
+
+import pytest
+
+from ..conftest import serving
+from ..fake_triton import FakeTriton
+
+METHOD = b"/inference.GRPCInferenceService/ServerMetadata"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+HEADERS, SETTINGS, END_HEADERS = 1, 4, 4
+SECRET = b"Basic dXNlcjpodW50ZXIy\xff"
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """An HTTP/2 frame (RFC 9113, 4.1)."""
+    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def headers(*more: tuple[bytes, bytes]) -> bytes:
+    """A call's headers, literal and without Huffman's code (RFC 7541, 6.2.2)."""
+    fields = [
+        (b":method", b"POST"), (b":scheme", b"http"), (b":path", METHOD), (b":authority", b"x"), (b"te", b"trailers"),
+        (b"content-type", b"application/grpc"), *more,
+    ]  # fmt: skip
+    return b"".join(b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in fields)
+
+
+@contextlib.asynccontextmanager
+async def connected(address: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(PREFACE + frame(SETTINGS, 0, 0, b""))
+    yield reader, writer
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+async def test_metadata_that_are_no_text_stay_out_of_the_log(
+    fake: FakeTriton, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A credential with a byte that is no UTF-8 is refused, and no line, nor one's exception, quotes it."""
+    async with serving(fake, grpc=True, auth="keys") as stack, connected(stack.grpc) as (reader, writer):
+        fields = headers((b"authorization", SECRET), (b"x-api-key", SECRET))
+        writer.write(frame(HEADERS, END_HEADERS, 1, fields) + frame(0, 1, 1, b"\0\0\0\0\0"))
+        answer = b""
+        while b"grpc-status" not in answer:
+            answer += await asyncio.wait_for(reader.read(4096), 5)
+    assert b"API key" in answer
+    assert SECRET[:-1].decode() not in caplog.text
