@@ -27,6 +27,8 @@ from orchestrator.errors import DeadlineExceeded, InternalError, InvalidRequest,
 
 log = logging.getLogger(__name__)
 
+# What grpc raises where it cannot send a message: the call is over, and `context.cancelled()` says so only later.
+GONE = grpc.aio.InternalError
 NO_SUCH_METHOD = "not_found"  # as over HTTP, in what is reported
 TOO_MANY_STREAMS = "too_many_streams"
 OPEN_STREAMS = 100  # at a time in one process, of all that need no credential: strangers can hold them
@@ -140,6 +142,8 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                     context.set_trailing_metadata(rpc.end())
                 except grpc.aio.AbortError:
                     raise  # the handler has ended the call by itself
+                except GONE:
+                    log.debug("the client of %s hung up", rpc.id)
                 except Exception as error:
                     self._end(rpc, error)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.api import grpc_tensors, kserve_path
 from orchestrator.api.fields import Defaults
-from orchestrator.api.grpc_door import Door, Methods, Rpc, Stream, Unary, parse
+from orchestrator.api.grpc_door import GONE, Door, Methods, Rpc, Stream, Unary, parse
 from orchestrator.api.grpc_errors import details_of
 from orchestrator.api.grpc_messages import SERVICE, InferRequest, StreamResponse
 from orchestrator.api.http import SLOW_READER_S
@@ -82,6 +82,8 @@ class Inference:
         async with asyncio.timeout(self._within_s):
             try:
                 await self._respond(door, rpc, raw, response, write)
+            except GONE:
+                raise
             except Exception as error:
                 if stream.headers.get(AS_STATUS) == b"true":
                     raise

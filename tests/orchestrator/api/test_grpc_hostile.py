@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from ..conftest import serving
-from ..fake_triton import FakeTriton
+from ..conftest import serving, until
+from ..fake_triton import FakeTriton, event
+from .calls import ask, stub
+from .test_grpc import incidents
 
 METHOD = b"/inference.GRPCInferenceService/ServerMetadata"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -55,3 +57,23 @@ async def test_metadata_that_are_no_text_stay_out_of_the_log(
             answer += await asyncio.wait_for(reader.read(4096), 5)
     assert b"API key" in answer
     assert SECRET[:-1].decode() not in caplog.text
+
+
+async def test_who_leaves_while_we_write_is_no_fault_of_ours(
+    fake: FakeTriton, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Connections that are lost in the middle of a stream, where writing fails before grpc cancels the call, leave a
+    cancelled request each: no error in the log, and no incident.
+    """
+    fake.script = [event("x" * 2000)] * 2000
+    async with serving(fake, grpc=True, max_output_chars=10**8) as stack:
+        seen = incidents(stack)
+        for number in range(40):
+            async with stub(stack.grpc) as calls:
+                call = calls.ModelStreamInfer(iter([ask(f"p{number}", stream=True)]))
+                for _ in range(3):
+                    await call.read()
+        await until(lambda: stack.gateway.in_flight == 0 and len(stack.records) == 40)
+    assert {record.outcome for record in stack.records} == {"cancelled"}
+    assert seen == []
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
