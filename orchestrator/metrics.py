@@ -11,13 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
 from orchestrator.domain import Incident, Record
-from orchestrator.errors import (
-    InvalidRequest,
-    ModelNotFound,
-    PermissionDenied,
-    RateLimited,
-    Unauthenticated,
-)
+from orchestrator.errors import CALLERS_FAULT as REFUSALS
 from orchestrator.metrics_table import TABLE
 
 log = logging.getLogger(__name__)
@@ -27,7 +21,6 @@ Reading = Callable[[], Mapping[Labels, float]]  # label values -> value, of one 
 Snapshot = dict[str, list[list[str | float | list[float]]]]  # series -> rows of the label values and the value
 
 UNKNOWN = "unknown"  # a model that is not served: clients may name what they like, and no series comes of it
-REFUSALS = {error.kind for error in (InvalidRequest, Unauthenticated, PermissionDenied, ModelNotFound, RateLimited)}
 
 
 class Counter:

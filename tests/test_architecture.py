@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "triton": BASE | {"sse", "tensors"},
     "tensors": {"domain", "errors"},
     "health": {"domain", "errors", "triton"},
-    "spans": {"domain", "masking"},
+    "spans": {"domain", "errors", "masking"},
     "tracing": {"domain", "settings", "spans"},
     # one rule each
     "admission": {"errors"},
@@ -55,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
     "fingerprint": {"domain"},
     "auditlog": {"fingerprint"},
     "auditwriter": {"auditlog", "fingerprint"},
-    "auditevents": {"domain", "auditlog", "fingerprint", "keys", "masking"},
+    "auditevents": {"domain", "errors", "auditlog", "fingerprint", "keys", "masking"},
     "audit": {"domain", "settings", "auditevents", "auditlog", "auditwriter", "fingerprint"},
     "registry": {"keys", "store"},
     "auth": {"domain", "errors", "keys", "registry"},
