@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "rotation": set(),
     "sse": set(),
     "pbtxt": set(),
+    "openfiles": set(),
     "logwriter": set(),
     "logs": {"context", "domain", "logwriter", "masking", "rotation", "settings"},
     "models": {"settings", "errors", "pbtxt"},
@@ -72,7 +73,7 @@ ROOMS: dict[str, set[str]] = {
         "context", "domain", "errors", "admission", "breaker", "broadcast", "cache", "flights", "health", "limiter",
         "passage", "generation", "screening", "tokens", "upstream",
     },
-    "api": {"ids", "context", "domain", "errors", "sse", "gateway", "tensors"},
+    "api": {"ids", "context", "domain", "errors", "sse", "gateway", "openfiles", "tensors"},
     # what is counted
     "metrics_table": set(),
     "metrics": {"domain", "errors", "metrics_table"},
@@ -81,7 +82,7 @@ ROOMS: dict[str, set[str]] = {
     # processes
     "corked": set(),
     "hardening": {"corked", "errors"},
-    "server": {"settings", "hardening"},
+    "server": {"settings", "hardening", "openfiles"},
     "worker": {"settings", "logs", "app", "server"},
     "parent": {"settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape"},
     "local": {"rotation", "settings", "errors", "models", "pbtxt", "client", "triton"},

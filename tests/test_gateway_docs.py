@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import hardening, limits, sanitize
+from orchestrator import hardening, limits, openfiles, sanitize
 from orchestrator.api import (
     admin,
     bodies,
@@ -169,7 +169,7 @@ def test_every_method_and_bound_of_grpc_is_named() -> None:
         assert any(method.name.startswith(name) for name in named_there), method.name
     for stated in (
         f"Up to {grpc_infer.AT_ONCE} requests", f"{middleware.MAX_HEADER_BYTES >> 10} KiB of metadata",
-        f"{grpc_server.CALLS:,} calls", f"`{grpc_infer.AS_STATUS.decode()}: true`", f"`{grpc_infer.FINAL}`",
+        f"{openfiles.CONNECTIONS:,} calls", f"`{grpc_infer.AS_STATUS.decode()}: true`", f"`{grpc_infer.FINAL}`",
         f"`{grpc_tensors.ENABLE_FINAL}`", grpc_health.HEALTH,
     ):  # fmt: skip
         assert stated in grpc, stated

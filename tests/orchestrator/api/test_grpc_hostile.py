@@ -6,12 +6,17 @@ import asyncio
 import contextlib
 import struct
 from collections.abc import AsyncIterator
+from typing import Any
 
+import grpc
 import pytest
+from tritonclient.grpc import service_pb2 as pb
 
-from ..conftest import serving, until
+from orchestrator.api import grpc_server
+
+from ..conftest import eventually, serving, until
 from ..fake_triton import FakeTriton, event
-from .calls import ask, stub
+from .calls import ask, stub, told
 from .test_grpc import incidents
 
 METHOD = b"/inference.GRPCInferenceService/ServerMetadata"
@@ -77,3 +82,19 @@ async def test_who_leaves_while_we_write_is_no_fault_of_ours(
     assert {record.outcome for record in stack.records} == {"cancelled"}
     assert seen == []
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_calls_are_no_more_than_the_open_files_bear(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound of HTTP's connections is the one of gRPC's calls: one more is RESOURCE_EXHAUSTED."""
+    monkeypatch.setattr(grpc_server, "connections", lambda: 3)
+    async with serving(fake, grpc=True) as stack, stub(stack.grpc) as calls:
+        held = [calls.ModelStreamInfer() for _ in range(3)]
+        for call in held:
+            await call.initial_metadata()
+        assert (await told(calls.ServerLive(pb.ServerLiveRequest())))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+        held[0].cancel()
+        await eventually(lambda: _lives(calls))
+
+
+async def _lives(calls: Any) -> bool:
+    return (await told(calls.ServerLive(pb.ServerLiveRequest())))[0] is grpc.StatusCode.OK
