@@ -47,7 +47,7 @@ class Rpc:
         self.traceparent = traceparent_of(self.headers.get(b"traceparent"))
         self.caller = Caller(NOBODY, language=language_of(self.headers.get(b"accept-language", b"")))
         self.notes = Notes(edge="grpc", route=method)
-        self.address = ""  # the client's, once it was asked who that is
+        self.address = self.peer  # until the door finds that a trusted proxy names the client's
 
     @property
     def within_s(self) -> float | None:
@@ -114,9 +114,16 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
 
     async def admit(self, rpc: Rpc) -> None:
         """Find out who asks. Raises TruthGPTError."""
-        rpc.address = rpc.peer if self._proxies is None else await _forwarded(self._proxies, rpc)
         caller = self._identify(rpc.headers, rpc.address)
         rpc.caller = dataclasses.replace(caller, language=rpc.caller.language)
+
+    async def _called(self, context: Any, name: str) -> Rpc:
+        """The call that a handler's task answers."""
+        rpc = Rpc(context, name)
+        handling.set((rpc.id, rpc.traceparent))
+        if self._proxies is not None:
+            rpc.address = await _forwarded(self._proxies, rpc)
+        return rpc
 
     def tell(self, rpc: Rpc, error: BaseException) -> TruthGPTError:
         """Log and report an error that ends a request; what of it the client may know."""
@@ -131,8 +138,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         if isinstance(method, Stream):
 
             async def stream(messages: AsyncIterator[bytes], context: Any) -> None:
-                rpc = Rpc(context, name)
-                handling.set((rpc.id, rpc.traceparent))
+                rpc = await self._called(context, name)
                 try:
                     if method.open:
                         await self._handle_open(method, rpc, messages)
@@ -150,8 +156,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
             return grpc.stream_stream_rpc_method_handler(stream)
 
         async def unary(raw: bytes, context: Any) -> bytes:
-            rpc = Rpc(context, name)
-            handling.set((rpc.id, rpc.traceparent))
+            rpc = await self._called(context, name)
             try:
                 if not method.open:
                     await self.admit(rpc)
@@ -187,7 +192,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         rpc.context.set_trailing_metadata(rpc.end(*metadata_of(known)))
 
     async def _refuse_unknown(self, messages: AsyncIterator[bytes], context: Any) -> None:
-        rpc = Rpc(context, "")
+        rpc = await self._called(context, "")
         self._incident(rpc, NO_SUCH_METHOD, "")  # its name is the client's, of any length and kind
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "There is no such method here.", rpc.end())
 
@@ -200,7 +205,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                     edge="grpc",
                     operation=operation,
                     caller="" if rpc.caller.id == NOBODY else rpc.caller.id,
-                    address=rpc.address or rpc.peer,
+                    address=rpc.address,
                     at=time.time(),
                     traceparent=rpc.traceparent,
                 )
