@@ -47,6 +47,7 @@ class Rpc:
         self.traceparent = traceparent_of(self.headers.get(b"traceparent"))
         self.caller = Caller(NOBODY, language=language_of(self.headers.get(b"accept-language", b"")))
         self.notes = Notes(edge="grpc", route=method)
+        self.told = False  # whether the error that ends the call was logged and reported
         self.address = self.peer  # until the door finds that a trusted proxy names the client's
 
     @property
@@ -128,6 +129,8 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     def tell(self, rpc: Rpc, error: BaseException) -> TruthGPTError:
         """Log and report an error that ends a request; what of it the client may know."""
         known = error if isinstance(error, TruthGPTError) else InternalError(type(error).__name__)
+        if rpc.told:
+            return known
         if isinstance(known, InternalError):
             log.error("request %s failed: %s", rpc.id, known, exc_info=error)
         if not rpc.notes.recorded:

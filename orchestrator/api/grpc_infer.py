@@ -16,7 +16,7 @@ from orchestrator.api.grpc_messages import SERVICE, InferRequest, StreamResponse
 from orchestrator.api.http import SLOW_READER_S
 from orchestrator.api.kserve_request import Call
 from orchestrator.context import handling
-from orchestrator.errors import DeadlineExceeded, UpstreamError
+from orchestrator.errors import DeadlineExceeded, TruthGPTError, UpstreamError
 from orchestrator.gateway import Gateway
 
 AT_ONCE = 64  # requests of one stream that are answered at a time; the next one is not read before
@@ -68,6 +68,7 @@ class Inference:
             error = errors.exceptions[0]
             if isinstance(error, TimeoutError):
                 raise DeadlineExceeded("the client does not read its stream") from error
+            rpc.told = isinstance(error, TruthGPTError)  # of each request by `_answer`, for itself
             raise error from None
         except asyncio.CancelledError as error:
             # The group's frame keeps it (until Python 3.13), and is in its traceback: a cycle with the whole request.
@@ -86,7 +87,7 @@ class Inference:
                 raise
             except Exception as error:
                 if stream.headers.get(AS_STATUS) == b"true":
-                    raise
+                    raise door.tell(rpc, error) from None
                 response.error_message = details_of(door.tell(rpc, error), rpc.caller.language)
                 del answer.outputs[:], answer.raw_output_contents[:]
                 answer.parameters[FINAL].bool_param = True

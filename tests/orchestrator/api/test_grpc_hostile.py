@@ -13,6 +13,7 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 
 from orchestrator.api import grpc_server
+from orchestrator.errors import ModelNotFound
 
 from ..conftest import eventually, serving, until
 from ..fake_triton import FakeTriton, event
@@ -98,3 +99,35 @@ async def test_calls_are_no_more_than_the_open_files_bear(fake: FakeTriton, monk
 
 async def _lives(calls: Any) -> bool:
     return (await told(calls.ServerLive(pb.ServerLiveRequest())))[0] is grpc.StatusCode.OK
+
+
+async def test_each_refused_request_of_a_stream_is_told_of(
+    fake: FakeTriton, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With an error as the stream's status, too, each request that fails leaves an incident of its own id, behind one
+    with a record and beside another that fails; a fault of ours is one line in the log.
+    """
+    metadata, waiting, both = (("triton_grpc_error", "true"), ("x-request-id", "s")), [], asyncio.Event()
+
+    async def find(name: str) -> Any:
+        waiting.append(name)
+        if len(waiting) == 2:
+            both.set()
+        await both.wait()
+        raise ModelNotFound(name) if name == "none" else RuntimeError
+
+    async with serving(fake, grpc=True) as stack, stub(stack.grpc) as calls:
+        seen = incidents(stack)
+        call = calls.ModelStreamInfer(metadata=metadata)
+        await call.write(ask())
+        await call.read()
+        await call.write(ask(model="none"))
+        assert (await told(call))[0] is grpc.StatusCode.NOT_FOUND
+        assert [record.id for record in stack.records] == ["s"] and [one.id for one in seen] == ["s-1"]
+        monkeypatch.setattr(stack.gateway, "find", find)
+        call = calls.ModelStreamInfer(iter([ask(model="none"), ask()]), metadata=metadata)
+        assert (await told(call))[0] in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INTERNAL)
+    assert sorted((one.id, one.kind) for one in seen[1:]) == [("s", "not_found"), ("s-1", "internal")]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
+        "request s-1 failed: RuntimeError"
+    ]
