@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -32,7 +32,7 @@ GONE = grpc.aio.InternalError
 NO_SUCH_METHOD = "not_found"  # as over HTTP, in what is reported
 TOO_MANY_STREAMS = "too_many_streams"
 OPEN_STREAMS = 100  # at a time in one process, of all that need no credential: strangers can hold them
-MESSAGE_S = 30.0  # for such a stream's next message to come, and to be answered
+MESSAGE_S = 30.0  # for such a stream's next message to come, and to be answered; for the one of a call without a key
 
 
 class Rpc:
@@ -158,11 +158,15 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
 
             return grpc.stream_stream_rpc_method_handler(stream)
 
-        async def unary(raw: bytes, context: Any) -> bytes:
+        async def unary(messages: AsyncIterator[bytes], context: Any) -> bytes:
             rpc = await self._called(context, name)
             try:
                 if not method.open:
                     await self.admit(rpc)
+                async with soon() if method.open else nullcontext():
+                    raw = await context.read()
+                if not isinstance(raw, bytes):  # grpc.aio.EOF
+                    raise InvalidRequest(NOT_A_MESSAGE)
                 answer: bytes = (await method.handle(rpc, parse(method.request, raw))).SerializeToString()
                 context.set_trailing_metadata(rpc.end())
                 return answer
@@ -172,7 +176,8 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                 self._end(rpc, error)
                 return b""  # not sent: the status is not OK
 
-        return grpc.unary_unary_rpc_method_handler(unary)
+        # grpc itself would wait for the message without end, and ask nobody for a key before it has come
+        return grpc.stream_unary_rpc_method_handler(unary)
 
     async def _handle_open(self, method: Stream, rpc: Rpc, messages: AsyncIterator[bytes]) -> None:
         """A stream that anybody may hold: beyond so many of them the next one is refused."""
@@ -227,12 +232,12 @@ def parse(kind: Any, raw: bytes) -> Any:
 
 @asynccontextmanager
 async def soon() -> AsyncGenerator[None, None]:
-    """A step of an open stream. Raises DeadlineExceeded where it is not over in MESSAGE_S."""
+    """A step of a call that anybody may make. Raises DeadlineExceeded where it is not over in MESSAGE_S."""
     try:
         async with asyncio.timeout(MESSAGE_S):
             yield
     except TimeoutError as error:
-        raise DeadlineExceeded("an open stream is idle") from error
+        raise DeadlineExceeded("no message came") from error
 
 
 async def _forwarded(proxies: ProxyHeadersMiddleware, rpc: Rpc) -> str:

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
-from orchestrator.api import grpc_server
+from orchestrator.api import grpc_door, grpc_server
 from orchestrator.errors import ModelNotFound
 
 from ..conftest import eventually, serving, until
@@ -131,3 +131,19 @@ async def test_each_refused_request_of_a_stream_is_told_of(
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
         "request s-1 failed: RuntimeError"
     ]
+
+
+async def test_a_call_without_a_message_is_not_held(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has no key is refused before a message has come; where none is needed the message has to come in time."""
+    monkeypatch.setattr(grpc_door, "MESSAGE_S", 0.3)
+    async with serving(fake, grpc=True, auth="keys") as stack, grpc.aio.insecure_channel(stack.grpc) as channel:
+        for method, code in (
+            ("/inference.GRPCInferenceService/ModelInfer", grpc.StatusCode.UNAUTHENTICATED),
+            ("/inference.GRPCInferenceService/ServerLive", grpc.StatusCode.DEADLINE_EXCEEDED),
+            ("/grpc.health.v1.Health/Check", grpc.StatusCode.DEADLINE_EXCEEDED),
+        ):
+            call = channel.stream_unary(method)()
+            assert await asyncio.wait_for(call.code(), 5) is code
+        ended = channel.stream_unary("/grpc.health.v1.Health/Check")()
+        await ended.done_writing()
+        assert await ended.code() is grpc.StatusCode.INVALID_ARGUMENT
