@@ -97,7 +97,8 @@ class Audit:
         """Write what waits, and end. What cannot be written in that time is lost, and the log says how much."""
         self._ending.set()
         self._thread.join(timeout_s)
-        left = len(self._queue) + len(self._pending)
+        left = len(self._queue) + len(self._pending) + self.lost_total - self._lost_told
+        left += sum(self._flood.over().values()) - sum(self._over.values())
         if self._thread.is_alive() or left:
             log.error("the audit log ends without %d events: %s", left, self.reason or "writing takes too long")
 
@@ -154,7 +155,8 @@ class Audit:
             lost = self.lost_total
             if lost > self._lost_told:
                 since = None if self._lost_since is None else stamp(self._lost_since)
-                self._say("lost", {"count": lost - self._lost_told, "since": since})
+                if not self._say_now("lost", {"count": lost - self._lost_told, "since": since}):
+                    return False
                 self._lost_told, self._lost_since = lost, None
 
     def _make(self) -> None:
@@ -179,7 +181,7 @@ class Audit:
     def _append(self) -> None:
         del self._pending[: self._log.append(self._pending[: self._batch])]
 
-    def _attempt(self, step: Callable[[], None]) -> bool:
+    def _attempt(self, step: Callable[[], object]) -> bool:
         try:
             step()
         except (OSError, AuditLogError) as error:
@@ -195,8 +197,9 @@ class Audit:
         for kind, count in self._flood.over().items():
             more = count - self._over.get(kind, 0)
             if more:
+                if not self._say_now(event_of(kind), {"kind": kind, "only_counted": more}):
+                    return
                 self._over[kind] = count
-                self._say(event_of(kind), {"kind": kind, "only_counted": more})
 
     def _end_minute(self) -> None:
         now, refused = self._clock(), self._refused
@@ -207,7 +210,14 @@ class Audit:
 
     def _say(self, event: str, fields: dict[str, object]) -> None:
         """An event of this process's own."""
-        self._queue.append(encode(event, self._clock(), {"pid": os.getpid(), **fields}))
+        self._queue.append(self._own(event, fields))
+
+    def _say_now(self, event: str, fields: dict[str, object]) -> bool:
+        """The same before what waits; whether it is written. What it tells of is told only then."""
+        return self._attempt(lambda: self._log.append([self._own(event, fields)]))
+
+    def _own(self, event: str, fields: dict[str, object]) -> bytes:
+        return encode(event, self._clock(), {"pid": os.getpid(), **fields})
 
 
 def fingerprint_of(settings: Settings, create: bool = True) -> Fingerprint:

@@ -13,13 +13,13 @@ from operator import attrgetter
 
 from orchestrator.auditlog import encode, stamp
 from orchestrator.domain import Incident, Record
+from orchestrator.errors import SUSPECT
 from orchestrator.fingerprint import Fingerprint
 from orchestrator.keys import subject_of
 from orchestrator.masking import masked
 
 EVENTS = ("generation", "error", "security", "performance", "lost", "recovered", "start", "stop")
-# Errors that say something about who asks rather than about the service.
-SECURITY = frozenset({"unauthenticated", "permission_denied", "rate_limited", "unsafe_input", "admin"})
+SECURITY = SUSPECT | {"admin"}  # and what administrators do
 TEXT_CHARS = 512  # of each field that a client has a say in
 
 # The texts of an event that many have in common, beside the model's name; those that are empty are left out.

@@ -8,6 +8,7 @@ have been there and are gone are never papered over: the chain goes on behind th
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -63,6 +64,8 @@ class AuditLog:
         """Have what was appended survive a power failure, then note in `head` how far that is."""
         if not self._unsynced:
             return
+        if self._file < 0:  # it could not be opened after a rotation
+            raise OSError(errno.EBADF, f"{self.folder / CURRENT} is not open")
         last = self._last
         os.fsync(self._file)
         with self._locked():

@@ -28,6 +28,7 @@ logs and metrics. What users read is `text`, in English and Spanish; `str(error)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -44,10 +45,14 @@ class Text:
 
 
 class TruthGPTError(Exception):
-    """Root of the tree. `retryable`: the same request may succeed later, unchanged."""
+    """Root of the tree. `retryable`: the same request may succeed later, unchanged. `callers_fault`: not the service's.
+    `suspect`: it says something about who asks, and is a security event.
+    """
 
     kind: str = "internal"
     retryable: bool = False
+    callers_fault: bool = False
+    suspect: bool = False
     param: str | None = None
     retry_after_s: float | None = None
 
@@ -69,6 +74,7 @@ class TruthGPTError(Exception):
 
 class InvalidRequest(TruthGPTError):
     kind = "invalid_argument"
+    callers_fault = True
 
     def __init__(self, text: Text, param: str | None = None) -> None:
         super().__init__(text)
@@ -89,6 +95,7 @@ class UnsafeInput(InvalidRequest):
     """`reasons`: the rules that the text breaks, as sanitize.py names them."""
 
     kind = "unsafe_input"
+    suspect = True
 
     def __init__(self, text: Text, param: str | None = None, reasons: tuple[str, ...] = ()) -> None:
         super().__init__(text, param)
@@ -97,6 +104,7 @@ class UnsafeInput(InvalidRequest):
 
 class Unauthenticated(TruthGPTError):
     kind = "unauthenticated"
+    callers_fault = suspect = True
 
     def __init__(self, text: Text | None = None, detail: str = "") -> None:
         super().__init__(
@@ -111,6 +119,7 @@ class Unauthenticated(TruthGPTError):
 
 class PermissionDenied(TruthGPTError):
     kind = "permission_denied"
+    callers_fault = suspect = True
 
     def __init__(self, text: Text | None = None, detail: str = "") -> None:
         super().__init__(
@@ -122,7 +131,7 @@ class RateLimited(TruthGPTError):
     """`window` is the name of the limit that is used up, as domain.Window has it."""
 
     kind = "rate_limited"
-    retryable = True
+    retryable = callers_fault = suspect = True
 
     def __init__(self, window: str, limit: int, retry_after_s: float) -> None:
         unit = {
@@ -146,6 +155,7 @@ class ModelNotFound(TruthGPTError):
     """`version` where it is only this version of the model that is not served."""
 
     kind = "not_found"
+    callers_fault = True
     param = "model"
 
     def __init__(self, model: str, version: str | None = None) -> None:
@@ -287,3 +297,14 @@ class EmptyAnswer(UpstreamError):
     def __init__(self) -> None:
         super().__init__("the model's answer has no text")
         self.text = Text("The model's answer is empty.", "La respuesta del modelo está vacía.")
+
+
+def _tree(root: type[TruthGPTError] = TruthGPTError) -> Iterator[type[TruthGPTError]]:
+    yield root
+    for child in root.__subclasses__():
+        yield from _tree(child)
+
+
+# By kind, which is what a Record has of its error.
+CALLERS_FAULT = frozenset(error.kind for error in _tree() if error.callers_fault)
+SUSPECT = frozenset(error.kind for error in _tree() if error.suspect)

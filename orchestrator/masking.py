@@ -17,9 +17,10 @@ _RULES = (
     # the greediest reading: a password may hold an unescaped @, : or /
     (re.compile(r"://([^\s:/?#@]*):\S*@"), rf"://\1:{MASK}@"),
     (re.compile(rf"(?i)\b(bearer\s+)[^{_ENDS}]+"), rf"\1{MASK}"),
-    # with its scheme, whatever that is, and so over white space
-    (re.compile(r"(?i)(authorization['\"]?\s*[:=,]\s*(?:b?['\"])?)[^\"'<>,;)\]}&\n]+"), rf"\1{MASK}"),
-    (re.compile(rf"(?i)((?:api[-_]?key|password|audit_key)['\"]?\s*[:=,]\s*(?:b?['\"])?)[^{_ENDS}]+"), rf"\1{MASK}"),
+    # with its scheme, whatever that is, and so over white space; quotes are escaped in JSON that a JSON text holds
+    (re.compile(r"(?i)(authorization(?:\\*['\"])?\s*[:=,]\s*(?:b?\\*['\"])?)[^\"'<>,;)\]}&\n]+"), rf"\1{MASK}"),
+    (re.compile(rf"(?i)((?:api[-_]?key|password|audit_key)(?:\\*['\"])?\s*[:=,]\s*(?:b?\\*['\"])?)[^{_ENDS}]+"),
+     rf"\1{MASK}"),
 )  # fmt: skip
 
 

@@ -11,13 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
 from orchestrator.domain import Incident, Record
-from orchestrator.errors import (
-    InvalidRequest,
-    ModelNotFound,
-    PermissionDenied,
-    RateLimited,
-    Unauthenticated,
-)
+from orchestrator.errors import CALLERS_FAULT as REFUSALS
 from orchestrator.metrics_table import TABLE
 
 log = logging.getLogger(__name__)
@@ -28,7 +22,6 @@ Snapshot = dict[str, list[list[str | float | list[float]]]]  # series -> rows of
 
 TOGETHER = 32  # requests that are counted in one go: some 0.1 ms
 UNKNOWN = "unknown"  # a model that is not served: clients may name what they like, and no series comes of it
-REFUSALS = {error.kind for error in (InvalidRequest, Unauthenticated, PermissionDenied, ModelNotFound, RateLimited)}
 
 
 class Counter:

@@ -61,13 +61,18 @@ class Worker:
     async def start(
         cls, number: int, listener: socket.socket, environ: Mapping[str, str], up: asyncio.Event, scrape: Scrape
     ) -> Worker:
+        """Raises OSError or RuntimeError where no process, no thread that waits for it or no file is to be had."""
         ours, theirs = socket.socketpair()
         files = (listener.fileno(), theirs.fileno())
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "orchestrator.worker", *map(str, (number, *files)),
-                env=environ, stdin=asyncio.subprocess.DEVNULL, pass_fds=files,
-            )  # fmt: skip
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "orchestrator.worker", *map(str, (number, *files)),
+                    env=environ, stdin=asyncio.subprocess.DEVNULL, pass_fds=files,
+                )  # fmt: skip
+            except BaseException:
+                ours.close()
+                raise
         scrape.started(number, process.pid)
         reader, control = await asyncio.open_connection(sock=ours, limit=LINE_BYTES)
         return cls(number, process, reader, control, up, scrape)
@@ -168,16 +173,20 @@ class Parent:
         loop, failures = asyncio.get_running_loop(), 0
         while not self._ending.is_set():
             began = loop.time()
-            worker = await Worker.start(number, self._listeners[number - 1], self._environ, self._up, self.scrape)
-            self._workers[number] = worker
-            if self._ending.is_set():
-                worker.signal(signal.SIGTERM)
-            code = await worker.end()
-            del self._workers[number]
+            try:
+                worker = await Worker.start(number, self._listeners[number - 1], self._environ, self._up, self.scrape)
+            except (OSError, RuntimeError) as error:
+                how = f"worker {number} cannot be started ({error})"
+            else:
+                self._workers[number] = worker
+                if self._ending.is_set():
+                    worker.signal(signal.SIGTERM)
+                code = await worker.end()
+                del self._workers[number]
+                how = f"worker {number} ended with {signal.Signals(-code).name if code < 0 else code}"
             if self._ending.is_set():
                 return
             failures = failures + 1 if loop.time() - began < STEADY_S else 1
-            how = f"worker {number} ended with {signal.Signals(-code).name if code < 0 else code}"
             if failures == FAILURES or not self._up.is_set():
                 log.error("%s: giving up", how)
                 self._exit_code = 1

@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from orchestrator.hardening import Bounds, Config, Hardened
+from orchestrator.openfiles import connections
 from orchestrator.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -75,8 +76,7 @@ class Server(uvicorn.Server):
 
 def configure(application: Any, settings: Settings, **bounds: Any) -> Config:
     """How uvicorn serves an ASGI application with these settings; `bounds` are fields of Bounds."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    room = {"connections": min(10_000, files * 8 // 10), "body_s": settings.request_timeout_s}
+    room = {"connections": connections(), "body_s": settings.request_timeout_s}
     return Config(
         application,
         Bounds(**{**room, **bounds}),

@@ -28,15 +28,12 @@ from opentelemetry.trace import INVALID_SPAN_ID, INVALID_TRACE_ID, SpanContext, 
 from opentelemetry.util.types import AttributeValue
 
 from orchestrator.domain import Record, Trace
+from orchestrator.errors import CALLERS_FAULT
 from orchestrator.masking import masked
 
 PATH = "/v1/traces"
 EXPORT_S = 5.0  # of one batch, retries included
 STAGES = ("prepare", "limits and cache")
-# Kinds of errors that are the client's: by the conventions they fail a server's span no more than a 404 does.
-CLIENTS_FAULT = frozenset(
-    {"invalid_argument", "unsafe_input", "unauthenticated", "permission_denied", "not_found", "rate_limited"}
-)
 
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _UNSET, _FAILED = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
@@ -120,7 +117,8 @@ def spans_of(record: Record, resource: Resource, scope: InstrumentationScope) ->
 
     client = None if trace.parent_id is None else _context(trace.trace_id, trace.parent_id, remote=True)
     failed, whole_s = record.outcome == "error", record.duration_s
-    status = _FAILED if failed and record.error not in CLIENTS_FAULT else _UNSET
+    # by the conventions what is the client's fault fails a server's span no more than a 404 does
+    status = _FAILED if failed and record.error not in CALLERS_FAULT else _UNSET
     name = record.route or f"{record.edge} {record.operation}"
     spans = [span(trace.span_id, client, name, SpanKind.SERVER, 0.0, whole_s, _request(record), status)]
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import hardening, limits, sanitize
+from orchestrator import hardening, limits, openfiles, sanitize
 from orchestrator.api import (
     admin,
     bodies,
     fields,
+    grpc_door,
     grpc_errors,
     grpc_health,
     grpc_infer,
@@ -168,11 +169,12 @@ def test_every_method_and_bound_of_grpc_is_named() -> None:
         assert any(method.name.startswith(name) for name in named_there), method.name
     for stated in (
         f"Up to {grpc_infer.AT_ONCE} requests", f"{middleware.MAX_HEADER_BYTES >> 10} KiB of metadata",
-        f"{grpc_server.CALLS:,} calls", f"`{grpc_infer.AS_STATUS.decode()}: true`", f"`{grpc_infer.FINAL}`",
+        f"{openfiles.CONNECTIONS:,} calls", f"`{grpc_infer.AS_STATUS.decode()}: true`", f"`{grpc_infer.FINAL}`",
         f"`{grpc_tensors.ENABLE_FINAL}`", grpc_health.HEALTH,
     ):  # fmt: skip
         assert stated in grpc, stated
     hostile = part("Bounds for hostile clients")
+    assert f"{grpc_door.OPEN_STREAMS} of a worker" in hostile and f"{grpc_door.MESSAGE_S:g} s for the next" in hostile
     assert f"{grpc_server.STREAMS} calls" in hostile and f"{grpc_server.IDLE_S} s without" in hostile
 
 

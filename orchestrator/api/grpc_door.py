@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -21,11 +23,16 @@ from orchestrator.api.middleware import NOBODY, Identify
 from orchestrator.api.notes import note_headers
 from orchestrator.context import handling
 from orchestrator.domain import Caller, Incident, Notes
-from orchestrator.errors import InternalError, InvalidRequest, TruthGPTError
+from orchestrator.errors import DeadlineExceeded, InternalError, InvalidRequest, TruthGPTError
 
 log = logging.getLogger(__name__)
 
+# What grpc raises where it cannot send a message: the call is over, and `context.cancelled()` says so only later.
+GONE = grpc.aio.InternalError
 NO_SUCH_METHOD = "not_found"  # as over HTTP, in what is reported
+TOO_MANY_STREAMS = "too_many_streams"
+OPEN_STREAMS = 100  # at a time in one process, of all that need no credential: strangers can hold them
+MESSAGE_S = 30.0  # for such a stream's next message to come, and to be answered; for the one of a call without a key
 
 
 class Rpc:
@@ -40,7 +47,8 @@ class Rpc:
         self.traceparent = traceparent_of(self.headers.get(b"traceparent"))
         self.caller = Caller(NOBODY, language=language_of(self.headers.get(b"accept-language", b"")))
         self.notes = Notes(edge="grpc", route=method)
-        self.address = ""  # the client's, once it was asked who that is
+        self.told = False  # whether the error that ends the call was logged and reported
+        self.address = self.peer  # until the door finds that a trusted proxy names the client's
 
     @property
     def within_s(self) -> float | None:
@@ -80,7 +88,7 @@ class Stream:
     """A method that takes a stream of messages' bytes, and answers by writing to the call's context."""
 
     handle: Callable[[Door, Rpc, AsyncIterator[bytes]], Awaitable[None]]
-    open: bool = False
+    open: bool = False  # without a credential, and only OPEN_STREAMS of these at a time
 
 
 Methods = Mapping[str, Unary | Stream]  # SERVICE/METHOD -> what answers it
@@ -96,6 +104,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     ) -> None:
         self.methods = methods
         self._identify, self._report = identify, report
+        self._open_streams = 0
         self._proxies = ProxyHeadersMiddleware(_nobody, trusted_proxies) if trusted_proxies else None
         self._handlers = {f"/{name}": self._handler(name, method) for name, method in methods.items()}
         self._unknown = grpc.stream_stream_rpc_method_handler(self._refuse_unknown)
@@ -106,13 +115,22 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
 
     async def admit(self, rpc: Rpc) -> None:
         """Find out who asks. Raises TruthGPTError."""
-        rpc.address = rpc.peer if self._proxies is None else await _forwarded(self._proxies, rpc)
         caller = self._identify(rpc.headers, rpc.address)
         rpc.caller = dataclasses.replace(caller, language=rpc.caller.language)
+
+    async def _called(self, context: Any, name: str) -> Rpc:
+        """The call that a handler's task answers."""
+        rpc = Rpc(context, name)
+        handling.set((rpc.id, rpc.traceparent))
+        if self._proxies is not None:
+            rpc.address = await _forwarded(self._proxies, rpc)
+        return rpc
 
     def tell(self, rpc: Rpc, error: BaseException) -> TruthGPTError:
         """Log and report an error that ends a request; what of it the client may know."""
         known = error if isinstance(error, TruthGPTError) else InternalError(type(error).__name__)
+        if rpc.told:
+            return known
         if isinstance(known, InternalError):
             log.error("request %s failed: %s", rpc.id, known, exc_info=error)
         if not rpc.notes.recorded:
@@ -123,26 +141,33 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         if isinstance(method, Stream):
 
             async def stream(messages: AsyncIterator[bytes], context: Any) -> None:
-                rpc = Rpc(context, name)
-                handling.set((rpc.id, rpc.traceparent))
+                rpc = await self._called(context, name)
                 try:
-                    if not method.open:
+                    if method.open:
+                        await self._handle_open(method, rpc, messages)
+                    else:
                         await self.admit(rpc)
-                    await method.handle(self, rpc, messages)
+                        await method.handle(self, rpc, messages)
                     context.set_trailing_metadata(rpc.end())
                 except grpc.aio.AbortError:
                     raise  # the handler has ended the call by itself
+                except GONE:
+                    context.set_code(grpc.StatusCode.CANCELLED)
+                    log.debug("the client of %s hung up", rpc.id)
                 except Exception as error:
                     self._end(rpc, error)
 
             return grpc.stream_stream_rpc_method_handler(stream)
 
-        async def unary(raw: bytes, context: Any) -> bytes:
-            rpc = Rpc(context, name)
-            handling.set((rpc.id, rpc.traceparent))
+        async def unary(messages: AsyncIterator[bytes], context: Any) -> bytes:
+            rpc = await self._called(context, name)
             try:
                 if not method.open:
                     await self.admit(rpc)
+                async with soon() if method.open else nullcontext():
+                    raw = await context.read()
+                if not isinstance(raw, bytes):  # grpc.aio.EOF
+                    raise InvalidRequest(NOT_A_MESSAGE)
                 answer: bytes = (await method.handle(rpc, parse(method.request, raw))).SerializeToString()
                 context.set_trailing_metadata(rpc.end())
                 return answer
@@ -152,7 +177,21 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                 self._end(rpc, error)
                 return b""  # not sent: the status is not OK
 
-        return grpc.unary_unary_rpc_method_handler(unary)
+        # grpc itself would wait for the message without end, and ask nobody for a key before it has come
+        return grpc.stream_unary_rpc_method_handler(unary)
+
+    async def _handle_open(self, method: Stream, rpc: Rpc, messages: AsyncIterator[bytes]) -> None:
+        """A stream that anybody may hold: beyond so many of them the next one is refused."""
+        if self._open_streams >= OPEN_STREAMS:
+            self._incident(rpc, TOO_MANY_STREAMS, rpc.notes.route)
+            rpc.context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+            rpc.context.set_details("Too many such streams are open.")
+            return
+        self._open_streams += 1
+        try:
+            await method.handle(self, rpc, messages)
+        finally:
+            self._open_streams -= 1
 
     def _end(self, rpc: Rpc, error: Exception) -> None:
         """Make an error the call's status. Not by `abort`: the context keeps what that raises, and so the request."""
@@ -162,7 +201,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
         rpc.context.set_trailing_metadata(rpc.end(*metadata_of(known)))
 
     async def _refuse_unknown(self, messages: AsyncIterator[bytes], context: Any) -> None:
-        rpc = Rpc(context, "")
+        rpc = await self._called(context, "")
         self._incident(rpc, NO_SUCH_METHOD, "")  # its name is the client's, of any length and kind
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "There is no such method here.", rpc.end())
 
@@ -175,7 +214,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
                     edge="grpc",
                     operation=operation,
                     caller="" if rpc.caller.id == NOBODY else rpc.caller.id,
-                    address=rpc.address or rpc.peer,
+                    address=rpc.address,
                     at=time.time(),
                     traceparent=rpc.traceparent,
                 )
@@ -190,6 +229,16 @@ def parse(kind: Any, raw: bytes) -> Any:
         return kind.FromString(raw)
     except DecodeError as error:
         raise InvalidRequest(NOT_A_MESSAGE) from error
+
+
+@asynccontextmanager
+async def soon() -> AsyncGenerator[None, None]:
+    """A step of a call that anybody may make. Raises DeadlineExceeded where it is not over in MESSAGE_S."""
+    try:
+        async with asyncio.timeout(MESSAGE_S):
+            yield
+    except TimeoutError as error:
+        raise DeadlineExceeded("no message came") from error
 
 
 async def _forwarded(proxies: ProxyHeadersMiddleware, rpc: Rpc) -> str:

@@ -8,17 +8,15 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-import grpc
-
 from orchestrator.api import grpc_tensors, kserve_path
 from orchestrator.api.fields import Defaults
-from orchestrator.api.grpc_door import Door, Methods, Rpc, Stream, Unary, parse
+from orchestrator.api.grpc_door import GONE, Door, Methods, Rpc, Stream, Unary, parse
 from orchestrator.api.grpc_errors import details_of
 from orchestrator.api.grpc_messages import SERVICE, InferRequest, StreamResponse
 from orchestrator.api.http import SLOW_READER_S
 from orchestrator.api.kserve_request import Call
 from orchestrator.context import handling
-from orchestrator.errors import Cancelled, DeadlineExceeded, UpstreamError
+from orchestrator.errors import DeadlineExceeded, TruthGPTError, UpstreamError
 from orchestrator.gateway import Gateway
 
 AT_ONCE = 64  # requests of one stream that are answered at a time; the next one is not read before
@@ -57,10 +55,7 @@ class Inference:
 
         async def write(response: Any) -> None:
             async with writing:  # a call takes one message at a time
-                try:
-                    await rpc.context.write(response.SerializeToString())
-                except grpc.aio.InternalError as error:  # the client has left: a cancellation follows
-                    raise Cancelled from error
+                await rpc.context.write(response.SerializeToString())
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -73,6 +68,7 @@ class Inference:
             error = errors.exceptions[0]
             if isinstance(error, TimeoutError):
                 raise DeadlineExceeded("the client does not read its stream") from error
+            rpc.told = isinstance(error, TruthGPTError)  # of each request by `_answer`, for itself
             raise error from None
         except asyncio.CancelledError as error:
             # The group's frame keeps it (until Python 3.13), and is in its traceback: a cycle with the whole request.
@@ -87,9 +83,11 @@ class Inference:
         async with asyncio.timeout(self._within_s):
             try:
                 await self._respond(door, rpc, raw, response, write)
+            except GONE:
+                raise
             except Exception as error:
                 if stream.headers.get(AS_STATUS) == b"true":
-                    raise
+                    raise door.tell(rpc, error) from None
                 response.error_message = details_of(door.tell(rpc, error), rpc.caller.language)
                 del answer.outputs[:], answer.raw_output_contents[:]
                 answer.parameters[FINAL].bool_param = True

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
-from orchestrator.api.grpc_door import Door, Methods, Rpc, Stream, parse
+from orchestrator.api.grpc_door import Door, Methods, Rpc, Stream, parse, soon
 from orchestrator.api.grpc_schema import POOL, declare, message
 
 PACKAGES = ("grpc.reflection.v1", "grpc.reflection.v1alpha")
@@ -53,15 +53,25 @@ class _Reflection:
         self._response = message(f"{package}.ServerReflectionResponse")
 
     async def tell(self, door: Door, rpc: Rpc, messages: AsyncIterator[bytes]) -> None:
-        async for raw in messages:
-            request = parse(self._request, raw)
-            response = self._response(valid_host=request.host, original_request=request)
-            try:
-                self._fill(request, response)
-            except KeyError:
-                response.error_response.error_code = grpc.StatusCode.NOT_FOUND.value[0]
-                response.error_response.error_message = "It is not known here."
-            await rpc.context.write(response.SerializeToString())
+        more = True
+        while more:
+            async with soon():
+                more = await self._next(rpc, messages)
+
+    async def _next(self, rpc: Rpc, messages: AsyncIterator[bytes]) -> bool:
+        """Answer the next message; whether there was one."""
+        raw = await anext(messages, None)
+        if raw is None:
+            return False
+        request = parse(self._request, raw)
+        response = self._response(valid_host=request.host, original_request=request)
+        try:
+            self._fill(request, response)
+        except KeyError:
+            response.error_response.error_code = grpc.StatusCode.NOT_FOUND.value[0]
+            response.error_response.error_message = "It is not known here."
+        await rpc.context.write(response.SerializeToString())
+        return True
 
     def _fill(self, request: Any, response: Any) -> None:
         """Raises KeyError for what is not known; nothing here has extensions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 
@@ -18,10 +19,10 @@ from orchestrator.api.kserve import Describe
 from orchestrator.api.middleware import MAX_HEADER_BYTES, Identify
 from orchestrator.domain import Incident
 from orchestrator.gateway import Gateway
+from orchestrator.openfiles import connections
 
 END_S = 1.0  # for the last answers to be written once the drain is over
 STREAMS = 256  # calls at a time on one connection; further ones wait at the client
-CALLS = 10_000  # at a time in one process
 IDLE_S = 300  # a connection without calls is closed
 SILENT_S, DEAD_S = 60, 20  # a connection that is silent is asked whether it lives, and closed without an answer
 PING_S, PINGS = 10, 3  # a client that asks so more often without need, so many times too often, is sent away
@@ -46,7 +47,9 @@ class GrpcServer:
         self, methods: Methods, identify: Identify, report: Callable[[Incident], None], trusted_proxies: str | None,
         message_limit_bytes: int,
     ) -> None:  # fmt: skip
-        self._server = grpc.aio.server(options=_options(message_limit_bytes), maximum_concurrent_rpcs=CALLS)
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_without_values)
+        calls = connections()  # a connection needs an open file, and its calls need places
+        self._server = grpc.aio.server(options=_options(message_limit_bytes, calls), maximum_concurrent_rpcs=calls)
         self.door = Door(methods, identify, report, trusted_proxies)
         self._server.add_generic_rpc_handlers((self.door,))
 
@@ -64,7 +67,15 @@ class GrpcServer:
         await self._server.stop(END_S)
 
 
-def _options(message_limit_bytes: int) -> list[tuple[str, int]]:
+def _without_values(record: logging.LogRecord) -> bool:
+    """Of grpc's own lines drop those that quote a stranger's metadata, a credential for instance, where it is no UTF-8.
+
+    Nobody can mend what they tell of: grpc reads the value as Latin-1 and goes on.
+    """
+    return not str(record.msg).startswith("Invalid encoding")
+
+
+def _options(message_limit_bytes: int, connections: int) -> list[tuple[str, int]]:
     """Channel arguments of grpc/include/grpc/impl/channel_arg_names.h."""
     return [
         ("grpc.so_reuseport", 1),
@@ -78,6 +89,6 @@ def _options(message_limit_bytes: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", DEAD_S * 1000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_S * 1000),
         ("grpc.http2.max_ping_strikes", PINGS),
-        ("grpc.max_allowed_incoming_connections", CALLS),
+        ("grpc.max_allowed_incoming_connections", connections),
         ("grpc.enable_channelz", 0),
     ]

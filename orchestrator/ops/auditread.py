@@ -99,8 +99,10 @@ def follow(
             pause(LOOK_S)
             continue
         with file:
-            # what was moved aside before this one was opened, and has not been read
-            for path in [path for path in rotated(folder) if int(path.stem.removeprefix("audit-")) > after]:
+            # what was moved aside before this one was opened: its end may not have been read, nor what came after it
+            older_files = rotated(folder)
+            begun = sum(int(path.stem.removeprefix("audit-")) <= after for path in older_files)
+            for path in older_files[max(0, begun - 1) :]:
                 with path.open("rb") as older:
                     for line in older:
                         after, row = _newer(line, after, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import logging
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,40 @@ def test_an_end_that_cannot_write_says_what_is_lost(tmp_path: Path, caplog: pyte
         made.close(1.0)
         assert time.monotonic() - began < 1.5
     assert "the audit log ends without 8 events" in caplog.text  # and one of its own
+
+
+class Stingy(AuditLog):
+    """Has room for so many more writes."""
+
+    writes = 0
+
+    def append(self, events: Sequence[bytes]) -> int:
+        if not self.writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.writes -= 1
+        return super().append(events)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_an_end_that_cannot_write_counts_all(tmp_path: Path, caplog: pytest.LogCaptureFixture, writes: int) -> None:
+    """What waits, what found no room and what of a flood was only counted: an event that is not in the chain, and that
+    no line there tells of, is in the number that the log ends with.
+    """
+    stingy = Stingy(tmp_path, PRINTS, 1 << 20)
+    made = Audit(stingy, PRINTS, queued=100)
+    made.start()
+    until(lambda: made.state == "degraded")
+    for _ in range(500):
+        made.incident(replace(INCIDENT, kind="admin"))
+        made.incident(INCIDENT)
+    stingy.writes = writes
+    made.close()
+    there = rows(tmp_path) if writes else []
+    told = sum(
+        row.get("count", 0) - 1 for row in there if row["event"] == "lost"
+    )  # itself is none that was handed over
+    assert (told > 0) == (writes == 2)
+    assert f"the audit log ends without {1001 - len(there) - told} events" in caplog.text
 
 
 def test_a_process_that_was_killed_is_known_to_have_been(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -296,3 +297,24 @@ def test_a_batch_that_finds_no_room_leaves_nothing_of_it(home: Path) -> None:
     assert done.stdout.splitlines() == ["refused 27", "30"]  # EFBIG
     report = checked(home)
     assert (report.lines, report.recovered) == (31, 0)
+
+
+def test_a_file_that_cannot_be_begun_is_an_error_and_no_end(tmp_path: Path) -> None:
+    """Where a rotation finds no file descriptor for the new file, what was written stays counted, syncing raises
+    OSError, and the chain goes on once there is one.
+    """
+    log = writer(tmp_path, 600)
+    assert log.append([event(0)]) == 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    batch = [event(number) for number in range(1, 9)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # what is open stays open
+    try:
+        done = log.append(batch)
+        with pytest.raises(OSError, match="is not open"):
+            log.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert 0 < done < 8 and log.append(batch[done:]) == 8 - done
+    log.sync()
+    log.close()
+    assert [row["n"] for row in rows(tmp_path)] == list(range(9)) and checked(tmp_path).recovered == 0

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator import errors
 from orchestrator.api.errors import TABLE, body_of, encode, headers_of
-from orchestrator.errors import Text, TruthGPTError
+from orchestrator.errors import CALLERS_FAULT, Text, TruthGPTError
 
 
 def tree(root: type[TruthGPTError] = TruthGPTError) -> list[type[TruthGPTError]]:
@@ -47,6 +47,12 @@ def test_every_error_can_be_answered(kind: type[TruthGPTError]) -> None:
     status = TABLE[kind].status
     assert (status in (429, 503)) == (dict(headers_of(error)).get(b"retry-after", b"0") >= b"1")
     assert error.retryable == (status in (429, 503, 504))
+
+
+@pytest.mark.parametrize("kind", tree(), ids=lambda kind: kind.__name__)
+def test_the_callers_faults_are_those_of_the_http_table(kind: type[TruthGPTError]) -> None:
+    """An error is the caller's fault if and only if HTTP answers it with 4xx; metrics and spans go by its kind."""
+    assert kind.callers_fault == (TABLE[kind].status < 499) == (kind.kind in CALLERS_FAULT)
 
 
 def test_details_are_never_shown() -> None:

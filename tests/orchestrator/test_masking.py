@@ -20,6 +20,7 @@ FORMS = (
     "Authorization: Bearer {}", "authorization: Basic {}", "AUTHORIZATION={}", "{{'authorization': 'Bearer {}'}}",
     "(b'authorization', b'{}')", '{{"Authorization": "Token {}"}}', "sent as bearer {}", "x-api-key: {}",
     "(b'x-api-key', b'{}')", "TRUTHGPT_API_KEY={}", "password: {}", "audit_key={}", "https://h/p?a=1&password={}&b=2",
+    r'{{\"password\": \"{}\"}}', r'{{\"Authorization\": \"Basic {}\"}}', r'{{\\\"x-api-key\\\":\\\"{}\\\"}}',
 )  # fmt: skip
 
 

@@ -75,6 +75,7 @@ def test_a_cached_answer_flatters_no_model() -> None:
 @pytest.mark.parametrize(
     ("kind", "outcome"),
     [("rate_limited", "refused"), ("invalid_argument", "refused"), ("not_found", "refused"),
+     ("unsafe_input", "refused"),
      ("unavailable", "error"), ("overloaded", "error"), ("deadline_exceeded", "error"), ("internal", "error")],
 )  # fmt: skip
 def test_who_is_at_fault_tells_the_outcome(kind: str, outcome: str) -> None:

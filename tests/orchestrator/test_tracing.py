@@ -18,9 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc.aio import InferenceServerClient, InferInput
 
-from orchestrator.api.errors import TABLE
 from orchestrator.settings import Settings
-from orchestrator.spans import CLIENTS_FAULT
 from orchestrator.tracing import Tracer
 from tests.collector import Collector
 from tests.redis import RealRedis
@@ -234,12 +232,6 @@ async def test_a_dead_collector_costs_nothing_but_spans(fake: FakeTriton, collec
 def closed_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         return int(bound.getsockname()[1])
-
-
-def test_the_clients_faults_are_those_of_the_http_table() -> None:
-    """An error that is no failure of the server's span is one that HTTP answers with 4xx, and the other way round."""
-    kinds = {error.kind: row.status for error, row in TABLE.items()}
-    assert {kind for kind, status in kinds.items() if status < 499} == CLIENTS_FAULT
 
 
 def test_off_nothing_of_it_is_imported() -> None:

@@ -428,8 +428,13 @@ async def test_only_a_trusted_proxy_names_the_client(fake: FakeTriton) -> None:
     """x-forwarded-for counts where it counts over HTTP: from a proxy that was named."""
     for trusted, subject in ((None, "ip-127.0.0.1"), ("127.0.0.1", "ip-192.0.2.7")):
         async with serving(fake, grpc=True, trusted_proxies=trusted) as stack, stub(stack.grpc) as calls:
-            await calls.ModelInfer(ask(), metadata=(("x-forwarded-for", "192.0.2.7"),))
+            seen, metadata = incidents(stack), (("x-forwarded-for", "192.0.2.7"),)
+            await calls.ModelInfer(ask(), metadata=metadata)
             assert stack.records[-1].caller == subject
+            async with grpc.aio.insecure_channel(stack.grpc) as channel:  # and where nobody is asked for a key
+                for method in ("/a.B/C", "/grpc.health.v1.Health/Check"):
+                    await told(channel.unary_unary(method)(b"\xff", metadata=metadata))
+            assert [one.address for one in seen] == [subject.removeprefix("ip-")] * 2
 
 
 async def test_an_ipv6_client_has_its_own_address(fake: FakeTriton) -> None:

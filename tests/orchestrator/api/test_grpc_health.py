@@ -12,6 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tritonclient.grpc import service_pb2
 
+from orchestrator.api import grpc_door
+
 from ..conftest import serving, until
 from ..fake_triton import FakeTriton
 
@@ -78,3 +80,61 @@ async def test_reflection_tells_all_that_a_client_needs(fake: FakeTriton) -> Non
         ]
         assert len(found["config"].fields) > 20
         assert [m.name for m in found["health"].methods] == ["Check", "Watch"]
+
+
+REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+
+
+async def test_streams_without_a_key_leave_room_for_calls(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of watchers and reflection together only so many are open at a time; other calls are taken meanwhile, and each
+    stream that ends makes room.
+    """
+    monkeypatch.setattr(grpc_door, "OPEN_STREAMS", 4)
+    async with serving(fake, grpc=True, auth="keys") as stack, grpc.aio.insecure_channel(stack.grpc) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        held = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
+        assert [(await watch.read()).status for watch in held] == [SERVING] * 3
+        silent = channel.stream_stream(REFLECTION)()
+        application: Any = stack.server.config.app
+        door = application.grpc.door
+        await until(lambda: door._open_streams == 4)
+        for refused in (health.Watch(health_pb2.HealthCheckRequest()), channel.stream_stream(REFLECTION)()):
+            assert await refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING
+        held.pop().cancel()
+        await until(lambda: door._open_streams == 3)
+        assert (await health.Watch(health_pb2.HealthCheckRequest()).read()).status == SERVING
+        silent.cancel()
+
+
+async def test_a_stream_without_a_key_is_not_held_in_silence(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reflection and a watch end where no message comes in time, also after one that was answered."""
+    monkeypatch.setattr(grpc_door, "MESSAGE_S", 0.3)
+    async with serving(fake, grpc=True) as stack, grpc.aio.insecure_channel(stack.grpc) as channel:
+        asked = channel.stream_stream(REFLECTION)()
+        await asked.write(b"")
+        assert await asked.read()
+        for silent in (
+            asked,
+            channel.stream_stream(REFLECTION)(),
+            channel.stream_stream("/grpc.health.v1.Health/Watch")(),
+        ):
+            assert await asyncio.wait_for(silent.code(), 5) is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_one_task_looks_for_all_watchers(fake: FakeTriton) -> None:
+    """However many watch, one task looks, and none without a watcher; all hear of the change."""
+
+    def looking() -> int:
+        return sum(task.get_name() == "health watch" for task in asyncio.all_tasks())
+
+    async with serving(fake, grpc=True) as stack, grpc.aio.insecure_channel(stack.grpc) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(20)]
+        assert [(await watch.read()).status for watch in watches] == [SERVING] * 20
+        assert looking() == 1
+        fake.beat_error = "Stub process is not healthy."
+        assert [(await watch.read()).status for watch in watches] == [NOT_SERVING] * 20
+        for watch in watches:
+            watch.cancel()
+        await until(lambda: looking() == 0)
