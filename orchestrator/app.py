@@ -179,6 +179,8 @@ class Application(_Application):
     async def stop(self) -> None:
         if self.grpc is not None:
             await self.grpc.stop()
+        if self.gateway is not None:
+            self.gateway.record()  # the last ones
         await super().stop()
 
 

@@ -98,6 +98,8 @@ class Passage(Generic[Request]):
     ticket: Ticket | None = None
     input_hash: str = ""
     trace: Trace | None = None
+    duration_s: float = 0.0
+    accepted: float = 0.0  # Unix time
     tally: Tally = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,9 +126,15 @@ class Passage(Generic[Request]):
             return self.request
         return changed(self.request, traceparent=self.trace.traceparent)
 
+    def end(self) -> None:
+        """Note that it has ended now; a Record will be made of it."""
+        self.duration_s = time.monotonic() - self.request.accepted_at
+        self.accepted = time.time() - self.duration_s
+        self.notes.recorded = True
+
     def record(self) -> Record:
-        request, notes, tally = self.request, self.notes, self.tally
-        duration_s = time.monotonic() - request.accepted_at
+        """What happened, once it has ended."""
+        request, notes, tally, duration_s = self.request, self.notes, self.tally, self.duration_s
         return made(
             Record,
             id=request.id,
@@ -141,7 +149,7 @@ class Passage(Generic[Request]):
             finish_reason=tally.finish_reason,
             prompt_tokens=tally.prompt_tokens,
             completion_tokens=tally.completion_tokens,
-            accepted=time.time() - duration_s,
+            accepted=self.accepted,
             ttft_s=tally.ttft_s,
             duration_s=duration_s,
             traceparent=request.traceparent,

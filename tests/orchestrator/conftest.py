@@ -28,15 +28,21 @@ from .fake_triton import FakeTriton
 
 @dataclass
 class Stack:
-    """A gateway that serves; `records` fills with what its sinks were handed."""
+    """A gateway that serves; `records` is what its sinks were handed."""
 
     url: str
     fake: FakeTriton
     http: aiohttp.ClientSession
     gateway: Gateway
     server: Server
-    records: list[Record]
+    sunk: list[Record]
     grpc: str = ""  # address of the gRPC edge, where it is switched on
+
+    @property
+    def records(self) -> list[Record]:
+        """Of every request that has ended, also of those that would be recorded a moment later."""
+        self.gateway.record()
+        return self.sunk
 
     async def post(self, path: str, body: object, **headers: str) -> tuple[int, Any, dict[str, str]]:
         """Status, decoded body and lower-case headers of one POST; bytes are sent as they are."""

@@ -148,6 +148,7 @@ async def test_a_request_is_one_line_without_text(stack: Stack, lines: Lines) ->
     """The log sink writes id, model, route, outcome, tokens and durations, never prompt or answer."""
     body = {"model": "m", "messages": [{"role": "user", "content": "zanahoria"}], "stop": "berenjena"}
     await stack.post("/v1/chat/completions", body, **{"x-request-id": "log-1"})
+    assert len(stack.records) == 1
     (found,) = lines.of("requests")
     assert {
         "request_id": "log-1", "message": "request", "model": "m", "route": "POST /v1/chat/completions",

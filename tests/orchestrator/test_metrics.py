@@ -176,6 +176,7 @@ async def test_a_model_that_is_not_served_is_unknown(stack: Stack) -> None:
     """The real gateway's own series have the served model's name and, for whatever else clients ask, one more."""
     for name in ("m", "nothing", "x" * 300, "drop table"):
         await stack.post("/v1/completions", {"model": name, "prompt": "Hola"})
+    assert len(stack.records) == 4
     metrics = stack.server.config.app.metrics  # type: ignore[union-attr]
     rows = json.loads(json.dumps(metrics.snapshot()))["truthgpt_generations_total"]
     assert sorted(rows) == [["m", "ok", 1], ["unknown", "refused", 3]]

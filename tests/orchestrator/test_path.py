@@ -68,7 +68,7 @@ class Trail:
 
     def __init__(self, stack: Stack) -> None:
         self.stages: list[str] = []
-        gateway = stack.gateway
+        gateway = self._gateway = stack.gateway
         upstream = gateway._upstream
         self._wrap(gateway._admission, "permit", "permit")
         for name in ("generate", "infer", "embed"):
@@ -95,6 +95,7 @@ class Trail:
         self.stages.append("record")
 
     def take(self) -> list[str]:
+        self._gateway.record()
         taken, self.stages = self.stages, []
         return taken
 
