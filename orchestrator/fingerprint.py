@@ -94,8 +94,8 @@ class Fingerprint:
         """Of the tensors of an inference."""
         parts = [b"tensors\n"]
         for tensor in tensors:
-            shape = _json(tensor.shape)
-            for part in (*map(_utf8, (tensor.name, tensor.datatype, shape)), tensor.data, *tensor.elements):
+            shape = orjson.dumps(tensor.shape)
+            for part in (_utf8(tensor.name), _utf8(tensor.datatype), shape, tensor.data, *tensor.elements):
                 parts += (b"%d:" % len(part), part)
         return self._input.hash(b"".join(parts))
 

@@ -116,7 +116,8 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     async def admit(self, rpc: Rpc) -> None:
         """Find out who asks. Raises TruthGPTError."""
         caller = self._identify(rpc.headers, rpc.address)
-        rpc.caller = dataclasses.replace(caller, language=rpc.caller.language)
+        language = rpc.caller.language
+        rpc.caller = caller if caller.language == language else dataclasses.replace(caller, language=language)
 
     async def _called(self, context: Any, name: str) -> Rpc:
         """The call that a handler's task answers."""

@@ -245,12 +245,19 @@ class Triton:
         return f"v2/models/{quote(model, safe='')}/{what}"
 
     async def fetch(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
-    ) -> Reply:
-        """One unary exchange as it is, errors of Triton's included. Raises UpstreamUnavailable, UpstreamError."""
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float,
+        attendance: Attendance | None = None,
+    ) -> Reply:  # fmt: skip
+        """One unary exchange as it is, errors of Triton's included.
+
+        Raises UpstreamUnavailable, whose cause is a TimeoutError where the time was up, UpstreamError, or what
+        `attendance.fail()` was given.
+        """
         until = asyncio.get_running_loop().time() + timeout_s
         answer = await self._send(method, f"/{path.lstrip('/')}", body, headers, timeout_s)
         try:
+            if attendance is not None:
+                attendance.follow(answer)
             await answer.begun(until)
             return Reply(answer.status, answer.headers, await read_body(answer, until))
         except TimeoutError as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Protocol
 from urllib.parse import quote
+
+import orjson
 
 from orchestrator.domain import InferRequest, InferResult
 from orchestrator.errors import (
@@ -28,15 +30,15 @@ _HEADER_LENGTH = "inference-header-content-length"
 _REQUEST_ID = re.compile(r"^\[request id: [^\]]*\] ")
 # The whole beginning is compared: what comes behind it may quote names that the client chose.
 _GONE = re.compile(r"(?:in ensemble '[^']*', )?(?:Stub process '|Request for unknown model)")
-_SLACK_S = 5.0  # the attendance ends a call in time; the connection's own time-out only has to come after it
 
 
 class Fetch(Protocol):
     """One unary exchange with Triton: `Triton.fetch`."""
 
     async def __call__(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
-    ) -> Reply: ...
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float,
+        attendance: Attendance | None = None,
+    ) -> Reply: ...  # fmt: skip
 
 
 async def infer(fetch: Fetch, request: InferRequest, attendance: Attendance, request_s: float) -> InferResult:
@@ -53,14 +55,12 @@ async def infer(fetch: Fetch, request: InferRequest, attendance: Attendance, req
     headers = {_HEADER_LENGTH: str(head), "content-type": "application/octet-stream"}
     if request.traceparent:
         headers["traceparent"] = request.traceparent
-    path = f"v2/models/{quote(request.model, safe='')}/infer"
     try:
-        reply = await attendance.wait(
-            lambda: fetch("POST", path, body, headers, left_s + _SLACK_S),
-            asyncio.get_running_loop().time() + left_s,
-        )
-    except TimeoutError as error:
-        raise DeadlineExceeded from error
+        reply = await fetch("POST", _path(request.model), body, headers, left_s, attendance)
+    except UpstreamUnavailable as error:
+        if isinstance(error.__cause__, TimeoutError):
+            raise DeadlineExceeded from error
+        raise
     if reply.status != 200:
         raise _error(reply)
     return _result(request.model, reply)
@@ -82,6 +82,11 @@ async def describe(fetch: Fetch, model: str, version: str, what: str, timeout_s:
     return value
 
 
+@lru_cache(maxsize=1024)
+def _path(model: str) -> str:
+    return f"v2/models/{quote(model, safe='')}/infer"
+
+
 def _request(request: InferRequest) -> tuple[int, bytes]:
     """Length of the JSON in front, and the whole body."""
     blobs = [pack(tensor) for tensor in request.inputs]
@@ -100,7 +105,10 @@ def _request(request: InferRequest) -> tuple[int, bytes]:
         ]
     else:
         head["parameters"]["binary_data_output"] = True
-    encoded = json.dumps(head).encode()
+    try:
+        encoded = orjson.dumps(head)
+    except TypeError:  # a parameter that has more than 64 bits
+        encoded = json.dumps(head).encode()
     return len(encoded), b"".join([encoded, *blobs])
 
 

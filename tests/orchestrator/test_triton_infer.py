@@ -12,12 +12,14 @@ import pytest
 
 from orchestrator.domain import InferRequest, Tensor
 from orchestrator.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, UpstreamError, UpstreamUnavailable
-from orchestrator.triton import Attendance, Reply
+from orchestrator.triton import Attendance, Deadlines, Reply, Triton
 from orchestrator.triton.infer import describe, infer
 
 A = Tensor("A", "INT16", (2,), b"\1\0\2\0")
 TEXT = Tensor("T", "BYTES", (1,), elements=(b"x",))
 LENGTH = "inference-header-content-length"
+
+from .fake_triton import FakeTriton
 
 
 def request(**changes: Any) -> InferRequest:
@@ -31,8 +33,9 @@ class Fetch:
         self.reply = reply
 
     async def __call__(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
-    ) -> Reply:
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float,
+        attendance: Attendance | None = None,
+    ) -> Reply:  # fmt: skip
         self.method, self.path, self.body, self.headers = method, path, body or b"", headers
         return self.reply
 
@@ -105,21 +108,21 @@ async def test_answers_that_make_no_sense(reply: Reply) -> None:
         await infer(Fetch(reply), request(), Attendance(), 10)
 
 
-async def test_deadlines_and_a_model_that_dies() -> None:
+async def test_deadlines_and_a_model_that_dies(fake: FakeTriton) -> None:
     """The request's own time ends a silent call, and so does at once the model's health."""
-
-    async def silent(*_: Any) -> Reply:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    with pytest.raises(DeadlineExceeded):
-        await infer(silent, request(timeout_s=0.03), Attendance(), 10)
-    with pytest.raises(DeadlineExceeded):
-        await infer(silent, request(), Attendance(), 0.03)
-    attendance = Attendance()
-    asyncio.get_running_loop().call_later(0.02, attendance.fail, UpstreamUnavailable("it died"))
-    with pytest.raises(UpstreamUnavailable, match="it died"):
-        await infer(silent, request(), attendance, 10)
+    fake.stopped = True
+    triton = Triton(fake.url, Deadlines(request_s=0.1))
+    try:
+        with pytest.raises(DeadlineExceeded):
+            await triton.infer(request(timeout_s=0.03), Attendance())
+        with pytest.raises(DeadlineExceeded):
+            await triton.infer(request(), Attendance())
+        attendance = Attendance()
+        asyncio.get_running_loop().call_later(0.02, attendance.fail, UpstreamUnavailable("it died"))
+        with pytest.raises(UpstreamUnavailable, match="it died"):
+            await triton.infer(request(), attendance)
+    finally:
+        await triton.close()
 
 
 async def test_describe() -> None:
