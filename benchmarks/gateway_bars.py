@@ -52,9 +52,12 @@ def medians(rounds: list[Round]) -> dict[str, dict[str, dict[str, Any]]]:
             if errors:
                 found.setdefault(system, {})[run] = {"errors": errors}
                 continue
+            names = [name for name in rows[0] if name not in ("errors", "discarded")]
             figures: dict[str, Any] = {
-                name: round(statistics.median(row[name] for row in rows), 4) for name in rows[0] if name != "errors"
-            }
+                name: round(statistics.median(row[name] for row in rows), 4) for name in names
+            }  # fmt: skip
+            if discarded := [row["discarded"] for row in rows if "discarded" in row]:
+                figures["discarded"] = discarded
             figures["rounds"] = {
                 name: [row[name] for row in rows] for name in ("per_s", "p50_ms", "cpu_us") if name in rows[0]
             }

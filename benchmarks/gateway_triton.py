@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,8 @@ async def perf(
     )
     try:
         code = await asyncio.to_thread(process.popen.wait, 60)
+    except subprocess.TimeoutExpired as error:
+        raise click.ClickException(f"{system.name}: perf_analyzer waits for an answer for ever") from error
     finally:
         process.stop()
     cpu = sample() - before

@@ -15,11 +15,11 @@ from orchestrator.errors import DeadlineExceeded, InvalidRequest, ModelNotFound,
 from orchestrator.triton import Attendance, Deadlines, Reply, Triton
 from orchestrator.triton.infer import describe, infer
 
+from .fake_triton import FakeTriton
+
 A = Tensor("A", "INT16", (2,), b"\1\0\2\0")
 TEXT = Tensor("T", "BYTES", (1,), elements=(b"x",))
 LENGTH = "inference-header-content-length"
-
-from .fake_triton import FakeTriton
 
 
 def request(**changes: Any) -> InferRequest:
