@@ -45,13 +45,13 @@ HOW = (
     "upstream, Redis and Triton to another one. Closed loop, keep-alive connections, one (C=1) or 32 clients. HTTP: "
     "moments are taken at the socket, and every answer is checked. gRPC: perf_analyzer takes the moments; its requests "
     "are checked for errors and for the number of their responses, not for what is in them. A run with an error is "
-    "measured once more, and is no result with another one. Added: minus the same run asked of the upstream directly, in the same round. CPU: user and system time of "
-    "all processes of the system (/proc/PID/stat), by requests. Memory: PSS of all processes of the system, which "
-    "divides a page by the number of processes that map it. Ours is judged by that of a fresh gateway while no other "
-    "gateway of ours runs; the load generator and the upstream, which map the same interpreter, do. Ours runs "
-    "production's profile with every policy on: keys, sanitising, limits on requests and tokens, cache, audit, logs, "
-    "metrics, Redis with its append-only file; LiteLLM and Portkey run plain, litellm-full with key, Redis cache, "
-    "limits and Prometheus."
+    "measured once more, and is no result with another one. Added: minus the same run asked of the upstream directly, "
+    "in the same round. CPU: user and system time of all processes of the system (/proc/PID/stat), by requests. "
+    "Memory: PSS of all processes of the system, which divides a page by the number of processes that map it. Ours is "
+    "judged by that of a fresh gateway while no other gateway of ours runs; the load generator and the upstream, which "
+    "map the same interpreter, do. Ours runs production's profile with every policy on: keys, sanitising, limits on "
+    "requests and tokens, cache, audit, logs, metrics, Redis with its append-only file; LiteLLM and Portkey run plain, "
+    "litellm-full with key, Redis cache, limits and Prometheus."
 )
 
 
