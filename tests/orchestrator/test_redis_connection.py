@@ -50,7 +50,7 @@ async def test_every_caller_gets_its_own_reply(server: RealRedis) -> None:
                     connection.send_only("PUBLISH", "nobody", text)
                 command = ("NO-SUCH-COMMAND", text) if chance.random() < 0.1 else ("ECHO", text)
                 reply = connection.send(*command)
-                if chance.random() < 0.2:
+                if chance.random() < 0.5:
                     asyncio.get_running_loop().call_later(chance.random() * 0.002, reply.cancel)
                 try:
                     answer = await reply
