@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 _T = TypeVar("_T")
 
@@ -103,7 +103,8 @@ class GenerateRequest:
     """Generate text. Exactly one of `text`, `token_ids` and `messages` is set; they never show in a repr.
 
     `max_tokens` None lets the gateway choose; `top_k` 0 and `top_p` 1 are off; `temperature` 0 is greedy; `accepted_at`
-    is `time.monotonic()` of the moment the request was accepted, in seconds; an empty `task` is the model's own.
+    is `time.monotonic()` of the moment the request was accepted, in seconds; an empty `task` is the model's own. `memo`
+    belongs to a body that came before: whoever derives something from the prompt alone keeps it there, a few things.
     """
 
     id: str
@@ -123,6 +124,7 @@ class GenerateRequest:
     task: str = ""
     cache: CachePolicy = CachePolicy()
     traceparent: str | None = None
+    memo: dict[object, Any] | None = field(default=None, repr=False, compare=False)
 
 
 def made(kind: type[_T], **fields: object) -> _T:

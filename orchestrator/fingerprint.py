@@ -102,12 +102,21 @@ class Fingerprint:
     def request(self, request: GenerateRequest | InferRequest | EmbedRequest) -> str:
         """Of what the model is given, as the client sent it."""
         if isinstance(request, GenerateRequest):
-            if request.text is not None:
-                return self.text(request.text)
-            if request.messages is not None:
-                return self.messages([(turn.role, turn.content) for turn in request.messages])
-            return self.tokens(request.token_ids or ())
+            memo = request.memo
+            if memo is None:
+                return self._prompt(request)
+            known: str | None = memo.get(self)
+            if known is None:
+                known = memo[self] = self._prompt(request)
+            return known
         return self.tensors(request.inputs) if isinstance(request, InferRequest) else self.texts(request.texts)
+
+    def _prompt(self, request: GenerateRequest) -> str:
+        if request.text is not None:
+            return self.text(request.text)
+        if request.messages is not None:
+            return self.messages([(turn.role, turn.content) for turn in request.messages])
+        return self.tokens(request.token_ids or ())
 
     def caller(self, id: str) -> str:
         """Of a caller's id; empty for an empty one."""

@@ -8,6 +8,8 @@ from orchestrator.domain import EmbedRequest, GenerateRequest, InferRequest, Mes
 from orchestrator.inspection import Inspector
 from orchestrator.sanitize import Rules, check
 
+_CLEAN = "clean"  # of a request's memo: nothing was changed in it
+
 
 class Screen:
     """Each method returns the request that may go on, and the names of what was changed. Raises InvalidRequest."""
@@ -17,12 +19,19 @@ class Screen:
 
     async def generate(self, request: GenerateRequest) -> tuple[GenerateRequest, tuple[str, ...]]:
         """A prompt of token ids is read as text by its model's tokenizer; it stays as it is where nothing changes."""
+        memo = request.memo
+        if memo is not None and _CLEAN in memo:
+            return request, ()
         if request.messages is not None:
             cleaned = check([turn.content for turn in request.messages], self._rules, "messages")
             if not cleaned.changes:
+                if memo is not None:
+                    memo[_CLEAN] = True
                 return request, ()
-            pairs = zip(request.messages, cleaned.texts, strict=True)
-            return replace(request, messages=tuple(Message(turn.role, text) for turn, text in pairs)), cleaned.changes
+            messages = tuple(
+                Message(turn.role, text) for turn, text in zip(request.messages, cleaned.texts, strict=True)
+            )
+            return replace(request, messages=messages, memo=None), cleaned.changes
         if request.token_ids is not None:
             if self._rules.mode == "off":
                 return request, ()
@@ -33,9 +42,13 @@ class Screen:
             # White space and compositions are the tokenizer's own business.
             if not set(cleaned.changes) - {"whitespace", "nfc"}:
                 return request, ()
-            return replace(request, token_ids=None, text=cleaned.texts[0]), cleaned.changes
+            return replace(request, token_ids=None, text=cleaned.texts[0], memo=None), cleaned.changes
         cleaned = check([request.text or ""], self._rules, "prompt")
-        return (replace(request, text=cleaned.texts[0]) if cleaned.changes else request), cleaned.changes
+        if cleaned.changes:
+            return replace(request, text=cleaned.texts[0], memo=None), cleaned.changes
+        if memo is not None:
+            memo[_CLEAN] = True
+        return request, ()
 
     def embed(self, request: EmbedRequest) -> tuple[EmbedRequest, tuple[str, ...]]:
         cleaned = check(request.texts, self._rules, "input")

@@ -31,7 +31,7 @@ class Memory:
     def keep(self, key: tuple[Any, ...], call: Call) -> None:
         """Remember a call of one request; the one that was used longest ago goes."""
         if len(call.requests) == 1:
-            self._calls[key] = call
+            self._calls[key] = Call((changed(call.request, memo={}),), call.include_usage)
             if len(self._calls) > ENTRIES:
                 self._calls.popitem(last=False)
 

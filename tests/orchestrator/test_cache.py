@@ -29,7 +29,7 @@ from orchestrator.cache import (
     read_head,
     ticket,
 )
-from orchestrator.domain import TASKS, CachePolicy, Caller, GenerateRequest, Message, Model
+from orchestrator.domain import TASKS, CachePolicy, Caller, GenerateRequest, Message, Model, changed
 
 ANSWER = Answer("¡Hola!", "stop", 7, 3)
 TICKET = Ticket("k" * 64, "t", "demo", "translation")
@@ -296,3 +296,15 @@ def test_the_lua_defines_nothing_but_its_own_functions(client: redis.Redis) -> N
     names = [line.split("(")[0] for line in CACHE_LUA.splitlines() if line and not line[0].isspace() and line != "end"]
     assert names and all(name.startswith("local function cache_") for name in names)
     assert client.eval(CACHE_LUA + "return 7", 0) == 7
+
+
+def test_what_is_remembered_of_a_body_changes_no_key() -> None:
+    """The same body asked again, by other tenants and of a newer entry, has the keys that it has without a memo."""
+    plain = GenerateRequest(id="x", model="m", accepted_at=1.0, text="Hola")
+    remembered = changed(plain, memo={})
+    for _ in range(2):
+        for tenant in [f"t{number}" for number in range(40)]:
+            for digest in ("d1", "d2"):
+                asks, model = Caller("c", tenant), Model("m", "1", 0, True, digest=digest)
+                assert ticket(asks, model, remembered).key == ticket(asks, model, plain).key
+    assert remembered.memo is not None and len(remembered.memo) < 40

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain import EmbedRequest, GenerateRequest, InferRequest, Message, Tensor
+from orchestrator.domain import EmbedRequest, GenerateRequest, InferRequest, Message, Tensor, changed
 from orchestrator.fingerprint import KEY_FILE, AuditKeyError, Fingerprint, load_key
 
 KEY = b"a key of sixteen bytes or more"
@@ -50,6 +50,14 @@ def test_every_prompt_can_be_hashed_by_hand(
 ) -> None:
     """A request's hash is HMAC-SHA-256 over the documented form of its prompt, under the documented key."""
     assert PRINTS.request(request_) == by_hand("input", canonical.encode())
+
+
+def test_a_body_that_comes_again_has_the_same_hash() -> None:
+    """What is remembered of it is the hash of this key, and no other key's."""
+    plain = GenerateRequest(id="r", model="m", accepted_at=0.0, text="Hola")
+    remembered = changed(plain, memo={})
+    for prints in (PRINTS, Fingerprint(b"another key"), PRINTS):
+        assert prints.request(remembered) == prints.request(plain)
 
 
 def test_a_caller_is_hashed_by_another_key_than_a_prompt() -> None:

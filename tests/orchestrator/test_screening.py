@@ -36,6 +36,16 @@ async def test_clean_removes_says_so_and_asks_with_the_rest(fake: FakeTriton) ->
         assert sent == [{"role": "system", "content": "x"}, {"role": "user", "content": "Hola mundo"}]
 
 
+async def test_a_body_that_comes_again_is_treated_as_before(fake: FakeTriton) -> None:
+    """Clean or not, three times the same: the same answer, the same headers, the same prompt at the model."""
+    async with serving(fake, sanitize="clean") as stack:
+        for prompt, changes in ((DIRTY, "script"), ("Hola", None)):
+            for _ in range(3):
+                status, _, headers = await stack.post(PATH, {"model": "m", "prompt": prompt})
+                assert (status, headers.get("x-truthgpt-sanitized")) == (200, changes)
+        assert [sent["text_input"] for sent in fake.requests] == ["Hola mundo"] * 3 + ["Hola"] * 3
+
+
 @pytest.mark.parametrize("language", ["en", "es"])
 async def test_reject_refuses_with_a_reason(fake: FakeTriton, language: str) -> None:
     """In reject mode it is 400 with its own code, the field's name and a sentence in the caller's language."""
