@@ -275,7 +275,7 @@ class Record:
     measured from acceptance; `ttft_s` is the time to the first text. `cache`, `edge`, `route`, `fallback`,
     `sanitized`, `refused` and `shadow` are those of Notes; `limited`: limits apply to the caller, `degraded`: they
     were decided without Redis. `input_hash` is a keyed hash of the prompt, empty where none is made. `upstream_s` is
-    the time spent waiting for Triton, or for whoever else asked it; `queue_s` what of it was the model's queue.
+    the time from asking Triton, or whoever else asked it, to the end; `queue_s` what of it was the model's queue.
     `stages` are the path's stages in order, each with the seconds from acceptance to its end.
     """
 

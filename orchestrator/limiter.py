@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from orchestrator.cache import CACHE_LUA, Lookup, Ticket, lookup_of
+from orchestrator.cache import CACHE_LUA, LEAVE, Lookup, Ticket, lookup_of
 from orchestrator.domain import Caller, Limits, Notes
 from orchestrator.errors import InvalidRequest, LimitsUnavailable, RateLimited, Text
 from orchestrator.limits import (
@@ -155,16 +155,15 @@ class Limiter:
         store = self._store
         if store is None:
             raise StoreAway("no Redis is configured")
-        packed, dropped = b"", None
+        packed = b""
         if limits is not None:
             packed = reserve_args(limits, tokens=tokens, lease=entry.lease, enforce=self._mode == "enforce")
-            if not nothing_to_settle(limits):
-                # A caller who leaves meanwhile would otherwise leave behind what was reserved.
-                dropped = partial(self._dropped, entry, limits)
         keys, wanted = [*entry.keys], b""
         if ticket is not None:
             keys += ticket.keys()
             wanted = ticket.args(store.worker)
+        # A caller who leaves meanwhile would otherwise leave behind what was reserved, and the lock.
+        dropped = partial(self._dropped, store, entry, limits, ticket)
         said, found = await store.script(ENTER, keys, [packed, wanted], dropped)
         if limits is not None:
             self._reserved(entry, limits, said)
@@ -176,9 +175,19 @@ class Limiter:
         if limits.concurrency and entry.verdict.accepted:
             self._leases[entry.lease] = entry.keys[1]
 
-    def _dropped(self, entry: Entry, limits: Limits, reply: Any) -> None:
-        self._reserved(entry, limits, reply[0])
-        self.leave(entry, 0)
+    def _dropped(
+        self, store: Store, entry: Entry, limits: Limits | None, ticket: Ticket | None, reply: Any
+    ) -> None:
+        said, found = reply
+        if limits is not None:
+            self._reserved(entry, limits, said)
+            self.leave(entry, 0)
+        # without a look-up somebody else may hold the lock
+        if found and ticket is not None and ticket.policy.lookup and lookup_of(found).state == "lead":
+            try:
+                store.script_only(LEAVE, ticket.keys(), [store.worker, "", 1, ""])
+            except StoreAway as error:  # it ends by itself
+                log.debug("a lock could not be given back: %s", error)
 
     def _without_redis(self, entry: Entry, limits: Limits, tokens: int) -> None:
         self.degraded = True

@@ -90,7 +90,7 @@ TABLE: dict[str, Series] = {
         ),
         _histogram(
             "truthgpt_overhead_seconds", "endpoint", OVERHEAD_S,
-            "The gateway's own part of a request: its duration less the time spent waiting for Triton.",
+            "The gateway's own part of a request before Triton is asked; of one that is answered without it, all.",
             "above 5 ms at the median: the machine is too busy, or Redis slow",
         ),
         _histogram("truthgpt_stage_seconds", "stage", STAGE_S, "Time in each stage of the request path."),

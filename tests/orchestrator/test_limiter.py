@@ -131,11 +131,11 @@ async def test_a_place_that_was_given_back_is_not_renewed(server: RealRedis, mon
 
 
 async def test_a_caller_who_leaves_while_it_is_counted_holds_no_place(server: RealRedis) -> None:
-    """Cancelled in the middle of the round trip, a request gives back what it had reserved."""
+    """Cancelled in the middle of the round trip, a request gives back what it had reserved, and its flight's lock."""
     caller = replace(CALLER, limits=Limits(tokens_per_minute=100, concurrency=1))
     async with connected(server) as store:
         limiter = Limiter(store, "enforce", "local", 1)
-        task = asyncio.create_task(enter(limiter, caller, tokens=100))
+        task = asyncio.create_task(enter(limiter, caller, tokens=100, ticket=TICKET))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         task.cancel()
@@ -150,6 +150,7 @@ async def test_a_caller_who_leaves_while_it_is_counted_holds_no_place(server: Re
             return True
 
         await eventually(free)
+        assert not await store.call("EXISTS", TICKET.keys()[1])
 
 
 @pytest.mark.parametrize("loss", ["fail_open", "fail_closed", "local"])
