@@ -130,7 +130,8 @@ def plot(result: dict[str, Any], path: Path) -> bool:
     for axis, (title, run, key) in zip(axes, charts, strict=True):
         values = [result["systems"][name].get(run, {}).get(key) or 0 for name in names]
         drawn = axis.bar(names, values, color=["#2b7a3d" if name == "ours" else "#9aa5b1" for name in names])
-        axis.bar_label(drawn, labels=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values], fontsize=8)
+        labels = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+        axis.bar_label(drawn, labels=labels, fontsize=8)
         axis.set_title(title, fontsize=10)
         if any(value > 0 for value in values):
             axis.set_yscale("log")
