@@ -96,8 +96,11 @@ def test_sixty_four_clients_on_four_slots(stack: Stack):
 
 def test_a_full_queue_refuses_at_once(stack: Stack):
     """With 4 running and 80 waiting the next request gets resource_exhausted, over the gateway 503 with Retry-After."""
-    clients = [raw_stream(stack) for _ in range(84)]
+    clients = [raw_stream(stack) for _ in range(4)]
     try:
+        # else the queue could be full before the first ones have left it for their slots
+        wait_until(lambda: stack.load()["running"] == 4, 10, "every slot is taken")
+        clients += [raw_stream(stack) for _ in range(80)]
         wait_until(lambda: stack.load()["waiting"] == 80, 10, "the queue is full")
         _, events = generate(stack)
         assert events[0]["error"].startswith("resource_exhausted: ") and "max_queue" in events[0]["error"]
