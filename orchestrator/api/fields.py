@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,20 @@ def stop(fields: dict[str, Any]) -> tuple[str, ...]:
             f"un texto o una lista de hasta {MAX_STOPS} textos de 1 a {MAX_STOP_CHARS} caracteres",
         )
     return tuple(stops)
+
+
+def sampling(
+    temperature: tuple[float, float], seed: tuple[int, int]
+) -> dict[str, Callable[[dict[str, Any]], object]]:  # fmt: skip
+    """How each parameter is read where it is given, by its name; else it has its default. Both ends are included."""
+    return {
+        "max_tokens": lambda fields: integer(fields, "max_tokens", *MAX_TOKENS),
+        "temperature": lambda fields: number(fields, "temperature", *temperature, 1.0),
+        "top_p": top_p,
+        "top_k": lambda fields: max(0, integer(fields, "top_k", *TOP_K) or 0),
+        "seed": lambda fields: integer(fields, "seed", *seed),
+        "stop": stop,
+    }
 
 
 def top_p(fields: dict[str, Any]) -> float:

@@ -5,15 +5,13 @@ The names, their ranges and which of two wins are those of docs/protocol.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from orchestrator.api import policy
 from orchestrator.api.bodies import json_value
 from orchestrator.api.fields import (
-    MAX_TOKENS,
-    TOP_K,
     Defaults,
     boolean,
     integer,
@@ -21,8 +19,7 @@ from orchestrator.api.fields import (
     number,
     prompt,
     required,
-    stop,
-    top_p,
+    sampling,
     unknown,
     wrong,
 )
@@ -52,16 +49,7 @@ MAX_TIMEOUT_S = 86_400.0
 _KNOWN = frozenset((*TEXTS, *FLAGS, *SAMPLING, *KSERVE))
 _TENSORS = frozenset((*TEXTS, *FLAGS))
 _RETURNED = {f"return_{name}": name for name in OUTPUTS if name != "text_output"}
-# How each is read where it is given; else it has its default.
-_READ: Mapping[str, Callable[[dict[str, Any]], object]] = {
-    "max_tokens": lambda fields: integer(fields, "max_tokens", *MAX_TOKENS),
-    "temperature": lambda fields: number(fields, "temperature", *TEMPERATURE, 1.0),
-    "top_p": top_p,
-    "top_k": lambda fields: max(0, integer(fields, "top_k", *TOP_K) or 0),
-    "seed": lambda fields: integer(fields, "seed", *SEED),
-    "stop": stop,
-    "stream": lambda fields: boolean(fields, "stream"),
-}
+_READ = sampling(TEMPERATURE, SEED)
 
 
 class Asked(Protocol):
@@ -101,16 +89,16 @@ def generate(body: dict[str, Any], asked: Asked, model: Model, defaults: Default
         if name in _KNOWN and value is not None:
             one = isinstance(value, list) and len(value) == 1 and name in _TENSORS
             fields[name] = value[0] if one else value  # a tensor of one element may be a list of one
-    sampling = fields.pop("sampling_parameters", None) or {}
-    if isinstance(sampling, str):
+    given = fields.pop("sampling_parameters", None) or {}
+    if isinstance(given, str):
         not_json = Text("sampling_parameters is not valid JSON.", "sampling_parameters no es JSON válido.")
-        sampling = json_value(sampling.encode(), not_json, "sampling_parameters")
-    if not isinstance(sampling, dict):
+        given = json_value(given.encode(), not_json, "sampling_parameters")
+    if not isinstance(given, dict):
         raise wrong("sampling_parameters", "a JSON object", "un objeto JSON")
-    for name in sampling:
+    for name in given:
         if name not in SAMPLING and name not in PROMPTS:
             raise unknown(name, (*SAMPLING, *PROMPTS))
-    fields |= {name: value for name, value in sampling.items() if value is not None}
+    fields |= {name: value for name, value in given.items() if value is not None}
     if boolean(fields, "return_logprobs"):
         raise InvalidRequest(
             Text("return_logprobs is not supported here.", "return_logprobs no está disponible aquí."),
@@ -132,7 +120,8 @@ def generate(body: dict[str, Any], asked: Asked, model: Model, defaults: Default
     for name, read in _READ.items():
         if name in fields:
             values[name] = read(fields)
-    request = made(GenerateRequest, **values, timeout_s=_timeout_s(fields), **_prompt(fields))
+    stream, timeout_s = boolean(fields, "stream"), _timeout_s(fields)
+    request = made(GenerateRequest, **values, stream=stream, timeout_s=timeout_s, **_prompt(fields))
     return Call(request, id, frozenset(returned), request.text or "" if echo else "")
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.api.fields import (
     MAX_TOKENS,
-    TOP_K,
     Defaults,
     boolean,
     integer,
     messages,
-    number,
     prompt,
     required,
-    stop,
-    top_p,
+    sampling,
     unknown,
     wrong,
 )
@@ -56,15 +53,7 @@ NEUTRAL_CHAT: Mapping[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 
-# How each is read where it is given; else it has its default.
-_SAMPLING: Mapping[str, Callable[[dict[str, Any]], object]] = {
-    "max_tokens": lambda fields: integer(fields, "max_tokens", *MAX_TOKENS),
-    "temperature": lambda fields: number(fields, "temperature", *TEMPERATURE, 1.0),
-    "top_p": top_p,
-    "top_k": lambda fields: max(0, integer(fields, "top_k", *TOP_K) or 0),
-    "seed": lambda fields: integer(fields, "seed", *SEED),
-    "stop": stop,
-}
+_SAMPLING = sampling(TEMPERATURE, SEED)
 
 
 @dataclass(slots=True)
