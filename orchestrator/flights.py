@@ -34,7 +34,10 @@ _GONE_WAIT_S = 0.02  # doubled with each of them
 
 
 class Flight:
-    """One caller's part in a flight: its chunks from the beginning, whenever the caller joined. Close it to leave."""
+    """One caller's part in a flight: its chunks from the beginning, whenever the caller joined. Close it to leave.
+
+    Raises TruthGPTError: what ended the answer.
+    """
 
     def __init__(self, run: _Run | _Alone, joined: bool) -> None:
         self._run, self._joined, self._at = run, joined, 0
@@ -50,10 +53,6 @@ class Flight:
     def outcome(self) -> Outcome:
         """Settled when the first chunk is there."""
         return self._run.cast.outcome
-
-    def chunks(self) -> Flight:
-        """The iterator; use it with contextlib.aclosing. Raises TruthGPTError: what ended the answer."""
-        return self
 
     def __aiter__(self) -> Flight:
         return self
@@ -197,11 +196,12 @@ class Flights:
                 await asyncio.sleep(_STORING_S)
 
     async def _fly(self, run: _Run, lookup: Lookup) -> None:
-        well = False
+        entry = None
         try:
-            well = await _made(run.cast, partial(self._make, run, lookup))
+            if await _made(run.cast, partial(self._make, run, lookup)) and run.leads:
+                entry = self._entry(run)
         finally:
-            self._leave(run, self._entry(run) if well and run.leads else None)
+            self._leave(run, entry)  # also where it cannot be stored, or it would stay listed and its lock be renewed
             # The task keeps what cancelled it, that this frame, and this frame the run with all of its answer.
             run.task = None
 

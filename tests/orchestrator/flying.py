@@ -101,7 +101,7 @@ class Replica:
 async def read(flight: Flight, pause_s: float = 0.0) -> str:
     """The rest of a flight's answer, left at its end; it must have ended properly."""
     chunks = []
-    async with aclosing(flight.chunks()):
+    async with aclosing(flight):
         async for chunk in flight:
             chunks.append(chunk)
             await asyncio.sleep(pause_s)

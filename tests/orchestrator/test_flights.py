@@ -262,6 +262,19 @@ async def test_an_answer_over_the_bound_is_not_stored(server: RealRedis) -> None
         assert len(await stored(worker)) == 1
 
 
+async def test_an_answer_that_cannot_be_stored_is_given_and_forgotten(
+    one: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong in making its entry, nobody joins the flight afterwards, and its lock is given back."""
+    monkeypatch.setattr("orchestrator.flights.encode", lambda *_: 1 / 0)
+    flight = await one.join()
+    one.upstream.go()
+    assert await read(flight) == ANSWER
+    await until(lambda: not one.flights._running)
+    await locked(one, 0)
+    assert await stored(one) == []
+
+
 async def test_policies(one: Replica) -> None:
     """no-cache asks anew, alone, and stores; no-store leaves no trace; max-age bounds the age."""
     one.upstream.go()
