@@ -32,5 +32,5 @@ def test_a_leak_is_found() -> None:
     leaking = {"PYTHONPATH": path, "SOAK_LEAK_BYTES": "16384", "SOAK_LEAK_FILE_EVERY": "60"}
     report = engine.run(seconds=8, rate=100, environ=leaking)
     growing = {figure for figure, found in report.findings.items() if not found.flat}
-    assert growing == {(f"worker {number}", what) for number in (1, 2) for what in ("uss", "files")}, report.problems
+    assert growing == {(f"worker {number}", what) for number in (1, 2) for what in ("memory", "files")}, report.problems
     assert sum("grows by" in problem for problem in report.problems) == 4

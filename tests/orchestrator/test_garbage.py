@@ -166,6 +166,7 @@ async def test_no_request_waits_for_the_garbage_collector(fake: FakeTriton, redi
     fake.other_backends = {"plain"}
     fake.script = answer("Hola", "!")
     settings = {"redis_url": redis_server.url, "sanitize": "reject", "breaker_failures": 1000, "retries": 0}
+    settings |= {"heartbeat_timeout_s": 20.0, "stall_s": 20.0}  # collecting all that a test process has takes a while
     async with serving(fake, grpc=True, max_batch_size=2, **settings) as stack, stub(stack.grpc) as calls:
         asked, left = Asked(stack, calls), {}
         for name in WAYS:

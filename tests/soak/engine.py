@@ -30,7 +30,7 @@ LIMITED = {"per_minute": 20, "tokens_per_minute": 100_000}
 ANSWER_TTL_S = 5  # so short that as many answers expire as are stored
 KIB, MIB = 1 << 10, 1 << 20
 BOUNDS: dict[str, Bound] = {
-    "uss": Bound(slope=512 * KIB, rise=1.5 * MIB),
+    "memory": Bound(slope=512 * KIB, rise=1.5 * MIB),
     "files": Bound(slope=1, rise=1),
     "sockets": Bound(slope=1, rise=15),  # up to 40 clients at once come and go, more of them on a busy machine
     "threads": Bound(slope=1, rise=1),
@@ -168,5 +168,6 @@ async def _soak(traffic: Traffic, sampler: Sampler, seconds: float, progress: Ca
 
 def unseen(findings: Mapping[Figure, Finding]) -> list[str]:
     """What should have been looked at and was not, a line each: nothing of it can have grown."""
-    wanted = [(f"worker {number}", "uss") for number in range(1, WORKERS + 1)] + [("shm", "regions"), ("shm", "bytes")]
+    workers = [(f"worker {number}", "memory") for number in range(1, WORKERS + 1)]
+    wanted = [*workers, ("shm", "regions"), ("shm", "bytes")]
     return [f"{who} {what} was not seen" for who, what in wanted if not getattr(findings.get((who, what)), "peak", 0)]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .engine import Progress, Report
 
-BYTES = {"uss", "pss", "bytes", "used"}
+BYTES = {"memory", "bytes", "used"}
 
 
 def _shown(what: str, value: float) -> str:
@@ -20,10 +20,10 @@ def _shown(what: str, value: float) -> str:
 def moment(now: Progress) -> Table:
     """What every process holds now."""
     table = Table(title=f"{now.requests:,} requests, {now.wrong} wrong answers", title_justify="left")
-    for heading in ("process", "memory (USS)", "files", "sockets", "threads"):
+    for heading in ("process", "memory", "files", "sockets", "threads"):
         table.add_column(heading, justify="left" if heading == "process" else "right")
-    for who in dict.fromkeys(who for who, what in now.sample if what == "uss"):
-        table.add_row(who, *(_shown(what, now.sample[who, what]) for what in ("uss", "files", "sockets", "threads")))
+    for who in dict.fromkeys(who for who, what in now.sample if what == "memory"):
+        table.add_row(who, *(_shown(what, now.sample[who, what]) for what in ("memory", "files", "sockets", "threads")))
     others = {
         (who, what): value
         for (who, what), value in now.sample.items()

@@ -45,12 +45,13 @@ def test_too_few_requests_are_a_problem() -> None:
 def test_what_was_not_sampled_is_a_problem() -> None:
     """Both workers and the regions of shared memory must have been there to be looked at."""
     flat = judge(series(60, 100, 5, 0, 0, 1), BOUNDS["files"])
-    figures = {("worker 1", "uss"): flat, ("worker 2", "uss"): flat, ("shm", "regions"): flat, ("shm", "bytes"): flat}
+    seen = (("worker 1", "memory"), ("worker 2", "memory"), ("shm", "regions"), ("shm", "bytes"))
+    figures = dict.fromkeys(seen, flat)
     assert unseen(figures) == []
     none = judge(series(60, 100, 0, 0, 0, 1), BOUNDS["regions"])
     assert unseen({**figures, ("shm", "regions"): none}) == ["shm regions was not seen"]
-    del figures["worker 2", "uss"]
-    assert unseen(figures) == ["worker 2 uss was not seen"]
+    del figures["worker 2", "memory"]
+    assert unseen(figures) == ["worker 2 memory was not seen"]
 
 
 @pytest.mark.parametrize("what", ["files", "threads", "regions", "keys"])
