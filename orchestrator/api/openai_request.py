@@ -175,6 +175,7 @@ def _call(fields: dict[str, Any], exchange: Exchange, defaults: Defaults, **prom
         if name not in STREAM_OPTIONS:
             shown = f"stream_options.{name[:100]}"
             raise InvalidRequest(Text(f"Unknown parameter: {shown!r}.", f"Parámetro desconocido: {shown!r}."), shown)
+    wanted = {name: boolean(options, name, f"stream_options.{name}") for name in options}
     values: dict[str, Any] = {
         "id": exchange.id, "model": fields["model"], "accepted_at": exchange.accepted_at, "stream": stream,
         "temperature": defaults.temperature, "task": task(exchange.headers, ""),
@@ -184,4 +185,4 @@ def _call(fields: dict[str, Any], exchange: Exchange, defaults: Defaults, **prom
         if name in fields:
             values[name] = read(fields)
     request = made(GenerateRequest, **values, **prompt)
-    return Call((request,), stream and boolean(options, "include_usage", "stream_options.include_usage"))
+    return Call((request,), wanted.get("include_usage", False))

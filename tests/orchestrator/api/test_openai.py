@@ -151,6 +151,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": []}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stream": True, "stream_options": {"include_obfuscation": {}}}, "stream_options.include_obfuscation"),
     ({"stream": True, "stream_options": {"inclde": 1}}, "stream_options.inclde"),
     ({"n": 2}, "n"),
     ({"n": True}, "n"),
