@@ -176,15 +176,27 @@ def _arguments(process: psutil.Process) -> list[str]:
         return []
 
 
+def _parent(process: psutil.Process) -> int:
+    """The number of its parent, 0 when it has just ended."""
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return 0
+
+
 def orphans(prefix: str) -> list[psutil.Process]:
     """Stubs, of any parent, that work on regions with this prefix: what a killed server left behind."""
     return [p for p in psutil.process_iter() if _is_stub(p, None) and any(a.startswith(prefix) for a in _arguments(p))]
 
 
 def servers(prefix: str) -> list[psutil.Process]:
-    """Servers, of any parent, that were told to use this prefix."""
+    """Servers, of any parent, that were told to use this prefix.
+
+    A server's child that has not yet become a stub still has its arguments, and is none.
+    """
     wanted = _shm_option(prefix)
-    return [p for p in psutil.process_iter() if wanted in _arguments(p)]
+    found = {process.pid: process for process in psutil.process_iter() if wanted in _arguments(process)}
+    return [process for process in found.values() if _parent(process) not in found]
 
 
 def _shm_option(prefix: str) -> str:

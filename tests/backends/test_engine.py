@@ -27,7 +27,7 @@ def make_engine():
             engine.close(0.2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     requests=st.lists(
         st.tuples(st.lists(st.integers(0, 49), min_size=1, max_size=20), st.integers(1, 12), st.booleans()),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,6 +12,7 @@ from typing import Any, Self
 
 import aiohttp
 
+from tests.clock import awake
 from tests.counting import WORDS
 
 PAUSE_S = 0.02  # of a client after a refusal
@@ -21,7 +21,7 @@ TIMEOUT_S = 15.0
 
 @dataclass(frozen=True)
 class Sample:
-    """One request: when it began (monotonic), seconds to its headers, and how it ended.
+    """One request: when it began (`awake`), seconds to its headers, and how it ended.
 
     `outcome` is ok, in-band (an error inside a stream), the code of a refusal, or what no client may ever see.
     """
@@ -61,19 +61,19 @@ class Load:
 
     async def during(self, seconds: float) -> list[Sample]:
         """Every request that begins within the next `seconds`."""
-        return await self.since(time.monotonic(), seconds)
+        return await self.since(awake(), seconds)
 
     async def since(self, began: float, seconds: float) -> list[Sample]:
         """Every request that began from a moment until `seconds` from now, once all of them have ended."""
         await asyncio.sleep(seconds)
-        ended = time.monotonic()
+        ended = awake()
         while any(start <= ended for start in self._asking.values()):  # noqa: ASYNC110  clients come and go
             await asyncio.sleep(0.01)
         return [sample for sample in self.samples if began <= sample.began <= ended]
 
     async def _client(self, number: int) -> None:
         while self._going:
-            self._asking[number] = began = time.monotonic()
+            self._asking[number] = began = awake()
             sample = await self._ask(began, stream=number % 2 == 0)
             self.samples.append(sample)
             del self._asking[number]
@@ -89,11 +89,11 @@ class Load:
         status, at = 0, began
         try:
             async with self._http.post(f"{self.url}/v1/completions", json=body) as response:
-                status, at = response.status, time.monotonic()
+                status, at = response.status, awake()
                 outcome = outcome_of(status, await response.read(), stream)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             outcome = f"{type(error).__name__}: {error}"
-            at = time.monotonic()
+            at = awake()
         return Sample(began, at - began, status, outcome)
 
 
@@ -121,7 +121,7 @@ def slowest_s(samples: list[Sample]) -> float:
 
 async def until(check: Any, timeout_s: float, what: str) -> None:
     """Wait, without holding up the loop, for a check that may block. Fails after the time-out."""
-    began = time.monotonic()
+    began = awake()
     while not await asyncio.to_thread(check):
-        assert time.monotonic() - began < timeout_s, f"not within {timeout_s} s: {what}"
+        assert awake() - began < timeout_s, f"not within {timeout_s} s: {what}"
         await asyncio.sleep(0.02)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 
 import pytest
+
+from tests.clock import awake
 
 from .stack import Stack, kill, wait_until
 
@@ -31,7 +32,7 @@ class Watcher(threading.Thread):
                 self.events.append(event)
         except OSError as error:
             self.events.append(error)
-        self.ended_at = time.monotonic()
+        self.ended_at = awake()
         self.stream.close()
 
 
@@ -67,7 +68,7 @@ def test_a_dead_or_stopped_process_is_an_error_then_unready_then_back(stack: Sta
         wait_until(lambda w=watcher: len(w.events) > 3, 5, "the stream runs")
 
     kill(stack.pid(victim), sig)
-    began = time.monotonic()
+    began = awake()
     wait_until(lambda: not stack.ready(), UNREADY_S, "readiness is false")
     for watcher in watchers:
         watcher.join(ERROR_S + 1)
@@ -78,7 +79,7 @@ def test_a_dead_or_stopped_process_is_an_error_then_unready_then_back(stack: Sta
         status, headers, body = stack.request("POST", "/v1/completions", {"model": stack.model, "prompt": "one"})
         assert status == 503 and b"error" in body and int(headers["retry-after"]) >= 1
 
-    wait_until(stack.ready, BACK_S - (time.monotonic() - began), "ready again")
+    wait_until(stack.ready, BACK_S - (awake() - began), "ready again")
     assert_answers(stack)
     assert len(stack.leftovers()) == len(set(stack.leftovers()))
     regions = [name for name in stack.leftovers() if name.startswith("truthgpt_") and " " not in name]

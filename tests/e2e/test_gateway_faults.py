@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.clock import awake
 from tests.counting import write_entry
 
 from .load import Load, outcomes, slowest_s, until
@@ -24,6 +25,7 @@ from .stack import Stack, kill
 
 REDIS_MAY_COST_S = 0.05
 BACK_S = 15.0
+STOOD_STILL_S = 0.3  # of the machine
 ERROR_S = 2.0  # clients of a dead model get an error within
 REQUEST_LIMITS = ("--per-minute", "1000000", "--per-hour", "10000000")  # counted, and out of reach
 TOKEN_LIMITS = ("--tokens-per-minute", "100000000", "--tokens-per-day", "1000000000")
@@ -96,7 +98,8 @@ async def test_a_paused_redis_delays_and_fails_no_request(well: Guarded, pause_s
     """SIGSTOP under load: every request is answered, and none waits 50 ms longer than before; a key that is not known
     is told to come back, and not that it is wrong.
     """
-    for _ in range(3):  # other work on the machine can only add time: one clean measurement proves the bound
+    for _ in range(6):  # other work on the machine can only add time: one clean measurement proves the bound
+        lost_s = awake.lost_s()
         async with well.load(well.counted) as load:
             before = await load.during(pause_s / 2)
             redis = well.stack.pid("redis")
@@ -109,6 +112,8 @@ async def test_a_paused_redis_delays_and_fails_no_request(well: Guarded, pause_s
                 kill(redis, signal.SIGCONT)
             await until(lambda: well.redis_up(True), 5, "Redis is back")
             after = await load.during(0.3)
+        if awake.lost_s() - lost_s > STOOD_STILL_S:  # Triton's heartbeats may have been missed
+            continue
         assert outcomes([*before, *during, *after]).keys() == {"ok"}, outcomes(during)
         assert (status, "retry-after" in {name.lower() for name in headers}) == (503, True), body
         assert well.stack.pid("redis") == redis and len(during) > 20
@@ -124,7 +129,7 @@ async def test_a_killed_redis_fails_no_request_and_keeps_the_keys(well: Guarded)
     redis = well.stack.pid("redis")
     await asyncio.sleep(max(0.0, well.made_at + AOF_S - time.monotonic()))
     async with well.load(well.counted) as load:
-        began = time.monotonic()
+        began = awake()
         kill(redis, signal.SIGKILL)
         await until(lambda: well.stack.pid("redis") != redis and well.redis_up(True), BACK_S, "Redis is back")
         seen = await load.since(began, 0.5)
@@ -146,7 +151,7 @@ async def test_a_model_killed_under_load_is_left_alone_and_comes_back(well: Guar
     written = log.stat().st_size
     async with well.load(well.counted, clients=16) as load:
         healthy = await load.during(0.3)
-        began = time.monotonic()
+        began = awake()
         kill(well.stack.pid(victim), signal.SIGKILL)
         await until(lambda: not well.stack.ready(), 3, "readiness is false")
         await until(well.ready, BACK_S, "ready again")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from orchestrator.gateway import Gateway
 from orchestrator.server import Server
 from orchestrator.settings import Settings
 from orchestrator.worker import build
+from tests.clock import awake
 from tests.redis import RealRedis
 
 from .fake_triton import FakeTriton
@@ -68,25 +68,25 @@ class Stack:
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> float:
     """Wait for a condition; the seconds it took. Fails after the time-out."""
-    began = time.monotonic()
+    began = awake()
     while not condition():
-        assert time.monotonic() - began < timeout_s, "the condition did not come true"
+        assert awake() - began < timeout_s, "the condition did not come true"
         await asyncio.sleep(0.005)
-    return time.monotonic() - began
+    return awake() - began
 
 
 async def eventually(check: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:
     """Wait for an asynchronous condition. Fails after the time-out."""
-    began = time.monotonic()
+    began = awake()
     while not await check():
-        assert time.monotonic() - began < timeout_s, "the condition did not come true"
+        assert awake() - began < timeout_s, "the condition did not come true"
         await asyncio.sleep(0.02)
 
 
 @asynccontextmanager
 async def serving(fake: FakeTriton, wait: bool = True, **changes: Any) -> AsyncIterator[Stack]:
     """The real application under uvicorn in front of this fake, with short intervals."""
-    quick = {"heartbeat_interval_s": 0.03, "heartbeat_timeout_s": 0.4, "stall_s": 0.6, "drain_s": 2.0}
+    quick = {"heartbeat_interval_s": 0.03, "heartbeat_timeout_s": 2.0, "stall_s": 2.0, "drain_s": 2.0}
     quick |= {"audit": False, "grpc": False, "grpc_port": 0}
     settings = replace(Settings(), triton_http_port=fake.port, **{**quick, **changes})
     # asyncio switches Nagle's algorithm off only where the protocol is named

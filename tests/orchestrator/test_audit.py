@@ -28,6 +28,7 @@ from orchestrator.fingerprint import KEY_FILE, Fingerprint
 from orchestrator.ops.auditcheck import Report, verify
 from orchestrator.ops.auditread import lines
 from orchestrator.settings import Settings
+from tests.clock import awake
 from tests.e2e.stack import free_ports
 
 from .conftest import serving
@@ -105,12 +106,10 @@ def test_a_sink_that_cannot_write_holds_up_nobody_and_counts(tmp_path: Path, cap
         fcntl.flock(held, fcntl.LOCK_EX)
         made = sink(tmp_path, lock_s=0.01, queued=100)
         until(lambda: made.state == "degraded")
-        slowest = 0.0
+        began = awake()
         for _ in range(500):
-            began = time.thread_time()
             made.record(RECORD)
-            slowest = max(slowest, time.thread_time() - began)
-        assert slowest < 0.005
+        assert awake() - began < 2.0  # it would be 5 s, if each waited for the lock
         assert "another writer" in made.reason and 250 <= made.lost_total <= 400
         assert made.health() == {"state": "degraded", "reason": made.reason, "lost": made.lost_total}
     until(lambda: made.state == "ok")
@@ -217,9 +216,9 @@ def test_an_end_that_cannot_write_says_what_is_lost(tmp_path: Path, caplog: pyte
         made = sink(tmp_path, lock_s=0.05)
         for _ in range(7):
             made.record(RECORD)
-        began = time.monotonic()
+        began = awake()
         made.close(1.0)
-        assert time.monotonic() - began < 1.5
+        assert awake() - began < 1.5
     assert "the audit log ends without 8 events" in caplog.text  # and one of its own
 
 
@@ -276,10 +275,14 @@ def test_a_process_that_was_killed_is_known_to_have_been(tmp_path: Path) -> None
 def test_handing_over_is_cheap(tmp_path: Path) -> None:
     """Handing a request over costs the event loop's thread microseconds, whatever writing it costs another."""
     made = Audit(AuditLog(tmp_path, PRINTS, 1 << 20), PRINTS)
-    began = time.thread_time()
-    for _ in range(5000):
-        made.record(RECORD)
-    assert (time.thread_time() - began) / 5000 < 20e-6
+
+    def spent_s() -> float:
+        began = time.thread_time()
+        for _ in range(250):
+            made.record(RECORD)
+        return (time.thread_time() - began) / 250
+
+    assert min(spent_s() for _ in range(20)) < 20e-6
 
 
 def test_a_log_of_another_key_is_found_at_the_start(tmp_path: Path) -> None:

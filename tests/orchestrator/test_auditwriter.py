@@ -52,7 +52,7 @@ def rows(home: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in lines(folder_of(home))]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 1500), max_size=6), st.booleans()), max_size=8),
     st.integers(300, 6000),
@@ -141,7 +141,7 @@ def test_processes_at_once_and_one_that_is_killed(home: Path) -> None:
     assert found["killed"] == list(range(len(found["killed"]))) and len(found["killed"]) >= acknowledged
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 6), st.integers(1, 400), st.sampled_from([1 << 20, 600]), st.booleans())
 def test_a_torn_end_is_recovered_and_said(count: int, kept: int, max_bytes: int, zeros: bool) -> None:
     """Whatever a killed writer left of its last line is no alarm; the next one cuts it off and says how much it was."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,6 +11,7 @@ from orchestrator.domain import Model
 from orchestrator.errors import Draining, ModelNotFound, UpstreamUnavailable
 from orchestrator.health import Health
 from orchestrator.triton import Deadlines, Triton
+from tests.clock import awake
 
 from .conftest import until
 from .fake_triton import FakeTriton
@@ -55,7 +55,7 @@ async def test_faults_turn_it_unready_and_back(health: Health, fake: FakeTriton,
     """A dead stub, a stopped or killed server and an engine stuck in a step: unready in time, ready again after."""
     await ready(health, "m")
     port = fake.port
-    began = time.monotonic()
+    began = awake()
     if fault == "error":
         fake.beat_error = "Stub process 'm' is not healthy."
     elif fault == "stopped":
@@ -65,7 +65,7 @@ async def test_faults_turn_it_unready_and_back(health: Health, fake: FakeTriton,
     else:
         await fake.stop()
     await until(lambda: not health.ready)
-    assert time.monotonic() - began < 0.6
+    assert awake() - began < 0.6
     with pytest.raises(UpstreamUnavailable):
         await ready(health, "m")
     if fault == "killed":

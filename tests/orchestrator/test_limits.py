@@ -147,7 +147,7 @@ SCHEDULE = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(LIMITS, SCHEDULE)
 def test_never_over_the_limit_and_never_refused_for_nothing(
     client: redis.Redis, limits: Limits, schedule: list[tuple[int, int, int | None, float]]

@@ -88,7 +88,7 @@ def chunks_of(count: int) -> list[Chunk]:
     return [*made, Chunk("", 0, 5, "stop")]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**32), st.integers(0, 30), st.booleans())
 def test_an_answer_arrives_over_a_bad_bus(seed: int, count: int, fails: bool) -> None:
     """Whatever is lost or comes twice, the follower gets exactly the leader's chunks, and the error if there is one."""

@@ -90,7 +90,7 @@ records = st.fixed_dictionaries(
 ).map(lambda changes: record(**changes))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 3), records), max_size=30))
 def test_the_workers_together_are_one(requests: list[tuple[int, Any]]) -> None:
     """However requests are spread over workers, the sums are what one process would have counted of them all."""
@@ -119,7 +119,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(steps)
 def test_no_total_goes_back(steps: list[tuple[str, int, Any]]) -> None:
     """However workers speak, fall silent, die and are replaced, no counter falls, and what was heard of counts."""

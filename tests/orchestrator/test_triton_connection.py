@@ -94,7 +94,7 @@ async def test_a_kept_connection_that_dies_is_forgotten() -> None:
         assert server.connections == 2
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cuts=st.lists(st.integers(0, 90), max_size=8))
 def test_a_chunked_body_cut_anywhere(cuts: list[int]) -> None:
     """However the bytes arrive, status, headers and body are the same."""

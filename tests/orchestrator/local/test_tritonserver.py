@@ -83,6 +83,24 @@ def test_preparing_twice_gives_the_same_folder(tmp_path: Path):
     assert not (folder / "inflight" / "stale.py").exists()
 
 
+def test_a_child_that_is_not_yet_a_stub_is_no_server(prefix: str):
+    """Between a server's fork and its exec there are two processes with its arguments; only the older is the server."""
+    script = "import os, time; child = os.fork(); print('up', flush=True); time.sleep(60)"
+    option = f"--backend-config=python,shm-region-prefix-name={prefix}"
+    server = subprocess.Popen([sys.executable, "-c", script, option], stdout=subprocess.PIPE)
+    assert server.stdout
+    with server, server.stdout as out:
+        children = []
+        try:
+            assert (out.readline(), out.readline()) == (b"up\n", b"up\n")
+            children = psutil.Process(server.pid).children()
+            assert [child.cmdline()[-1] for child in children] == [option]
+            assert [found.pid for found in tritonserver.servers(prefix)] == [server.pid]
+        finally:
+            for process in [*children, server]:
+                process.kill()
+
+
 @pytest.mark.parametrize(
     ("machine", "libc", "words"),
     [("aarch64", ("glibc", "2.36"), "x86-64"), ("x86_64", ("glibc", "2.31"), "2.35"), ("x86_64", ("", ""), "glibc")],

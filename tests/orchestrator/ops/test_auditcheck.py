@@ -53,7 +53,7 @@ def test_the_original_is_good(original: Path) -> None:
     assert (report.lines, report.first, report.last.seq, report.last) == (LINES, 1, LINES, report.head)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_changed_byte_is_found(original: Path, data: st.DataObject) -> None:
     """There is no byte in any file, `head` included, that can be another one."""
@@ -66,7 +66,7 @@ def test_any_changed_byte_is_found(original: Path, data: st.DataObject) -> None:
     assert check(files).broken is not None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_line_removed_put_in_exchanged_or_moved_is_found(original: Path, data: st.DataObject) -> None:
     """Removing lines, repeating one, exchanging two, or removing a file breaks the chain, wherever it is done."""
@@ -90,7 +90,7 @@ def test_any_line_removed_put_in_exchanged_or_moved_is_found(original: Path, dat
     assert check({**head, **{name: b"".join(lines) for name, lines in files.items()}}).broken is not None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_end_cut_off_is_found(original: Path, data: st.DataObject) -> None:
     """However much is cut off the end, in the middle of a line too, `head` knows that there was more."""

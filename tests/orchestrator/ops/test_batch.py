@@ -35,7 +35,7 @@ async def test_the_output_has_the_order_of_the_input(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_whatever_is_left_each_line_is_there_once(data: st.DataObject) -> None:
     """A partial file that is cut at any byte resumes to the same output: every line once, and only what lacks is

@@ -64,7 +64,7 @@ def test_what_is_sent_is_the_body(tmp_path: Path) -> None:
     assert isinstance(only, Line) and json.loads(only.body) == wanted["body"] and only.custom_id == "ñ"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.one_of(st.binary(max_size=40), st.sampled_from([json.dumps(line(c)).encode() for c in "abc"]))))
 def test_any_bytes_are_read(lines: list[bytes]) -> None:
     """No input makes reading fail; the count of lines is the number of results, and no custom_id is asked twice."""

@@ -22,6 +22,7 @@ from orchestrator.ops import checks_machine, checks_stack, doctor
 from orchestrator.ops.finding import Deployment, Finding, Limits, installed
 from orchestrator.ops.keyring import Keyring
 from orchestrator.settings import Settings
+from tests.clock import awake
 from tests.orchestrator.gateway import write_state
 from tests.redis import RealRedis
 
@@ -255,9 +256,9 @@ def test_a_redis_that_is_away(place: Any) -> None:
     """A configured Redis that refuses, or accepts and says nothing, is a fault within seconds, password masked."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         place.set(REDIS_URL=f"redis://:hunter2@127.0.0.1:{server.getsockname()[1]}/0")
-        began = time.monotonic()
+        began = awake()
         silent = checks_stack.check_redis(deployment())
-        assert time.monotonic() - began < 5
+        assert awake() - began < 5
     refusing = checks_stack.check_redis(deployment())
     for found in (silent, refusing):
         fault(found, "does not answer", "TRUTHGPT_REDIS_URL")
@@ -363,9 +364,9 @@ def test_a_check_that_hangs_or_fails_does_not_stop_the_doctor(place: Any) -> Non
         doctor.Check("fails", fail),
         doctor.Check("works", lambda _: Finding("works", True, "")),
     ]
-    began = time.monotonic()
+    began = awake()
     found = doctor.examine(deployment(), checks)
-    assert time.monotonic() - began < 2
+    assert awake() - began < 2
     assert [(finding.name, finding.ok) for finding in found] == [("hangs", False), ("fails", False), ("works", True)]
     assert "0.3 s" in found[0].detail and "RuntimeError: broken" in found[1].detail
     assert all(finding.hint for finding in found[:2])
