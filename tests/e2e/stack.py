@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from orchestrator.local import state, tritonserver
+from tests.clock import awake
 
 COMMAND = [sys.executable, "-m", "orchestrator.cli"]
 
@@ -169,11 +170,11 @@ class Stream:
 
 def wait_until(check: Callable[[], object], timeout_s: float, what: str) -> float:
     """Poll until a check holds and return how long that took; fails after `timeout_s`."""
-    began = time.monotonic()
+    began = awake()
     while not check():
-        assert time.monotonic() - began < timeout_s, f"not within {timeout_s} s: {what}"
+        assert awake() - began < timeout_s, f"not within {timeout_s} s: {what}"
         time.sleep(0.02)
-    return time.monotonic() - began
+    return awake() - began
 
 
 def kill(pid: int, sig: signal.Signals) -> None:
