@@ -20,7 +20,7 @@ class Awake:
 
     def __init__(self) -> None:
         self._passed_s = 0.0
-        self._made = self._looked = time.monotonic()
+        self._looked = time.monotonic()
         self._lock = threading.Lock()
         threading.Thread(target=self._run, name="awake", daemon=True).start()
 
@@ -30,11 +30,6 @@ class Awake:
             self._passed_s += min(now - self._looked, MOST_S)
             self._looked = now
             return self._passed_s
-
-    def lost_s(self) -> float:
-        """Seconds in which it could not, since it was made."""
-        self()
-        return self._looked - self._made - self._passed_s
 
     def _run(self) -> None:
         while True:

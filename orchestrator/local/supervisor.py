@@ -96,11 +96,28 @@ class Supervisor:
         self._redis_url = url
         self._report(f"starting Triton with {self._model}")
         await self._start_triton()
-        if not await self._until(self._model_answers, "triton", f"the model {self._model} did not load"):
+        if not await self._model_loads():
             return False
         self._report("starting the gateway")
         await self._start_gateway()
         return await self._until(self._gateway_ready, "gateway", "the gateway did not become ready")
+
+    async def _model_loads(self) -> bool:
+        """Wait until the model answers. A server that crashes meanwhile gets a second attempt, no third.
+
+        Seen on the real server: where the machine stands still for a second while a stub starts, a lock that they
+        share times out, and the server aborts.
+        """
+        failure = f"the model {self._model} did not load"
+        try:
+            return await self._until(self._model_answers, "triton", failure)
+        except StartError:
+            ended = self._children["triton"].returncode
+            if ended is None or ended >= 0:
+                raise
+            self._report(f"Triton was ended by signal {-ended} while it loaded {self._model}: starting it once more")
+            await self._restart_triton()
+            return await self._until(self._model_answers, "triton", failure)
 
     async def _start_triton(self) -> None:
         argv = tritonserver.command(self._installation, self._settings, [self._model])

@@ -75,10 +75,10 @@ def test_only_who_waited_is_told_of_the_admission(make_engine):
     first, second, third = Collector(), Collector(), Collector()
     engine.submit(sequence([1], 5, first))
     engine.submit(sequence([2, 3, 4], 2, second))
-    assert first.ended.wait(2) and second.ended.wait(2)
+    assert first.ended.wait(5) and second.ended.wait(5)
     time.sleep(0.05)
     engine.submit(sequence([5], 1, third))
-    assert third.ended.wait(2)
+    assert third.ended.wait(5)
     assert (first.admissions, second.admissions, third.admissions) == ([], [0], [])
 
 
@@ -92,7 +92,7 @@ def test_a_cancelled_sequence_frees_its_slot_within_one_step(make_engine):
     engine.submit(sequence([2], 2, second))
     time.sleep(0.05)
     long.cancelled = True
-    assert second.ended.wait(2)
+    assert second.ended.wait(5)
     count = len(first.deltas)
     time.sleep(0.05)
     assert len(first.deltas) == count and not first.ended.is_set()
@@ -108,7 +108,7 @@ def test_cancelling_while_queued_and_while_prefilling_leaves_no_trace(make_engin
         engine.submit(s)
     time.sleep(0.05)
     a.cancelled = b.cancelled = True
-    assert last.ended.wait(2)
+    assert last.ended.wait(5)
     assert not prefilling.deltas and not queued.deltas
     assert engine.load().waiting == 0
 
@@ -120,8 +120,8 @@ def test_a_deadline_ends_running_and_waiting_requests_with_an_error(make_engine)
     running, waiting = Collector(), Collector()
     engine.submit(sequence([1], 150, running, deadline=time.monotonic() + 0.1))
     engine.submit(sequence([2], 5, waiting, deadline=time.monotonic() + 0.05))
-    assert waiting.ended.wait(2) and isinstance(waiting.failure, DeadlineExceeded)
-    assert running.ended.wait(2) and isinstance(running.failure, DeadlineExceeded)
+    assert waiting.ended.wait(5) and isinstance(waiting.failure, DeadlineExceeded)
+    assert running.ended.wait(5) and isinstance(running.failure, DeadlineExceeded)
     assert running.deltas
 
 
@@ -134,10 +134,10 @@ def test_nan_ends_one_request_and_not_its_neighbours(make_engine):
     bad, good, later = Collector(), Collector(), Collector()
     engine.submit(sequence([9, 9], 20, bad))
     engine.submit(sequence([4], 20, good))
-    assert bad.ended.wait(2) and isinstance(bad.failure, Internal) and "not finite" in str(bad.failure)
-    assert good.ended.wait(2) and good.tokens == expected([4], 20)
+    assert bad.ended.wait(5) and isinstance(bad.failure, Internal) and "not finite" in str(bad.failure)
+    assert good.ended.wait(5) and good.tokens == expected([4], 20)
     engine.submit(sequence([4], 3, later))
-    assert later.ended.wait(2) and later.tokens == expected([4], 3)
+    assert later.ended.wait(5) and later.tokens == expected([4], 3)
 
 
 def test_a_failing_step_ends_its_requests_and_not_the_engine(make_engine):
@@ -147,9 +147,9 @@ def test_a_failing_step_ends_its_requests_and_not_the_engine(make_engine):
     engine.start()
     bad, good = Collector(), Collector()
     engine.submit(sequence([7], 3, bad))
-    assert bad.ended.wait(2) and isinstance(bad.failure, Internal) and "session failed" in str(bad.failure)
+    assert bad.ended.wait(5) and isinstance(bad.failure, Internal) and "session failed" in str(bad.failure)
     engine.submit(sequence([4], 3, good))
-    assert good.ended.wait(2) and good.tokens == expected([4], 3)
+    assert good.ended.wait(5) and good.tokens == expected([4], 3)
     assert engine.load().running == 0
 
 

@@ -47,7 +47,6 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(logits, seed
     assert [int(sample(batch, others, randoms)[1]) for _ in range(5)] == alone
 
 
-
 @given(st.sampled_from([0.7, 1.0, 1.5]))
 def test_frequencies_match_the_softmax(temperature):
     """Twenty thousand draws follow the softmax of logits / temperature (chi-squared, far tail)."""

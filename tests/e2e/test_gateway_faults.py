@@ -25,7 +25,6 @@ from .stack import Stack, kill
 
 REDIS_MAY_COST_S = 0.05
 BACK_S = 15.0
-STOOD_STILL_S = 0.3  # of the machine
 ERROR_S = 2.0  # clients of a dead model get an error within
 REQUEST_LIMITS = ("--per-minute", "1000000", "--per-hour", "10000000")  # counted, and out of reach
 TOKEN_LIMITS = ("--tokens-per-minute", "100000000", "--tokens-per-day", "1000000000")
@@ -73,6 +72,7 @@ def guarded() -> Iterator[Guarded]:
     folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
     write_entry(folder / "repository", slots=8, step_delay_ms=2, max_queue=80, max_len=2000)
     extra = {"TRUTHGPT_AUTH": "keys", "TRUTHGPT_WORKERS": "2", "TRUTHGPT_BREAKER_OPEN_S": "1"}
+    extra["TRUTHGPT_HEARTBEAT_TIMEOUT_S"] = "2"  # a host that stands still for a second is no fault of the model's
     stack = Stack(folder / "home", folder / "repository", extra=extra)
     try:
         stack.start()
@@ -98,8 +98,7 @@ async def test_a_paused_redis_delays_and_fails_no_request(well: Guarded, pause_s
     """SIGSTOP under load: every request is answered, and none waits 50 ms longer than before; a key that is not known
     is told to come back, and not that it is wrong.
     """
-    for _ in range(6):  # other work on the machine can only add time: one clean measurement proves the bound
-        lost_s = awake.lost_s()
+    for _ in range(3):  # other work on the machine can only add time: one clean measurement proves the bound
         async with well.load(well.counted) as load:
             before = await load.during(pause_s / 2)
             redis = well.stack.pid("redis")
@@ -112,8 +111,6 @@ async def test_a_paused_redis_delays_and_fails_no_request(well: Guarded, pause_s
                 kill(redis, signal.SIGCONT)
             await until(lambda: well.redis_up(True), 5, "Redis is back")
             after = await load.during(0.3)
-        if awake.lost_s() - lost_s > STOOD_STILL_S:  # Triton's heartbeats may have been missed
-            continue
         assert outcomes([*before, *during, *after]).keys() == {"ok"}, outcomes(during)
         assert (status, "retry-after" in {name.lower() for name in headers}) == (503, True), body
         assert well.stack.pid("redis") == redis and len(during) > 20
@@ -153,7 +150,7 @@ async def test_a_model_killed_under_load_is_left_alone_and_comes_back(well: Guar
         healthy = await load.during(0.3)
         began = awake()
         kill(well.stack.pid(victim), signal.SIGKILL)
-        await until(lambda: not well.stack.ready(), 3, "readiness is false")
+        await until(lambda: not well.stack.ready(), 4, "readiness is false")
         await until(well.ready, BACK_S, "ready again")
         ill = await load.since(began - 0.05, 0.0)
         cured = await load.during(0.5)

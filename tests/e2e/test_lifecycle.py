@@ -182,6 +182,34 @@ def test_a_supervisor_killed_while_it_starts_is_no_obstacle_to_the_next(make_sta
     assert stack.ready()
 
 
+@pytest.mark.parametrize("crashes", [1, 2])
+def test_a_server_that_crashes_while_it_starts_is_started_once_more(make_stack, crashes):
+    """The first crash may be an accident, and nobody hears of it but the log; the second one is an error."""
+    stack = make_stack()
+    killed: set[int] = set()
+
+    def crash() -> None:
+        deadline = time.monotonic() + 20
+        while len(killed) < crashes and time.monotonic() < deadline:
+            for server in tritonserver.servers(tritonserver.shm_prefix(stack.home)):
+                if server.pid not in killed:
+                    server.kill()
+                    killed.add(server.pid)
+            time.sleep(0.01)
+
+    crashing = threading.Thread(target=crash)
+    crashing.start()
+    done = stack.cli("up", "--detach", "--json")
+    crashing.join()
+    assert len(killed) == crashes
+    assert "signal 9 while it loaded counting: starting it once more" in stack.logs()
+    if crashes == 1:
+        assert done.returncode == 0 and stack.ready(), done.stderr
+    else:
+        assert done.returncode != 0 and "the model counting did not load" in done.stderr
+        assert stack.leftovers() == []
+
+
 def test_the_gateway_may_listen_on_ipv6(make_stack):
     """An address with colons is put into brackets in every URL."""
     stack = make_stack()

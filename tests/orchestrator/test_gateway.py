@@ -132,7 +132,7 @@ async def test_draining_lets_requests_end_then_ends_them(fake: FakeTriton) -> No
         await until(lambda: fake.running == 1)
         endless = asyncio.create_task(consume(stack))
         await until(lambda: fake.running == 2)
-        drain = asyncio.create_task(stack.gateway.drain(0.5))
+        drain = asyncio.create_task(stack.gateway.drain(2.0))
         await asyncio.sleep(0)
         with pytest.raises(Draining):
             await consume(stack)

@@ -185,8 +185,8 @@ async def test_a_client_that_does_not_read_is_let_go(fake: FakeTriton, monkeypat
 
 async def test_the_deadline_is_the_whole_requests(fake: FakeTriton) -> None:
     """Prompts that wait for their turn do not get a new deadline each: the request as a whole is late."""
-    fake.script = [event("a"), 0.35, event("b", "stop"), "end"]
-    async with serving(fake, max_batch_size=1, request_timeout_s=0.6, first_token_s=0.6) as stack:
+    fake.script = [event("a"), 1.3, event("b", "stop"), "end"]
+    async with serving(fake, max_batch_size=1, request_timeout_s=2.3, first_token_s=2.3) as stack:
         status, body, _ = await stack.post(PATH, asking("p", "q", "r"))
         assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
         assert [(record.outcome, record.error) for record in stack.records] == [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import schemathesis
+import schemathesis.specs.openapi.schemas  # now, and not while threads of other tests compile, too
 
 from orchestrator import hardening
 from orchestrator.api import errors as table
