@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -35,7 +36,14 @@ from .fake_triton import FakeTriton, Step, answer, event, failure
 
 @pytest.fixture
 async def triton(fake: FakeTriton) -> AsyncIterator[Triton]:
-    client = Triton(fake.url, Deadlines(stall_s=0.4, first_token_s=0.8, request_s=1.2, heartbeat_s=0.3), 50)
+    """Patient: a machine that stands still for a moment ends no request."""
+    async with connected(fake, Deadlines(stall_s=5.0, first_token_s=8.0, request_s=12.0, heartbeat_s=5.0)) as client:
+        yield client
+
+
+@asynccontextmanager
+async def connected(fake: FakeTriton, deadlines: Deadlines) -> AsyncIterator[Triton]:
+    client = Triton(fake.url, deadlines, 50)
     yield client
     await client.close()
 
@@ -74,7 +82,7 @@ async def test_a_stream_and_what_is_sent(triton: Triton, fake: FakeTriton) -> No
         "return_num_input_tokens": True, "return_num_output_tokens": True,
     }  # fmt: skip
     assert sampling == {
-        "max_tokens": 9, "temperature": 0.5, "top_p": 1.0, "top_k": 3, "seed": 7, "stop": ["x"], "timeout_s": 1.2,
+        "max_tokens": 9, "temperature": 0.5, "top_p": 1.0, "top_k": 3, "seed": 7, "stop": ["x"], "timeout_s": 12.0,
     }  # fmt: skip
     assert fake.headers[0]["traceparent"] == "00-1"
 
@@ -162,46 +170,48 @@ async def test_default_max_tokens_yields_to_the_room_left(triton: Triton, fake: 
         ([b"x" * 600_000, b"x" * 600_000, math.inf], UpstreamError),
     ],
 )
-async def test_stream_faults(
-    triton: Triton, fake: FakeTriton, script: list[Step], expected: type[TruthGPTError]
-) -> None:
+async def test_stream_faults(fake: FakeTriton, script: list[Step], expected: type[TruthGPTError]) -> None:
     """Silence, cuts, early ends, nonsense and in-band errors each become one of our errors in time."""
     fake.script = script
     began = awake()
-    with pytest.raises(expected) as caught:
-        await read(triton)
+    async with connected(fake, Deadlines(stall_s=1.5)) as triton:
+        with pytest.raises(expected) as caught:
+            await read(triton)
     assert type(caught.value) is expected
-    assert awake() - began < 0.8
+    assert awake() - began < 2.0
 
 
-async def test_refused_and_unanswered_connections(triton: Triton, fake: FakeTriton) -> None:
+async def test_refused_and_unanswered_connections(fake: FakeTriton) -> None:
     """A stopped Triton accepts and stays silent, a killed one refuses: both are UpstreamUnavailable in time."""
     fake.stopped = True
-    with pytest.raises(UpstreamUnavailable, match=r"nothing for 0\.4 s"):
-        await read(triton)
-    await fake.stop()
-    with pytest.raises(UpstreamUnavailable, match="connection"):
-        await read(triton)
-    await fake.start()
+    async with connected(fake, Deadlines(stall_s=0.4)) as triton:
+        with pytest.raises(UpstreamUnavailable, match=r"nothing for 0\.4 s"):
+            await read(triton)
+        await fake.stop()
+        with pytest.raises(UpstreamUnavailable, match="connection"):
+            await read(triton)
+        await fake.start()
 
 
-async def test_the_total_deadline_counts_from_acceptance(triton: Triton, fake: FakeTriton) -> None:
+async def test_the_total_deadline_counts_from_acceptance(fake: FakeTriton) -> None:
     """What a request waited before its turn is gone from its deadline, and with none left nothing is sent."""
     fake.script = [step for _ in range(40) for step in (event("a"), 0.05)] + [math.inf]
-    now, began = time.monotonic(), awake()
-    with pytest.raises(DeadlineExceeded):
-        await read(triton, request(accepted_at=now - 0.9))
-    assert time.monotonic() - now > 0.2 and awake() - began < 0.8
-    sent = len(fake.requests)
-    with pytest.raises(DeadlineExceeded):
-        await read(triton, request(accepted_at=now - 5))
+    async with connected(fake, Deadlines(request_s=1.2)) as triton:
+        now, began = time.monotonic(), awake()
+        with pytest.raises(DeadlineExceeded):
+            await read(triton, request(accepted_at=now - 0.9))
+        assert time.monotonic() - now > 0.2 and awake() - began < 0.8
+        sent = len(fake.requests)
+        with pytest.raises(DeadlineExceeded):
+            await read(triton, request(accepted_at=now - 5))
     assert len(fake.requests) == sent
 
 
-async def test_first_token_and_total_deadlines(triton: Triton, fake: FakeTriton) -> None:
+@pytest.mark.parametrize(("chunk", "limit"), [(event(), 0.8), (event("a"), 1.2)])
+async def test_first_token_and_total_deadlines(fake: FakeTriton, chunk: Step, limit: float) -> None:
     """Keep-alives hold a stream open no longer than the first-token deadline, tokens no longer than the total one."""
-    for script, limit in (([event()], 0.8), ([event("a")], 1.2)):
-        fake.script = [step for _ in range(30) for step in (*script, 0.1)]
+    fake.script = [step for _ in range(30) for step in (chunk, 0.1)]
+    async with connected(fake, Deadlines(first_token_s=0.8, request_s=1.2)) as triton:
         now, began = time.monotonic(), awake()
         with pytest.raises(DeadlineExceeded):
             await read(triton)
@@ -214,8 +224,7 @@ async def test_wanting_no_more_hangs_up(triton: Triton, fake: FakeTriton) -> Non
     chunks: list[Chunk] = []
     await triton.stream(request(), Attendance(), taking(chunks, 1))
     assert [chunk.text for chunk in chunks] == ["a"]
-    assert await until(lambda: fake.hang_ups == 1) < 0.3
-    assert fake.running == 0
+    assert await until(lambda: fake.hang_ups == 1) < 0.3 and fake.running == 0
 
 
 @pytest.mark.parametrize("script", [[math.inf], [event("a"), math.inf]])
@@ -302,6 +311,7 @@ async def test_heartbeat_faults(triton: Triton, fake: FakeTriton) -> None:
         await triton.heartbeat("m")
     fake.stopped = True
     began = awake()
-    with pytest.raises(UpstreamUnavailable, match="did not answer"):
-        await triton.heartbeat("m")
+    async with connected(fake, Deadlines(heartbeat_s=0.3)) as hasty:
+        with pytest.raises(UpstreamUnavailable, match="did not answer"):
+            await hasty.heartbeat("m")
     assert awake() - began < 0.6

@@ -85,7 +85,7 @@ def test_preparing_twice_gives_the_same_folder(tmp_path: Path):
 
 def test_a_child_that_is_not_yet_a_stub_is_no_server(prefix: str):
     """Between a server's fork and its exec there are two processes with its arguments; only the older is the server."""
-    script = "import os, time; child = os.fork(); print('up', flush=True); time.sleep(60)"
+    script = "import os, time; child = os.fork(); os.write(1, b'up\\n'); time.sleep(60)"
     option = f"--backend-config=python,shm-region-prefix-name={prefix}"
     server = subprocess.Popen([sys.executable, "-c", script, option], stdout=subprocess.PIPE)
     assert server.stdout
