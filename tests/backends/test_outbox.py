@@ -121,7 +121,10 @@ def test_who_waited_is_told_of_the_slot_before_the_first_text(outbox: Outbox):
     """The notice is a response of its own, also where text has caught up with it; keep-alives before it say nothing."""
     client = Client()
     stream = outbox.open(client, True)
-    time.sleep(1.5 * KEEP_ALIVE_S)
+    began = awake()
+    while not client.got:
+        assert awake() - began < 1.5 * KEEP_ALIVE_S
+        time.sleep(0.001)
     with outbox._lock:  # the sending thread comes too late to see the two apart
         stream.admitted()
         stream.delta(Delta("one", 1))

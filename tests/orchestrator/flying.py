@@ -18,7 +18,7 @@ from orchestrator.store import Store, StoreAway
 
 from .conftest import until
 
-QUICK = Times(renew_s=0.1, lock_s=0.4, beat_s=0.05, silence_s=0.3, coalesce_s=0.005, tick_s=0.02, patience_s=5.0)
+QUICK = Times(renew_s=0.1, lock_s=1.5, beat_s=0.05, silence_s=1.2, coalesce_s=0.005, tick_s=0.02, patience_s=5.0)
 MODEL = Model("demo", "1", 0, True, digest="d1")
 WORDS = ("¡Hola, ", "mundo", "!")
 
