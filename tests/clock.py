@@ -13,12 +13,14 @@ import time
 
 TICK_S = 0.003
 MOST_S = 0.03  # a gap this long between two looks is a processor that was not ours
+STILL_S = 0.2  # and one this long is a host that stood still
 
 
 class Awake:
-    """Seconds in which this process could have run."""
+    """Seconds in which this process could have run. `stood_still` counts the long gaps."""
 
     def __init__(self) -> None:
+        self.stood_still = 0
         self._passed_s = 0.0
         self._looked = time.monotonic()
         self._lock = threading.Lock()
@@ -27,7 +29,9 @@ class Awake:
     def __call__(self) -> float:
         with self._lock:
             now = time.monotonic()
-            self._passed_s += min(now - self._looked, MOST_S)
+            gap_s = now - self._looked
+            self._passed_s += min(gap_s, MOST_S)
+            self.stood_still += gap_s > STILL_S
             self._looked = now
             return self._passed_s
 

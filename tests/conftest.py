@@ -1,6 +1,11 @@
 """Settings of every test."""
 
+import signal
+
 from hypothesis import settings
 
 settings.register_profile("truthgpt", deadline=None)  # a deadline of 200 ms finds busy machines, not slow code
 settings.load_profile("truthgpt")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a script has started with `&`, and the programs under test
+    signal.signal(signal.SIGINT, signal.default_int_handler)

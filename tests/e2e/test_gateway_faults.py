@@ -72,7 +72,6 @@ def guarded() -> Iterator[Guarded]:
     folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
     write_entry(folder / "repository", slots=8, step_delay_ms=2, max_queue=80, max_len=2000)
     extra = {"TRUTHGPT_AUTH": "keys", "TRUTHGPT_WORKERS": "2", "TRUTHGPT_BREAKER_OPEN_S": "1"}
-    extra["TRUTHGPT_HEARTBEAT_TIMEOUT_S"] = "2"  # a host that stands still for a second is no fault of the model's
     stack = Stack(folder / "home", folder / "repository", extra=extra)
     try:
         stack.start()
@@ -98,7 +97,9 @@ async def test_a_paused_redis_delays_and_fails_no_request(well: Guarded, pause_s
     """SIGSTOP under load: every request is answered, and none waits 50 ms longer than before; a key that is not known
     is told to come back, and not that it is wrong.
     """
-    for _ in range(3):  # other work on the machine can only add time: one clean measurement proves the bound
+    measured = 0
+    for _ in range(12):  # other work on the machine can only add time: one clean measurement proves the bound
+        stood_still = awake.stood_still
         async with well.load(well.counted) as load:
             before = await load.during(pause_s / 2)
             redis = well.stack.pid("redis")
@@ -111,6 +112,8 @@ async def test_a_paused_redis_delays_and_fails_no_request(well: Guarded, pause_s
                 kill(redis, signal.SIGCONT)
             await until(lambda: well.redis_up(True), 5, "Redis is back")
             after = await load.during(0.3)
+        if awake.stood_still > stood_still:  # Triton's heartbeats may have been late
+            continue
         assert outcomes([*before, *during, *after]).keys() == {"ok"}, outcomes(during)
         assert (status, "retry-after" in {name.lower() for name in headers}) == (503, True), body
         assert well.stack.pid("redis") == redis and len(during) > 20
@@ -118,7 +121,9 @@ async def test_a_paused_redis_delays_and_fails_no_request(well: Guarded, pause_s
         slowest = [slowest_s(before), slowest_s(during)]
         if all(late - early <= REDIS_MAY_COST_S for early, late in (medians, slowest)):
             return
-    pytest.fail(f"medians {medians}, slowest {slowest} s")
+        measured += 1
+        assert measured < 3, f"medians {medians}, slowest {slowest} s"
+    pytest.fail("the machine stood still in every attempt")
 
 
 async def test_a_killed_redis_fails_no_request_and_keeps_the_keys(well: Guarded) -> None:
@@ -150,7 +155,7 @@ async def test_a_model_killed_under_load_is_left_alone_and_comes_back(well: Guar
         healthy = await load.during(0.3)
         began = awake()
         kill(well.stack.pid(victim), signal.SIGKILL)
-        await until(lambda: not well.stack.ready(), 4, "readiness is false")
+        await until(lambda: not well.stack.ready(), 3, "readiness is false")
         await until(well.ready, BACK_S, "ready again")
         ill = await load.since(began - 0.05, 0.0)
         cured = await load.during(0.5)
