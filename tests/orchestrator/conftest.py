@@ -86,7 +86,7 @@ async def eventually(check: Callable[[], Awaitable[bool]], timeout_s: float = 10
 @asynccontextmanager
 async def serving(fake: FakeTriton, wait: bool = True, **changes: Any) -> AsyncIterator[Stack]:
     """The real application under uvicorn in front of this fake, with short intervals."""
-    quick = {"heartbeat_interval_s": 0.03, "heartbeat_timeout_s": 2.0, "stall_s": 2.0, "drain_s": 2.0}
+    quick = {"heartbeat_interval_s": 0.03, "heartbeat_timeout_s": 2.0, "stall_s": 2.0, "drain_s": 2.0, "connect_s": 5.0}
     quick |= {"audit": False, "grpc": False, "grpc_port": 0}
     settings = replace(Settings(), triton_http_port=fake.port, **{**quick, **changes})
     # asyncio switches Nagle's algorithm off only where the protocol is named
