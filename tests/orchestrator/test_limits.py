@@ -10,7 +10,7 @@ from itertools import count
 
 import pytest
 import redis
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.domain import Limits, Window
@@ -94,9 +94,16 @@ class Exact:
     def running(self, now_ms: int) -> int:
         return sum(now_ms < due <= now_ms + 90_000 for due in self.leases.values())
 
+    def end_leases(self, now_ms: int) -> None:
+        """What has been seen to be over does not begin again when the clock goes back, or forward again."""
+        self.leases = {lease: due for lease, due in self.leases.items() if due > now_ms}
+        if len(self.leases) >= self.limits.concurrency:
+            self.leases = {lease: due for lease, due in self.leases.items() if due <= now_ms + 90_000}
+
     def check(self, now_ms: int, tokens: int, lease: str, said: Verdict) -> None:
         """Hold one verdict against the list."""
         time_ms = self.time(now_ms)
+        self.end_leases(now_ms)
         if said.accepted:
             self.last_ms = time_ms
             self.counted.append((time_ms, lease, tokens))
@@ -148,6 +155,7 @@ SCHEDULE = st.lists(
 
 
 @settings(max_examples=80)
+@example(Limits(concurrency=2), [(step, 0, None, 0.0) for step in (0, 0, 30_000, -1)])
 @given(LIMITS, SCHEDULE)
 def test_never_over_the_limit_and_never_refused_for_nothing(
     client: redis.Redis, limits: Limits, schedule: list[tuple[int, int, int | None, float]]
