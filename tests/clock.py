@@ -3,7 +3,8 @@
 Where a host gives its processors to others for half a second, everything here stands still, and what was to take a
 tenth of a second takes six. `awake` leaves such gaps out: a thread looks at the time every few milliseconds, and of
 what passed between two looks no more than `MOST_S` counts. What blocks the event loop, waits or computes is counted as
-before. How long something takes at least is for `time.monotonic`, as deadlines pass while the machine stands still.
+before, but for one long call that keeps the interpreter to itself: that is measured in processor time. How long
+something takes at least is for `time.monotonic`, as deadlines pass while the machine stands still.
 """
 
 from __future__ import annotations

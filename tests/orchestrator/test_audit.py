@@ -106,10 +106,12 @@ def test_a_sink_that_cannot_write_holds_up_nobody_and_counts(tmp_path: Path, cap
         fcntl.flock(held, fcntl.LOCK_EX)
         made = sink(tmp_path, lock_s=0.01, queued=100)
         until(lambda: made.state == "degraded")
-        began = awake()
+        took = []
         for _ in range(500):
+            began = awake()
             made.record(RECORD)
-        assert awake() - began < 2.0  # it would be 5 s, if each waited for the lock
+            took.append(awake() - began)
+        assert sorted(took)[-5] < 0.005  # a busy machine may hold up one or two
         assert "another writer" in made.reason and 250 <= made.lost_total <= 400
         assert made.health() == {"state": "degraded", "reason": made.reason, "lost": made.lost_total}
     until(lambda: made.state == "ok")

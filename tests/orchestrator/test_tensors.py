@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +13,6 @@ from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 from orchestrator.domain import Tensor
 from orchestrator.errors import InvalidRequest
 from orchestrator.tensors import SIZES, check, pack, unpack
-from tests.clock import awake
 
 
 @given(st.lists(st.binary(max_size=20), max_size=20))
@@ -49,8 +50,8 @@ def test_any_bytes_are_a_tensor_or_the_clients_error(raw: bytes, shape: list[int
 )
 def test_impossible_shapes_are_refused_at_once(shape: tuple[int, ...]) -> None:
     """Negative, wrong, endless and countless sizes are the client's error, without the time to multiply them."""
-    began = awake()
+    began = time.thread_time()
     with pytest.raises(InvalidRequest) as caught:
         check(Tensor("t", "INT32", shape, b"\0" * 8))
     assert len(caught.value.text.en) < 300
-    assert awake() - began < 1
+    assert time.thread_time() - began < 1
