@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnxruntime as ort
@@ -36,12 +36,14 @@ _DEVICE = re.compile(
 class Placement:
     """Where a session runs. `device` is what the heartbeat says, `memory` where weights and slots are ("cpu" or
     "cuda", on the device with this id), `providers` what the session is made with, the first one being required.
+    `note`: why it is not the better one.
     """
 
     device: str
     memory: str
     device_id: int
     providers: tuple[tuple[str, Mapping[str, str]], ...]
+    note: str = ""
 
 
 ON_CPU = Placement(CPU, CPU, 0, (("CPUExecutionProvider", {}),))
@@ -72,7 +74,7 @@ def place(
     if why is None:
         return Placement(CUDA, CUDA, device_id, ((CUDA_PROVIDER, _cuda(device_id, memory_limit_mb)), *ON_CPU.providers))
     if device == "auto":
-        return ON_CPU
+        return replace(ON_CPU, note=why)
     raise EntryError(f"config.pbtxt: parameter device is cuda, but {why}; or set device to auto or cpu")
 
 
@@ -95,13 +97,23 @@ def cuda_fault(device_id: int) -> str | None:
         return "this ONNX Runtime has no CUDA provider: install onnxruntime-gpu in place of onnxruntime"
     try:
         ort.preload_dlls()  # CUDA and cuDNN from their Python packages, where those are installed
+        _allocate_no_more_than_asked()
         ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, CUDA, device_id)
     except Exception as error:
         return (
-            f"CUDA device {device_id} does not answer ({first_line(error)}): check the NVIDIA driver (nvidia-smi), and "
-            f"that CUDA and cuDNN are of the versions that onnxruntime-gpu {ort.__version__} was built for"
+            f"CUDA device {device_id} does not answer: check the NVIDIA driver (nvidia-smi), and that CUDA and cuDNN "
+            f"are installed in the versions that onnxruntime-gpu {ort.__version__} was built for ({first_line(error)})"
         )
     return None
+
+
+def _allocate_no_more_than_asked() -> None:
+    """For slots, which come from an arena that all sessions share: by default it doubles what it takes, and so might
+    take twice what the slots need. It is set for all before anything is allocated.
+    """
+    state = ort.capi.onnxruntime_pybind11_state
+    if hasattr(state, "set_arena_extend_strategy"):
+        state.set_arena_extend_strategy(state.ArenaExtendStrategy.kSameAsRequested)
 
 
 def translate(error: Exception, placement: Placement) -> EngineError | None:

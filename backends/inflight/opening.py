@@ -28,7 +28,10 @@ def open_model(entry: Entry, device_id: int, placing: Callable[..., Placement] =
 
     Raises EntryError where it cannot run.
     """
+    name = entry.folder.parent.name
     wanted = placing(entry.device, entry.graph.kv_dtype, device_id, entry.gpu_memory_limit_mb)
+    if wanted.note:
+        _tell(f"{name} runs on the {wanted.device}: {wanted.note}")
 
     def on_cpu() -> Runner:
         return _runner(entry, ON_CPU)
@@ -37,14 +40,18 @@ def open_model(entry: Entry, device_id: int, placing: Callable[..., Placement] =
         return Opened(_runner(entry, wanted), None if wanted.device == CPU else on_cpu, False)
     except OutOfMemory as error:
         raise EntryError(
-            f"{entry.folder.parent.name} does not fit: {error}; lower slots ({entry.slots}) in config.pbtxt, or export "
+            f"{name} does not fit: {error}; lower slots ({entry.slots}) in config.pbtxt, or export "
             "the model with a shorter --max-len"
         ) from error
     except DeviceLost as error:
         if entry.device != "auto":
             raise EntryError(f"{error}; or set device to auto or cpu in config.pbtxt") from error
-        print(f"inflight: {error}; the model is opened on the CPU", file=sys.stderr, flush=True)
+        _tell(f"{error}; {name} is opened on the CPU")
         return Opened(on_cpu(), None, True)
+
+
+def _tell(line: str) -> None:
+    print(f"inflight: {line}", file=sys.stderr, flush=True)
 
 
 def _runner(entry: Entry, placement: Placement) -> Runner:
