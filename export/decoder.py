@@ -25,10 +25,10 @@ import torch
 from onnxscript import ir
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from export.errors import UnsupportedModel
 from export.probe import ALIBI_DIMS, AttentionLayer, Layout, architecture, attention
+from export.rewrites import rewrite
 from export.slot_attention import TRANSLATION, slot_attention
 
 OPSET = 21
@@ -135,26 +135,13 @@ def _packed(heads: torch.Tensor, width: int) -> torch.Tensor:
     return heads.transpose(1, 2).reshape(rows, seq, count * width)
 
 
-def linear_instead_of_conv1d(model: PreTrainedModel) -> None:
-    """Replace GPT-2's ``Conv1D`` by the ``nn.Linear`` it is, in place, sharing the weights.
-
-    Conv1D flattens its input and calls addmm, which exports as Gemm between two reshapes; the quantisers want MatMul.
-    """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Conv1D):
-            linear = nn.Linear(*module.weight.shape, device="meta")
-            linear.weight = nn.Parameter(module.weight.detach().t(), requires_grad=False)
-            linear.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
-            model.set_submodule(name, linear)
-
-
 def trace(model: PreTrainedModel, layout: Layout, max_len: int) -> ir.Model:
     """Trace the model into an ONNX graph (in memory, weights shared with torch where they can be).
 
     Raises:
         UnsupportedModel: the forward cannot be traced, or the cache would not be used by every layer.
     """
-    linear_instead_of_conv1d(model)
+    rewrite(model)
     count = len(layout.layers)
     # Never written, so never backed by memory.
     past = [torch.empty(2, heads, max_len, width) for heads, width in layout.caches for _ in ("key", "value")]

@@ -16,14 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from export.errors import HINT, UnsupportedModel
 from export.masks import MaskRecorder
 from export.outside import TAKES_NO_POSITIONS, is_outside, routed
+from export.rewrites import require_fixed_rotary
 
 PROBE = "truthgpt_probe"
 ALIBI_DIMS = 2  # extra dimensions of a key that hold its position; see export.decoder
+
+# Families whose experts are chosen in a way that the tracer cannot follow.
+_UNTRACEABLE_EXPERTS = frozenset({"aria_text", "longcat_flash", "phimoe"})
 
 # Keyword arguments of the attention interface that do not change what a causal, cached attention computes at inference.
 _HARMLESS = frozenset(
@@ -122,8 +127,11 @@ def probe(model: PreTrainedModel, max_len: int) -> Layout:
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     if not takes_positions and name not in TAKES_NO_POSITIONS:
         raise UnsupportedModel(f"{name} takes no position_ids, so cached decoding cannot place its tokens.", HINT)
+    if name in _UNTRACEABLE_EXPERTS:
+        raise UnsupportedModel(f"{name} sorts its tokens by experts, which no fixed graph can do.", HINT)
     if not isinstance(model.get_output_embeddings(), torch.nn.Module):
         raise UnsupportedModel(f"{name} has no output embeddings, so it is not a causal language model.", HINT)
+    require_fixed_rotary(model, max_len)
     calls: list[AttentionLayer] = []
     masks = MaskRecorder(name, max_len)
 
@@ -166,7 +174,7 @@ def probe(model: PreTrainedModel, max_len: int) -> Layout:
         logits: torch.Tensor = model(input_ids=tokens, **positions, use_cache=False).logits[0, -1]
         return logits
 
-    with attention(model, PROBE, record, masks.build), torch.no_grad():
+    with attention(model, PROBE, record, masks.build), torch.no_grad(), _Complex() as complex_numbers:
         try:
             logits = last_logits(0)
             found = tuple(calls)
@@ -175,6 +183,8 @@ def probe(model: PreTrainedModel, max_len: int) -> Layout:
             raise
         except Exception as error:
             raise UnsupportedModel(f"{name} does not run behind the attention interface: {error}", HINT) from error
+    if complex_numbers.seen:
+        raise UnsupportedModel(f"{name} computes with complex numbers, which ONNX does not have.", HINT)
     # The probe's attention lets nothing through, so only something else can have told one token of the other.
     if not alone:
         raise UnsupportedModel(
@@ -183,6 +193,17 @@ def probe(model: PreTrainedModel, max_len: int) -> Layout:
         )
     layers = int(model.config.get_text_config().num_hidden_layers)
     return Layout(_in_order(name, found, layers), takes_positions)
+
+
+class _Complex(TorchDispatchMode):  # type: ignore[misc]  # mypy does not follow torch
+    """Watches a forward for complex numbers."""
+
+    seen = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None) -> Any:
+        result = function(*arguments, **(kwargs or {}))
+        self.seen = self.seen or (isinstance(result, torch.Tensor) and result.is_complex())
+        return result
 
 
 def architecture(model: PreTrainedModel) -> str:
