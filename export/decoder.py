@@ -114,9 +114,9 @@ def with_positions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """ALiBi as two more dimensions of each head: a key holds its position, a query its head's slope.
 
-    The bias is slope × the key's position; what the query's own position would add is the same for all keys and does not
-    change the softmax. Two dimensions (position = 128 × high + low), because half precision counts exactly no further
-    than 256 in bfloat16.
+    The bias is slope × the key's position; what the query's own position would add is the same for all keys and does
+    not change the softmax. Two dimensions (position = 128 × high + low), because bfloat16 counts exactly no further
+    than 256.
     """
     rows, heads, seq, _ = query.shape
     slopes = torch.tensor(layer.alibi, dtype=query.dtype)[None, :, None, None] / layer.scale

@@ -9,7 +9,6 @@ ExportError              anything a person can mend; carries a hint and never ne
 
 from __future__ import annotations
 
-
 HINT = "docs/models.md has the families that are exported, and why the others are not."
 
 

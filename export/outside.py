@@ -2,8 +2,8 @@
 
 Each keeps its own projections and positions; only the product of queries, keys and values is replaced, in the instance
 and for as long as a context lasts. An adapter calls ``attend`` as the interface would: queries, keys and values
-[rows, heads, seq, head_dim] in, [rows, seq, heads, head_dim] out. ALiBi's slopes are handed on as a function: they are asked
-for while probing, when tensors still have values, and not while tracing.
+[rows, heads, seq, head_dim] in, [rows, seq, heads, head_dim] out. ALiBi's slopes are handed on as a function: they are
+asked for while probing, when tensors still have values, and not while tracing.
 """
 
 from __future__ import annotations

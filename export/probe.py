@@ -2,9 +2,9 @@
 
 Reading ``config.json`` would need a rule for each family; the attention interface of transformers already receives
 every number that counts. A probe is registered as the attention implementation and as the builder of its masks, the
-model's forward runs on two tokens, and each call leaves one `AttentionLayer`. The masks are judged by the rule that makes
-them, over the whole length of a sequence, so a pattern that shows only after thousands of tokens is known as well. What
-the slot-cache graph cannot express is refused here, by name, before anything is traced.
+model's forward runs on two tokens, and each call leaves one `AttentionLayer`. The masks are judged by the rule that
+makes them, over the whole length of a sequence, so a pattern that shows only after thousands of tokens is known as
+well. What the slot-cache graph cannot express is refused here, by name, before anything is traced.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def probe(model: PreTrainedModel, max_len: int) -> Layout:
     # The probe's attention lets nothing through, so only something else can have told one token of the other.
     if not alone:
         raise UnsupportedModel(
-            f"{name} mixes tokens outside its attention (a recurrence, a convolution), which has no place in the cache.",
+            f"{name} mixes tokens outside its attention (a recurrence, a convolution): the cache has no place for it.",
             HINT,
         )
     layers = int(model.config.get_text_config().num_hidden_layers)

@@ -70,8 +70,8 @@ def _fixed_rotary(model: PreTrainedModel) -> None:
 def _growing(model: PreTrainedModel) -> Iterator[tuple[nn.Module, dict[str, str]]]:
     """Rotary embeddings that grow, with the kind of each type of layer ("" where there is but one)."""
     for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        kinds = kind if isinstance(kind, dict) else {"": kind}
+        kind = getattr(module, "rope_type", "")
+        kinds: dict[str, str] = kind if isinstance(kind, dict) else {"": kind}
         if any(kind in _GROWING for kind in kinds.values()):
             yield module, kinds
 

@@ -1,7 +1,7 @@
-"""Every decoder family of transformers that is exported, as a tiny configuration; docs/models.md is made from this table.
+"""Every decoder family of transformers that is exported, as a tiny configuration.
 
-`tests/export/test_families.py` exports each and compares logits, `tests/e2e/test_families.py` serves each through Triton
-and compares with transformers' generate.
+`tests/e2e/test_families.py` exports each, serves it through Triton and compares with transformers' generate;
+`tests/export/test_decoder.py` proves that the others are refused by name. docs/models.md is made from both tables.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ FAMILIES = (
     Family("smollm3", "layers without positions", {"no_rope_layers": [1, 0]}),
     Family("olmo2", "normalised after the block"),
     Family("granite", "scaled embeddings, residuals and logits",
-           {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1}),
+           {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
+            "attention_multiplier": 0.1}),
     Family("gpt_neox", "parallel attention, partial rotary; also Pythia"),
     Family("opt", "learnt positions with an offset"),
     Family("starcoder2", "window"),
@@ -196,36 +197,54 @@ VARIANTS = {
     "one key/value head": Family("falcon", "", {"multi_query": True}, ("head_dim", "num_key_value_heads")),
 }
 
-# Families that are refused before anything is traced: the configuration, and what the message says.
-REFUSED: dict[str, tuple[Family, str]] = {
-    "Mamba": (Family("falcon_mamba"), "position_ids"),
-    "Falcon H1, LFM2 with convolutions and other hybrids": (
+
+@dataclass(frozen=True)
+class Refusal:
+    """A configuration that is not exported, what the error says (a pattern), and why, for docs/models.md."""
+
+    family: Family
+    message: str
+    why: str
+
+
+# Refused before anything is traced.
+REFUSED: dict[str, Refusal] = {
+    "Mamba, RWKV, xLSTM": Refusal(Family("falcon_mamba"), "position_ids", "recurrent: there is no attention to cache"),
+    "LFM2, Falcon H1, Jamba, Zamba, Qwen3-Next, Granite 4 and other hybrids": Refusal(
         Family("lfm2", "", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64}),
         "layers but 1 calls|mixes tokens",
+        "some layers are recurrent or convolve: their state has no place in the cache",
     ),
-    "DeepSeek V2, Llama 4": (Family("deepseek_v2", "", _LATENT), "complex numbers"),
-    "DeepSeek V3.2, GLM 5 (sparse attention)": (
+    "DeepSeek V2, Llama 4": Refusal(
+        Family("deepseek_v2", "", _LATENT), "complex numbers", "rotary positions in complex numbers, which ONNX lacks"
+    ),
+    "DeepSeek V3.2, GLM 5": Refusal(
         Family("deepseek_v32", "", _LATENT | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 8}),
         "'indices'",
+        "sparse attention: an indexer chooses the positions",
     ),
-    "Doge": (Family("doge"), "bias or mask of its own"),
-    "DiffLlama": (Family("diffllama"), "2 layers but 4 calls"),
-    "Falcon with ALiBi (RW)": (
+    "Doge": Refusal(Family("doge"), "bias or mask of its own", "learns a mask over the values"),
+    "DiffLlama": Refusal(Family("diffllama"), "2 layers but 4 calls", "two attentions in a layer"),
+    "Falcon with ALiBi (Falcon-RW)": Refusal(
         Family("falcon", "", {"alibi": True}, ("head_dim", "num_key_value_heads")),
         "bfloat16",
+        "rounds its position biases to bfloat16",
     ),
-    "an encoder as a decoder without is_decoder": (Family("bert", "", {"is_decoder": False}), "not causal|neither"),
-    "Roformer, GPT-NeoX Japanese, RemBERT": (Family("gpt_neox_japanese"), "attention interface"),
-    "decoders of BART, Marian and other sequence-to-sequence models": (Family("bart"), "position_ids"),
-    "Aria, Longcat, PhiMoE": (Family("phimoe"), "experts"),
-    "dynamic or long rotary beyond its pre-training length": (
-        Family(
-            "llama",
-            "",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0,
-                                 "original_max_position_embeddings": 64}},
-        ),
-        "--max-len 64|rotary positions",
+    "Aria, LongCat, PhiMoE": Refusal(Family("phimoe"), "by experts", "sort their tokens by experts"),
+    "RoFormer, RemBERT, GPT-NeoX Japanese": Refusal(
+        Family("gpt_neox_japanese"), "attention interface", "attention outside transformers' interface"
+    ),
+    "BART, Marian, Whisper and other decoders with an encoder": Refusal(
+        Family("bart"), "position_ids", "count their positions themselves, from the cache that they do not get here"
+    ),
+    "BERT and its kin without `is_decoder`": Refusal(
+        Family("bert", "", {"is_decoder": False}), "not causal|neither", "attend in both directions"
+    ),
+    "dynamic or long rotary positions beyond the length of the pre-training": Refusal(
+        Family("llama", "", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0,
+                                                 "original_max_position_embeddings": 64}}),
+        "rotary positions",
+        "they change with the longest sequence of a batch; with a `--max-len` up to that length they are exported",
     ),
 }  # fmt: skip
 
