@@ -1,4 +1,5 @@
-"""Writes docs/cli.md, docs/models.md, docs/settings.md, the tables of errors in docs/gateway.md and of series in docs/metrics.md.
+"""Writes docs/cli.md, docs/models.md, docs/settings.md, and the tables of errors in docs/gateway.md and of series in
+docs/metrics.md.
 
 With `--check` it only says whether they are up to date.
 """
@@ -40,14 +41,15 @@ whole deployment.
 MODELS_INTRODUCTION = """\
 `truthgpt export` carries any decoder of transformers whose attention it can put its own in the place of: one method, no
 list of families. For each family below a tiny model with random weights is exported, served through Triton and compared
-with transformers' `generate`, token for token, by `tests/e2e/test_families.py`; logits agree to 2e-5. What is not in the
-table is tried all the same and published only if it is proven on your checkpoint: `manifest.json` has the certificate.
+with transformers' `generate`, token for token, by `tests/e2e/test_families.py`; logits agree to 2e-5. What is not in
+the table is tried all the same and published only if it is proven on your checkpoint: `manifest.json` has the
+certificate.
 
 Sliding windows, soft-capping, attention sinks, ALiBi, layers of different kinds and cache shapes, heads of any width,
 partial and scaled rotary positions, tied and scaled embeddings are carried. The window of each layer is read from the
-rule that transformers makes its mask with, so it is right for every length. A mixture of experts gathers the weights of
-the experts that each token chose, in every step: right for all, fast for small experts, and hungry for memory with large
-ones (a token takes the size of its experts; the prefill chunk is cut accordingly).
+rule that transformers makes its mask with, so it is right for every length. A mixture of experts gathers the weights
+of the experts that each token chose, in every step: right for all, fast for small experts, and hungry for memory with
+large ones (a token takes the size of its experts; the prefill chunk is cut accordingly).
 """
 REFUSED_INTRODUCTION = """\
 ## What is refused
