@@ -7,7 +7,7 @@ a row and whatever the model does after them (scaling, soft-capping) is kept.
 
 Inputs:   input_ids int64 [rows, seq] · position_ids int64 [rows, seq] · seqlens_k int32 [rows] (total length − 1) ·
           total_sequence_length int32 [] (maximum over the rows) · last_index int64 [rows] ·
-          past_key_{i}, past_value_{i} float32 [rows, kv_heads, max_len, head_dim]
+          past_key_{i}, past_value_{i} float32 [rows, kv_heads, max_len, head_dim] (of layer i)
 Outputs:  logits float32 [rows, vocab] · present_key_{i}, present_value_{i} (to be bound to the past's memory)
 """
 
@@ -25,10 +25,10 @@ import torch
 from onnxscript import ir
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from export.errors import UnsupportedModel
-from export.probe import Layout, architecture, attention
+from export.probe import ALIBI_DIMS, AttentionLayer, Layout, architecture, attention
+from export.rewrites import rewrite
 from export.slot_attention import TRANSLATION, slot_attention
 
 OPSET = 21
@@ -58,29 +58,39 @@ class SlotDecoder(nn.Module):  # type: ignore[misc]  # mypy does not follow torc
         calls = 0
 
         def attend(
-            module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            *_: Any,
+            s_aux: torch.Tensor | None = None,
+            **__: Any,
         ) -> tuple[torch.Tensor, None]:
             nonlocal calls
             index = getattr(module, "layer_idx", None)
             layer = self.layout.layers[calls if index is None else index]
             calls += 1
             where = 2 * layer.index
-            rows, heads, seq, width = query.shape
+            rows, heads, seq, _width = query.shape
+            if layer.alibi is not None:
+                query, key = with_positions(query, key, position_ids, layer)
             output, present[where], present[where + 1] = slot_attention(
-                _packed(query),
-                _packed(key),
-                _packed(value),
+                _packed(query, layer.cache_dim),
+                _packed(key, layer.cache_dim),
+                _packed(value, layer.cache_dim),
                 past[where],
                 past[where + 1],
                 seqlens_k,
                 total_sequence_length,
+                None if s_aux is None else s_aux.reshape(heads).float(),
                 heads,
                 layer.kv_heads,
                 layer.scale,
                 layer.softcap,
                 layer.sliding_window or -1,
             )
-            return output.view(rows, seq, heads, width), None
+            output = output.view(rows, seq, heads, layer.cache_dim)
+            return output if layer.value_dim == layer.cache_dim else output[..., : layer.value_dim], None
 
         def last_live_position(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             hidden = arguments[0]
@@ -90,7 +100,8 @@ class SlotDecoder(nn.Module):  # type: ignore[misc]  # mypy does not follow torc
         hook = self.model.get_output_embeddings().register_forward_pre_hook(last_live_position)
         try:
             with attention(self.model, SLOTS, attend):
-                logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+                positions = {"position_ids": position_ids} if self.layout.takes_positions else {}
+                logits = self.model(input_ids=input_ids, **positions, use_cache=False).logits
         finally:
             hook.remove()
         if calls != len(self.layout.layers) or any(tensor is None for tensor in present):
@@ -98,23 +109,30 @@ class SlotDecoder(nn.Module):  # type: ignore[misc]  # mypy does not follow torc
         return (logits.squeeze(1).float(), *(tensor for tensor in present if tensor is not None))
 
 
-def _packed(heads: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, seq, head_dim] -> [rows, seq, heads × head_dim], GroupQueryAttention's layout."""
-    rows, count, seq, width = heads.shape
-    return heads.transpose(1, 2).reshape(rows, seq, count * width)
+def with_positions(
+    query: torch.Tensor, key: torch.Tensor, position_ids: torch.Tensor, layer: AttentionLayer
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ALiBi as two more dimensions of each head: a key holds its position, a query its head's slope.
 
-
-def linear_instead_of_conv1d(model: PreTrainedModel) -> None:
-    """Replace GPT-2's ``Conv1D`` by the ``nn.Linear`` it is, in place, sharing the weights.
-
-    Conv1D flattens its input and calls addmm, which exports as Gemm between two reshapes; the quantisers want MatMul.
+    The bias is slope × the key's position; what the query's own position would add is the same for all keys and does
+    not change the softmax. Two dimensions (position = 128 × high + low), because bfloat16 counts exactly no further
+    than 256.
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Conv1D):
-            linear = nn.Linear(*module.weight.shape, device="meta")
-            linear.weight = nn.Parameter(module.weight.detach().t(), requires_grad=False)
-            linear.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
-            model.set_submodule(name, linear)
+    rows, heads, seq, _ = query.shape
+    slopes = torch.tensor(layer.alibi, dtype=query.dtype)[None, :, None, None] / layer.scale
+    slopes = torch.cat([128 * slopes, slopes], dim=-1).expand(rows, heads, seq, ALIBI_DIMS)
+    high = torch.div(position_ids, 128, rounding_mode="floor")
+    position = torch.stack([high, position_ids - 128 * high], dim=-1).to(key.dtype)
+    position = position[:, None].expand(rows, key.shape[1], seq, ALIBI_DIMS)
+    return torch.cat([query, slopes], dim=-1), torch.cat([key, position], dim=-1)
+
+
+def _packed(heads: torch.Tensor, width: int) -> torch.Tensor:
+    """[rows, heads, seq, head_dim] -> [rows, seq, heads × width], GroupQueryAttention's layout, zeros behind a head."""
+    rows, count, seq, own = heads.shape
+    if own < width:
+        heads = nn.functional.pad(heads, (0, width - own))
+    return heads.transpose(1, 2).reshape(rows, seq, count * width)
 
 
 def trace(model: PreTrainedModel, layout: Layout, max_len: int) -> ir.Model:
@@ -123,10 +141,10 @@ def trace(model: PreTrainedModel, layout: Layout, max_len: int) -> ir.Model:
     Raises:
         UnsupportedModel: the forward cannot be traced, or the cache would not be used by every layer.
     """
-    linear_instead_of_conv1d(model)
+    rewrite(model)
     count = len(layout.layers)
-    shape = (2, layout.kv_heads, max_len, layout.head_dim)
-    past = [torch.empty(shape) for _ in range(2 * count)]  # never written, so never backed by memory
+    # Never written, so never backed by memory.
+    past = [torch.empty(2, heads, max_len, width) for heads, width in layout.caches for _ in ("key", "value")]
     # Two rows of three tokens: sizes of 0 and 1 would be taken for constants by the tracer.
     arguments = (
         torch.zeros(2, 3, dtype=torch.long),
@@ -136,7 +154,7 @@ def trace(model: PreTrainedModel, layout: Layout, max_len: int) -> ir.Model:
         torch.full((2,), 2, dtype=torch.long),
         past,
     )
-    rows, seq = torch.export.Dim("rows", min=1), torch.export.Dim("seq", min=1)
+    rows, seq = torch.export.Dim("rows", min=1), torch.export.Dim("seq", min=1, max=max_len)
     dynamic: Any = ({0: rows, 1: seq}, {0: rows, 1: seq}, {0: rows}, {}, {0: rows}, [{0: rows}] * (2 * count))
     kinds = [f"{kind}_{index}" for index in range(count) for kind in ("key", "value")]
     try:

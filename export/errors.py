@@ -9,6 +9,8 @@ ExportError              anything a person can mend; carries a hint and never ne
 
 from __future__ import annotations
 
+HINT = "docs/models.md has the families that are exported, and why the others are not."
+
 
 class ExportError(Exception):
     """One sentence for people (``str(error)``) and, where there is one, what to do about it (``hint``)."""

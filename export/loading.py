@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from export.errors import SourceError, UnsupportedModel
 from export.source import Source
 
+# How a configuration calls the length of its sequences; the last two are those of ALiBi models (MPT, Bloom).
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _HINT = "Download or copy the checkpoint again, completely."
 
 
@@ -49,7 +51,8 @@ def limit(source: Source, max_len: int | None) -> int:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise SourceError(f"The configuration of {source.id} cannot be used: {_summary(error)}", _HINT) from error
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    positions = next((getattr(text, name) for name in _POSITIONS if getattr(text, name, None)), None)
     if not isinstance(positions, int) or positions < 1:
         if max_len is None:
             raise UnsupportedModel(f"{source.id} does not say how long its sequences may be.", "Give --max-len.")

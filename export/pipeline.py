@@ -113,7 +113,7 @@ def build(source: Source, options: ExportOptions, max_len: int, staging: Staging
     tokenizer = load_tokenizer(source)
     model = load_model(source)
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
-    layout = probe(model)
+    layout = probe(model, max_len)
     tokens = special_tokens(source, tokenizer, vocab_size)
     template = chat_template(source, tokenizer, options.chat_template, tokens)
     progress("load", 0.3)
@@ -137,8 +137,9 @@ def build(source: Source, options: ExportOptions, max_len: int, staging: Staging
             (staging.folder / TEMPLATE).write_text(template, encoding="utf-8")
     facts = {
         "layers": len(layout.layers),
-        "kv_heads": layout.kv_heads,
-        "head_dim": layout.head_dim,
+        "kv_heads": layout.caches[0][0],
+        "head_dim": layout.caches[0][1],
+        "caches": [list(cache) for cache in layout.caches],
         "kv_dtype": "float32",
         "vocab_size": references[0].logits.shape[1],
         "max_len": max_len,

@@ -67,7 +67,8 @@ def run_reference(
                 output = model(input_ids=ids, position_ids=position, past_key_values=cache, logits_to_keep=1)
             rows.append(output.logits[0, -1].float().numpy().copy())
             tokens.append(int(rows[-1].argmax()))
-            ids = torch.tensor([[tokens[-1]]])
+            # The oldest families keep no cache: they read everything again.
+            ids = torch.tensor([[tokens[-1]] if cache.get_seq_length() else [*prompt, *tokens]])
         logits = np.stack(rows)
         if not np.isfinite(logits).all():
             raise SourceError(

@@ -30,11 +30,10 @@ class SlotRuntime:
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         pasts = [value for value in self._session.get_inputs() if value.name.startswith("past_")]
         self.slots = slots
-        self.kv_heads, self.max_len, self.head_dim = (int(size) for size in pasts[0].shape[1:])
+        self.max_len = int(pasts[0].shape[2])
         self.vocab_size = int(next(value for value in self._session.get_outputs() if value.name == "logits").shape[1])
         # np.zeros maps pages lazily: positions that are never reached cost no memory.
-        shape = (slots, self.kv_heads, self.max_len, self.head_dim)
-        self._cache = {value.name: np.zeros(shape, np.float32) for value in pasts}
+        self._cache = {value.name: np.zeros((slots, *value.shape[1:]), np.float32) for value in pasts}
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
         """Run one chunk of a prompt in ``slot`` behind ``past`` tokens; logits [vocab] of the chunk's last position."""
@@ -87,8 +86,8 @@ class SlotRuntime:
         }
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
-        shape = (rows, self.kv_heads, self.max_len, self.head_dim)
         for name, cache in self._cache.items():
+            shape = (rows, *cache.shape[1:])
             address = cache[first:].ctypes.data
             binding.bind_input(name, "cpu", 0, np.float32, shape, address)
             binding.bind_output(name.replace("past", "present", 1), "cpu", 0, np.float32, shape, address)

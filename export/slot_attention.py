@@ -22,13 +22,17 @@ def _slot_attention(
     past_value: torch.Tensor,
     seqlens_k: torch.Tensor,
     total_sequence_length: torch.Tensor,
+    head_sink: torch.Tensor | None,
     num_heads: int,
     kv_num_heads: int,
     scale: float,
     softcap: float,
     local_window_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stand-in for GroupQueryAttention while tracing; query, key and value are [rows, seq, heads × head_dim]."""
+    """Stand-in for GroupQueryAttention while tracing; query, key and value are [rows, seq, heads × head_dim].
+
+    ``head_sink`` [heads] is a score that joins each head's softmax without a value of its own.
+    """
     raise NotImplementedError("slot_attention exists for tracing; ONNX Runtime runs it as GroupQueryAttention")
 
 
@@ -52,6 +56,7 @@ def _schema() -> onnx.defs.OpSchema:
     schema = onnx.defs.OpSchema
     tensors = ("query", "key", "value", "past_key", "past_value")
     lengths = ("seqlens_k", "total_sequence_length")
+    optional = schema.FormalParameterOption.Optional
     outputs = ("output", "present_key", "present_value")
     integer, real = schema.AttrType.INT, schema.AttrType.FLOAT
     return schema(
@@ -62,6 +67,9 @@ def _schema() -> onnx.defs.OpSchema:
         inputs=[
             *(schema.FormalParameter(name, "T") for name in tensors),
             *(schema.FormalParameter(name, "M") for name in lengths),
+            *(schema.FormalParameter(name, "T", param_option=optional) for name in ("cos_cache", "sin_cache")),
+            schema.FormalParameter("position_ids", "tensor(int64)", param_option=optional),
+            *(schema.FormalParameter(name, "T", param_option=optional) for name in ("attention_bias", "head_sink")),
         ],
         outputs=[schema.FormalParameter(name, "T") for name in outputs],
         type_constraints=[("T", ["tensor(float)"], ""), ("M", ["tensor(int32)"], "")],
@@ -86,13 +94,16 @@ def _translate(
     past_value: Any,
     seqlens_k: Any,
     total_sequence_length: Any,
+    head_sink: Any,
     num_heads: int,
     kv_num_heads: int,
     scale: float,
     softcap: float,
     local_window_size: int,
 ) -> Any:
-    tensors = (query, key, value, past_key, past_value, seqlens_k, total_sequence_length)
+    tensors = [query, key, value, past_key, past_value, seqlens_k, total_sequence_length]
+    if head_sink is not None:
+        tensors += [None, None, None, None, head_sink]  # no rotary caches, positions or bias: those are in the graph
     attributes: dict[str, int | float] = {"num_heads": num_heads, "kv_num_heads": kv_num_heads, "scale": scale}
     if softcap:
         attributes["softcap"] = softcap

@@ -1,4 +1,5 @@
-"""Writes docs/cli.md, docs/settings.md, the tables of errors in docs/gateway.md and of series in docs/metrics.md.
+"""Writes docs/cli.md, docs/models.md, docs/settings.md, and the tables of errors in docs/gateway.md and of series in
+docs/metrics.md.
 
 With `--check` it only says whether they are up to date.
 """
@@ -37,6 +38,24 @@ first column. Durations end in `_s` and are seconds, sizes end in `_bytes`. An e
 `truthgpt config show` prints every value with where it came from, secrets masked; `truthgpt config check` validates a
 whole deployment.
 """
+MODELS_INTRODUCTION = """\
+`truthgpt export` carries any decoder of transformers whose attention it can put its own in the place of: one method, no
+list of families. For each family below a tiny model with random weights is exported, served through Triton and compared
+with transformers' `generate`, token for token, by `tests/e2e/test_families.py`; logits agree to 2e-5. What is not in
+the table is tried all the same and published only if it is proven on your checkpoint: `manifest.json` has the
+certificate.
+
+Sliding windows, soft-capping, attention sinks, ALiBi, layers of different kinds and cache shapes, heads of any width,
+partial and scaled rotary positions, tied and scaled embeddings are carried. The window of each layer is read from the
+rule that transformers makes its mask with, so it is right for every length. A mixture of experts gathers the weights
+of the experts that each token chose, in every step: right for all, fast for small experts, and hungry for memory with
+large ones (a token takes the size of its experts; the prefill chunk is cut accordingly).
+"""
+REFUSED_INTRODUCTION = """\
+## What is refused
+
+By name, before anything is traced:
+"""
 
 
 def cli_page() -> str:
@@ -53,6 +72,18 @@ def cli_page() -> str:
     lines += [f"- [`{' '.join(path)}`](#{'-'.join(path)}): {summary(command)}" for path, command in commands]
     for path, command in commands:
         lines += ["", *section(path, command)]
+    return "\n".join(lines) + "\n"
+
+
+def models_page() -> str:
+    """The families that are exported and those that are not, from the table that the tests run."""
+    from tests.export.families import FAMILIES, REFUSED, VARIANTS
+
+    lines = ["# Models", "", NOTICE, "", *MODELS_INTRODUCTION.splitlines(), ""]
+    lines += ["| `model_type` | what is particular about it |", "|---|---|"]
+    lines += [f"| `{family.name}` | {family.note} |" for family in FAMILIES]
+    lines += ["", f"Tested as well: {', '.join(VARIANTS)}.", "", *REFUSED_INTRODUCTION.splitlines(), ""]
+    lines += ["| what | why |", "|---|---|", *(f"| {what} | {refusal.why} |" for what, refusal in REFUSED.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -240,6 +271,7 @@ def cell(text: str) -> str:
 
 PAGES = {
     "docs/cli.md": cli_page,
+    "docs/models.md": models_page,
     "docs/settings.md": settings_page,
     "docs/gateway.md": gateway_page,
     "docs/metrics.md": metrics_page,

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.export.families import Family, random_model
+
 END = "<|endoftext|>"
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
@@ -78,6 +80,14 @@ def write_checkpoint(
         torch.random.set_rng_state(state)
     model.save_pretrained(folder)
     write_tokenizer(folder, chat_template)
+    return folder
+
+
+def write_family(folder: Path, family: Family) -> Path:
+    """Save a tiny random model of any exported family with its tokenizer; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random_model(family).save_pretrained(folder)
+    write_tokenizer(folder)
     return folder
 
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from export.decoder import trace
+from export.decoder import trace, with_positions
 from export.errors import UnsupportedModel, VerificationError
 from export.loading import load_model
 from export.optimize import optimize, save
-from export.pipeline import Exported, ExportOptions, export_model
-from export.probe import Layout, probe
+from export.pipeline import Exported
+from export.probe import AttentionLayer, Layout, probe
 from export.reference import make_prompts, run_reference
 from export.runtime import SlotRuntime
 from export.source import resolve
 from export.verify import verify
 from tests.export.checkpoints import VOCAB_SIZE, write_checkpoint
+from tests.export.families import REFUSED, random_model
 
 
 def test_fp32_is_transformers_to_the_last_digits(published: Exported) -> None:
@@ -35,33 +34,12 @@ def test_fp32_is_transformers_to_the_last_digits(published: Exported) -> None:
     assert {1, 2, 7, 31, 32, 33} <= set(parity["lengths"])
 
 
-@pytest.mark.parametrize(
-    ("family", "overrides"),
-    [
-        ("llama", {}),
-        pytest.param("mistral", {"sliding_window": 16}, marks=pytest.mark.slow),
-        # Soft-capped attention and logits, every other layer in a window, scaled embeddings.
-        pytest.param(
-            "gemma2",
-            {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_families_by_one_method(tmp_path: Path, family: str, overrides: dict[str, Any]) -> None:
-    """Other decoder families go through the same code and keep parity beyond their attention window."""
-    checkpoint = write_checkpoint(tmp_path / family, family, **overrides)
-    parity = export_model(ExportOptions(str(checkpoint), tmp_path / "repository")).parity
-    assert parity["max_abs_logit_diff"] <= 2e-5
-    assert parity["greedy_agreement"] == 1.0
-
-
 @pytest.mark.slow
 def test_a_wrong_window_is_noticed(tmp_path: Path) -> None:
     """Verification fails when the graph attends to more positions than the model does: it can fail at all."""
     source = resolve(str(write_checkpoint(tmp_path / "mistral", "mistral", sliding_window=16)))
     model = load_model(source)
-    layout = probe(model)
+    layout = probe(model, 128)
     assert [layer.sliding_window for layer in layout.layers] == [16, 16]
     references = run_reference(model, make_prompts((1, 7, 60), VOCAB_SIZE, []), 4)
     wrong = Layout(tuple(dataclasses.replace(layer, sliding_window=None) for layer in layout.layers))
@@ -100,22 +78,23 @@ def test_tied_weights_are_stored_once(published: Exported) -> None:
     assert sum(VOCAB_SIZE in tensor.dims for tensor in initializers) == 1
 
 
-@pytest.mark.parametrize(
-    ("family", "overrides", "reason"),
-    [
-        ("bloom", {"n_head": 4, "n_layer": 2}, "position_ids"),
-        ("gpt_oss", {"num_local_experts": 2, "head_dim": 16}, "'s_aux'"),
-        ("llama", {"hidden_size": 48}, "multiple of 8"),
-    ],
-)
-def test_what_the_graph_cannot_express_is_refused_by_name(family: str, overrides: dict[str, Any], reason: str) -> None:
-    """Attention with biases, sinks or odd heads is recognised before tracing, and the sentence says what it is."""
-    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "intermediate_size": 64} if family != "bloom" else {}
-    config = AutoConfig.for_model(family, **(sizes | overrides))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with pytest.raises(UnsupportedModel, match=reason):
-        probe(model)
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_graph_cannot_express_is_refused_by_name(what: str) -> None:
+    """A family that the method does not carry is recognised before tracing, and the sentence says why."""
+    with pytest.raises(UnsupportedModel, match=REFUSED[what].message):
+        probe(random_model(REFUSED[what].family), 128)
+
+
+def test_keys_that_hold_their_position_are_alibi() -> None:
+    """Two more dimensions of a head give the scores that adding slope × position gives, up to a constant a query."""
+    layer = AttentionLayer(0, 3, 1, 16, 16, 0.25, 0.0, None, alibi=(0.5, 0.0625, 0.3))
+    query, key = torch.randn(1, 3, 1000, 16), torch.randn(1, 1, 1000, 16)
+    positions = torch.arange(1000)[None]
+    bias = torch.tensor(layer.alibi)[:, None, None] * positions
+    expected = layer.scale * query @ key.transpose(2, 3) + bias
+    queries, keys = with_positions(query, key, positions, layer)
+    torch.testing.assert_close(layer.scale * queries @ keys.transpose(2, 3), expected, rtol=1e-5, atol=1e-3)
+    assert torch.equal(keys.bfloat16().float()[..., 16:], keys[..., 16:])  # exact in the coarsest cache
 
 
 def test_a_layer_outside_the_interface_is_refused(llama: Path) -> None:
@@ -128,7 +107,7 @@ def test_a_layer_outside_the_interface_is_refused(llama: Path) -> None:
 
     model.model.layers[1].self_attn = Deaf()
     with pytest.raises(UnsupportedModel, match="2 layers but 1 calls"):
-        probe(model)
+        probe(model, 128)
 
 
 def _described(value: onnx.ValueInfoProto) -> tuple[str, int, list[str | int]]:
