@@ -11,6 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from export.errors import UnsupportedModel
 
+GATHERED_BYTES = 1 << 30
+# How configurations call the number of experts that a token chooses.
+_CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 # Rotary embeddings whose frequencies follow the longest sequence of the call.
 _GROWING = ("dynamic", "longrope")
 
@@ -41,6 +44,22 @@ def _experts_by_gathering(model: PreTrainedModel) -> None:
     if type(model)._can_set_experts_implementation():
         for config in (model.config, model.config.get_text_config()):
             config._experts_implementation = "batched_mm"
+
+
+def prefill_chunk(model: PreTrainedModel, wanted: int) -> int:
+    """Tokens to prefill in one step: ``wanted``, or fewer where gathering their experts would take over 1 GiB."""
+    per_token = max((_expert_bytes(module) for module in model.modules()), default=0)
+    text = model.config.get_text_config()
+    chosen = next((getattr(text, name) for name in _CHOSEN if getattr(text, name, None)), 1)
+    return max(1, min(wanted, GATHERED_BYTES // (per_token * int(chosen)))) if per_token else wanted
+
+
+def _expert_bytes(module: nn.Module) -> int:
+    """Bytes of one expert's float32 weights, in a module that holds those of all experts; 0 in another."""
+    weights = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+    if not type(module).__name__.endswith("Experts") or not weights:
+        return 0
+    return 4 * sum(weight[0].numel() for weight in weights)
 
 
 def require_fixed_rotary(model: PreTrainedModel, max_len: int) -> None:
