@@ -30,7 +30,8 @@ PROVIDER = "TensorrtExecutionProvider"
 FOLDER, RECORD = "engine", "engine.json"
 WORKSPACE_BYTES = 4 << 30
 _SMI_S = 10.0
-_LIBRARIES = ("libnvinfer.so.10", "libnvinfer.so.11")
+_LIBRARIES = ("libnvinfer.so.10", "libnvinfer.so.11")  # onnxruntime-gpu 1.31 is linked against the first
+CONTAINER = "nvcr.io/nvidia/tritonserver:25.10-py3"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,17 @@ class Machine:
 def this_machine() -> Machine:
     """Asks nvidia-smi (10 s at most; without an answer there is no GPU) and TensorRT's library."""
     return Machine(_gpus(), _tensorrt_version(), ort.__version__)
+
+
+def tensorrt_fault() -> str | None:
+    """Why TensorRT cannot be used here, with what to do about it; None when its provider and its library are here."""
+    if PROVIDER not in ort.get_available_providers():
+        return "this ONNX Runtime has no TensorRT provider: install onnxruntime-gpu in place of onnxruntime"
+    if _tensorrt_version() is None:
+        return (
+            f"TensorRT is not found ({' or '.join(_LIBRARIES)}): put its folder on LD_LIBRARY_PATH, or use {CONTAINER}"
+        )
+    return None
 
 
 def tensorrt_provider(
@@ -68,6 +80,7 @@ def tensorrt_provider(
     options = {
         "device_id": str(device_id),
         "trt_fp16_enable": str(int(fp16)),
+        "trt_layer_norm_fp32_fallback": str(int(fp16)),  # the squares of a norm overflow fp16
         "trt_max_workspace_size": str(WORKSPACE_BYTES),
         # The scatters stay outside: the CUDA provider writes the cache in place, an engine would copy all of it.
         "trt_op_types_to_exclude": "ScatterElements",

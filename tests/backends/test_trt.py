@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 
 from backends.inflight.entry import EntryError, Graph
-from backends.inflight.trt import Machine, caches_of, check_engine, record_engine, tensorrt_provider
+from backends.inflight.trt import (
+    PROVIDER,
+    Machine,
+    caches_of,
+    check_engine,
+    record_engine,
+    tensorrt_fault,
+    tensorrt_provider,
+)
 
 GRAPH = Graph(layers=2, kv_heads=4, head_dim=16, max_len=128, vocab_size=50)
 HERE = Machine((("NVIDIA A100-SXM4-40GB", "8.0", "580.95.05"),), "10.13.3", "1.31.1")
@@ -43,7 +52,11 @@ def test_the_profile_covers_what_the_runner_does(tmp_path: Path) -> None:
 def test_options_keep_the_engine_in_the_entry(tmp_path: Path) -> None:
     """fp16 as asked, caches in the entry's folder, and the scatters left to CUDA, which writes in place."""
     _, options = tensorrt_provider(tmp_path, caches_of(GRAPH), 8, 32, fp16=False, device_id=1)
-    assert (options["device_id"], options["trt_fp16_enable"]) == ("1", "0")
+    assert (options["device_id"], options["trt_fp16_enable"], options["trt_layer_norm_fp32_fallback"]) == (
+        "1",
+        "0",
+        "0",
+    )
     assert options["trt_op_types_to_exclude"] == "ScatterElements"
     assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "1"
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(tmp_path / "engine")
@@ -119,3 +132,9 @@ def test_no_record_without_engines(tmp_path: Path) -> None:
     (tmp_path / "engine" / "graph_1.engine").write_text("x")
     record_engine(tmp_path, machine=Machine((), None, "1"))
     assert not (tmp_path / "engine" / "engine.json").exists()
+
+
+@pytest.mark.skipif(PROVIDER in ort.get_available_providers(), reason="this ONNX Runtime has TensorRT")
+def test_an_onnx_runtime_without_tensorrt_is_told_apart() -> None:
+    """The processor's package has no such provider, and the sentence names the one that has."""
+    assert "onnxruntime-gpu" in str(tensorrt_fault())

@@ -73,7 +73,7 @@ def test_the_servers_environment_has_none_of_our_settings(monkeypatch: pytest.Mo
 
 
 def test_libraries_that_the_user_names_are_found_behind_the_servers_own(monkeypatch: pytest.MonkeyPatch):
-    """CUDA and TensorRT may lie anywhere; the wheel's own libraries come first, and no empty entry means this folder."""
+    """CUDA and TensorRT may lie anywhere; the wheel's own come first, and no empty entry means the current folder."""
     installation = tritonserver.find()
     own = installation.library_path()
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/tensorrt/lib")
