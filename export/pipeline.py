@@ -142,13 +142,14 @@ def build(source: Source, options: ExportOptions, max_len: int, staging: Staging
         write_tokenizer(tokenizer, staging.folder / "tokenizer.json")
         if template is not None:
             (staging.folder / TEMPLATE).write_text(template, encoding="utf-8")
-    facts = {
+    facts: dict[str, Any] = {
         "layers": len(layout.layers),
         "kv_heads": layout.kv_heads,
         "head_dim": layout.head_dim,
         "kv_dtype": "float32",
         "vocab_size": references[0].logits.shape[1],
         "max_len": max_len,
+        **({"caches": tensorrt.caches(graph)} if options.target == "tensorrt" else {}),
     }
     return Draft(architecture(model), facts, tokens.manifest(), template is not None, references, chunk)
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnxscript import ir
+
 from export.errors import ExportError
 
 STATUS = "TensorRT: not yet verified on hardware"
@@ -53,6 +55,15 @@ def check_precision(target: str, precision: str) -> None:
 def manifest(engine: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The manifest's keys about TensorRT. ``engine``: what `build_plan` returned, None where the first load builds."""
     return {"status": STATUS, "engine": engine}
+
+
+def caches(graph: ir.Model) -> dict[str, list[int]]:
+    """The graph's ``past_*`` inputs, all of which an engine's profile names, and their dimensions behind the rows."""
+    return {
+        str(value.name): [int(str(size)) for size in value.shape[1:]]
+        for value in graph.graph.inputs
+        if value.shape is not None and str(value.name).startswith("past_")
+    }
 
 
 def build_plan(

@@ -24,7 +24,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from .entry import EntryError, Graph
+from .entry import EntryError
 
 PROVIDER = "TensorrtExecutionProvider"
 FOLDER, RECORD = "engine", "engine.json"
@@ -59,20 +59,25 @@ def tensorrt_fault() -> str | None:
     return None
 
 
-def tensorrt_provider(
-    folder: Path,
-    caches: Mapping[str, Sequence[int]],
-    slots: int,
-    prefill_chunk: int,
-    fp16: bool = True,
-    device_id: int = 0,
-) -> tuple[str, dict[str, str]]:
-    """The provider's name and options for the version folder of an entry.
+def is_for_tensorrt(folder: Path) -> bool:
+    """Whether the version folder of an entry was exported for TensorRT."""
+    return _manifest(folder).get("target") == "tensorrt"
 
-    `caches` are the graph's `past_*` inputs with their dimensions behind the rows, [kv_heads, max_len, head_dim]. One
-    profile covers decode steps (up to `slots` rows of one token, which it is tuned for) and chunks of prefill: a shape
-    outside it would have the engine built anew in the middle of a request.
+
+def tensorrt_provider(folder: Path, slots: int, prefill_chunk: int, device_id: int = 0) -> tuple[str, dict[str, str]]:
+    """The provider's name and options for the version folder of an entry that is for TensorRT.
+
+    One profile covers decode steps (up to `slots` rows of one token, which it is tuned for) and chunks of prefill: a
+    shape outside it would have the engine built anew in the middle of a request. Raises EntryError when the manifest
+    does not say what the graph's caches are.
     """
+    manifest = _manifest(folder)
+    try:
+        # past_* inputs and their dimensions behind the rows: [kv_heads, max_len, head_dim]
+        caches = {str(name): [int(size) for size in shape] for name, shape in manifest["graph"]["caches"].items()}
+        fp16 = manifest["precision"] == "fp16"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise EntryError(f"{folder / 'manifest.json'} lacks {error!r} for TensorRT; export the model again") from error
     engine = folder / FOLDER
     with contextlib.suppress(OSError):  # a read-only repository: built at each load
         engine.mkdir(exist_ok=True)
@@ -93,12 +98,6 @@ def tensorrt_provider(
     if keep == "1":
         options |= {"trt_engine_cache_path": str(engine), "trt_timing_cache_path": str(engine)}
     return PROVIDER, options
-
-
-def caches_of(graph: Graph) -> dict[str, tuple[int, int, int]]:
-    """The `past_*` inputs of a graph whose layers are alike, for `tensorrt_provider`."""
-    shape = (graph.kv_heads, graph.max_len, graph.head_dim)
-    return {f"past_{kind}_{layer}": shape for layer in range(graph.layers) for kind in ("key", "value")}
 
 
 def check_engine(folder: Path, machine: Machine | None = None) -> None:
@@ -166,6 +165,13 @@ def record_engine(folder: Path, device_id: int = 0, machine: Machine | None = No
     fresh = engine / f".{RECORD}-{os.getpid()}"
     fresh.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     fresh.replace(engine / RECORD)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise EntryError(f"{folder / 'manifest.json'} cannot be read ({error}); export the model again") from error
 
 
 def _shapes(caches: Mapping[str, Sequence[int]], rows: int, seq: int) -> str:

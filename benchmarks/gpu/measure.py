@@ -40,6 +40,10 @@ class Unmeasured(click.ClickException):
     """There is no result, and why."""
 
 
+class Late(BaseException):
+    """The time is up: nobody's to catch but the command's."""
+
+
 class Generate:
     """transformers on the device: one static batch of C prompts, as fast as it can be told to be."""
 
@@ -293,13 +297,13 @@ def main(work: Path, cpu: bool, clients: str | None, rounds: int | None, seconds
     work.mkdir(parents=True, exist_ok=True)
 
     def late(*_: object) -> None:
-        raise TimeoutError
+        raise Late
 
     signal.signal(signal.SIGALRM, late)  # an alarm, as most of the time is spent where asyncio cannot interrupt
     signal.alarm(seconds)
     try:
         result = asyncio.run(bench(work, cpu, counts, rounds or (1 if cpu else 5)))
-    except TimeoutError as error:
+    except Late as error:
         raise Unmeasured(f"not finished after {seconds} s") from error
     except click.ClickException:
         raise

@@ -96,9 +96,16 @@ if [ -z "$ready" ]; then
 fi
 
 export PYTHONPATH="$root" PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
-for module in numpy onnxruntime tokenizers jinja2 torch transformers onnx onnxscript aiohttp click rich psutil; do
-    "$python" -c "import $module" 2>"$work/import.log" || fail "$module cannot be imported: $(tail -n 1 "$work/import.log")"
-done
+"$python" - 2>"$work/import.log" <<'END' || fail "$(tail -n 1 "$work/import.log")"
+import importlib
+import sys
+
+for name in "numpy onnxruntime tokenizers jinja2 torch transformers onnx onnxscript aiohttp click rich psutil".split():
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        sys.exit(f"{name} cannot be imported: {error}")
+END
 if [ -z "$cpu" ]; then
     # CUDA and cuDNN as their Python packages carry them, for ONNX Runtime inside Triton.
     libraries=$("$python" -c 'import glob, sys; print(":".join(f for p in sys.path for f in glob.glob(p + "/nvidia/*/lib")))')

@@ -8,24 +8,36 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 
-from backends.inflight.entry import EntryError, Graph
+from backends.inflight.entry import EntryError
 from backends.inflight.trt import (
     PROVIDER,
     Machine,
-    caches_of,
     check_engine,
+    is_for_tensorrt,
     record_engine,
     tensorrt_fault,
     tensorrt_provider,
 )
 
-GRAPH = Graph(layers=2, kv_heads=4, head_dim=16, max_len=128, vocab_size=50)
 HERE = Machine((("NVIDIA A100-SXM4-40GB", "8.0", "580.95.05"),), "10.13.3", "1.31.1")
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The version folder of an entry for TensorRT, with a second layer whose cache has another shape."""
+    shapes = {"past_key_0": [4, 128, 16], "past_value_0": [4, 128, 16]}
+    shapes |= {"past_key_1": [2, 128, 32], "past_value_1": [2, 128, 32]}
+    write_manifest(tmp_path, target="tensorrt", precision="fp16", graph={"caches": shapes})
+    return tmp_path
+
+
+def write_manifest(folder: Path, **manifest: object) -> None:
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def built(folder: Path) -> Path:
-    """An entry's version folder after its first load: the provider has kept an engine, its profile and timings."""
-    _, options = tensorrt_provider(folder, caches_of(GRAPH), 8, 32)
+    """What the first load leaves: the provider has kept an engine, its profile and timings."""
+    _, options = tensorrt_provider(folder, 8, 32)
     engine = Path(options["trt_engine_cache_path"])
     for name in ("graph_1.engine", "graph_1.profile", "cache_sm80.timing"):
         (engine / name).write_text(name)
@@ -33,9 +45,9 @@ def built(folder: Path) -> Path:
     return engine
 
 
-def test_the_profile_covers_what_the_runner_does(tmp_path: Path) -> None:
+def test_the_profile_covers_what_the_runner_does(folder: Path) -> None:
     """From one row of one token to all slots with a whole chunk, tuned for a full decode step, caches included."""
-    name, options = tensorrt_provider(tmp_path, caches_of(GRAPH), slots=8, prefill_chunk=32)
+    name, options = tensorrt_provider(folder, slots=8, prefill_chunk=32)
     assert name == "TensorrtExecutionProvider"
     shapes = [
         dict(part.split(":") for part in options[f"trt_profile_{kind}_shapes"].split(","))
@@ -44,42 +56,53 @@ def test_the_profile_covers_what_the_runner_does(tmp_path: Path) -> None:
     assert [given["input_ids"] for given in shapes] == ["1x1", "8x1", "8x32"]
     assert [given["position_ids"] for given in shapes] == ["1x1", "8x1", "8x32"]
     assert [given["seqlens_k"] for given in shapes] == [given["last_index"] for given in shapes] == ["1", "8", "8"]
-    pasts = {f"past_{kind}_{layer}" for kind in ("key", "value") for layer in range(2)}
-    assert {name for name in shapes[0] if name.startswith("past_")} == pasts
-    assert [given["past_value_1"] for given in shapes] == ["1x4x128x16", "8x4x128x16", "8x4x128x16"]
+    assert [given["past_key_0"] for given in shapes] == ["1x4x128x16", "8x4x128x16", "8x4x128x16"]
+    assert [given["past_value_1"] for given in shapes] == ["1x2x128x32", "8x2x128x32", "8x2x128x32"]
 
 
-def test_options_keep_the_engine_in_the_entry(tmp_path: Path) -> None:
-    """fp16 as asked, caches in the entry's folder, and the scatters left to CUDA, which writes in place."""
-    _, options = tensorrt_provider(tmp_path, caches_of(GRAPH), 8, 32, fp16=False, device_id=1)
-    assert (options["device_id"], options["trt_fp16_enable"], options["trt_layer_norm_fp32_fallback"]) == (
-        "1",
-        "0",
-        "0",
-    )
+def test_options_keep_the_engine_in_the_entry(folder: Path) -> None:
+    """fp16 as the manifest says, caches in the entry's folder, and the scatters left to CUDA, which writes in place."""
+    _, options = tensorrt_provider(folder, 8, 32, device_id=1)
+    assert options["device_id"] == "1"
+    assert options["trt_fp16_enable"] == options["trt_layer_norm_fp32_fallback"] == "1"
     assert options["trt_op_types_to_exclude"] == "ScatterElements"
     assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "1"
-    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(tmp_path / "engine")
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(folder / "engine")
     assert all(isinstance(value, str) for value in options.values())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    write_manifest(folder, **{**manifest, "precision": "fp32"})
+    assert tensorrt_provider(folder, 8, 32)[1]["trt_fp16_enable"] == "0"
 
 
-def test_where_nothing_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_nothing_is_kept(folder: Path) -> None:
     """An entry whose engine folder cannot be made is served all the same, its engines built at each load."""
-    (tmp_path / "engine").write_text("in the way")
-    _, options = tensorrt_provider(tmp_path, caches_of(GRAPH), 8, 32)
+    (folder / "engine").write_text("in the way")
+    _, options = tensorrt_provider(folder, 8, 32)
     assert options["trt_engine_cache_enable"] == "0" and "trt_engine_cache_path" not in options
 
 
-def test_the_record_names_the_machine_and_every_file(tmp_path: Path) -> None:
+def test_an_entry_says_whether_it_is_for_tensorrt(folder: Path) -> None:
+    """By its manifest's target; one without the shapes of its caches is told to be exported again."""
+    assert is_for_tensorrt(folder)
+    write_manifest(folder, precision="fp32", graph={"layers": 2})
+    assert not is_for_tensorrt(folder)
+    with pytest.raises(EntryError, match="caches.*export the model again"):
+        tensorrt_provider(folder, 8, 32)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(EntryError, match="cannot be read"):
+        is_for_tensorrt(folder)
+
+
+def test_the_record_names_the_machine_and_every_file(folder: Path) -> None:
     """It is written once, and accepted by the machine that it names."""
-    engine = built(tmp_path)
+    engine = built(folder)
     record = json.loads((engine / "engine.json").read_text())
     assert (record["gpu"], record["compute_capability"]) == ("NVIDIA A100-SXM4-40GB", "8.0")
     assert (record["driver"], record["tensorrt"], record["onnxruntime"]) == ("580.95.05", "10.13.3", "1.31.1")
     assert set(record["files"]) == {"graph_1.engine", "graph_1.profile", "cache_sm80.timing"}
-    check_engine(tmp_path, HERE)
+    check_engine(folder, HERE)
     before = (engine / "engine.json").read_bytes()
-    record_engine(tmp_path, machine=Machine((("Other", "9.0", "1"),), None, "1"))
+    record_engine(folder, machine=Machine((("Other", "9.0", "1"),), None, "1"))
     assert (engine / "engine.json").read_bytes() == before
 
 
@@ -92,46 +115,46 @@ def test_the_record_names_the_machine_and_every_file(tmp_path: Path) -> None:
         (Machine(HERE.gpus, "10.13.3", "1.32.0"), "onnxruntime 1.31.1, here is 1.32.0"),
     ],
 )
-def test_a_foreign_engine_is_an_entry_error(tmp_path: Path, machine: Machine, word: str) -> None:
+def test_a_foreign_engine_is_an_entry_error(folder: Path, machine: Machine, word: str) -> None:
     """A plain Triton, without the gateway's preflight, refuses as well and says which folder to remove."""
-    engine = built(tmp_path)
+    engine = built(folder)
     with pytest.raises(EntryError, match=word) as caught:
-        check_engine(tmp_path, machine)
+        check_engine(folder, machine)
     assert f"remove {engine}" in str(caught.value)
 
 
 @pytest.mark.parametrize("fault", ["changed", "missing", "record", "incomplete record"])
-def test_a_damaged_engine_is_an_entry_error(tmp_path: Path, fault: str) -> None:
+def test_a_damaged_engine_is_an_entry_error(folder: Path, fault: str) -> None:
     """TensorRT never reads a file that is not the recorded one."""
-    engine = built(tmp_path)
+    engine = built(folder)
     path = engine / ("engine.json" if "record" in fault else "graph_1.engine")
     path.unlink() if fault == "missing" else path.write_text("{}" if "incomplete" in fault else "{torn")
     with pytest.raises(EntryError, match="damaged|cannot be read"):
-        check_engine(tmp_path, HERE)
+        check_engine(folder, HERE)
 
 
-def test_what_a_killed_first_load_left_is_removed(tmp_path: Path) -> None:
+def test_what_a_killed_first_load_left_is_removed(folder: Path) -> None:
     """Engines that no record names may be torn: they go, and the load begins anew; recorded ones stay."""
-    (tmp_path / "engine").mkdir()
-    (tmp_path / "engine" / "graph_1.engine").write_text("torn")
-    check_engine(tmp_path, HERE)
-    assert list((tmp_path / "engine").iterdir()) == []
-    engine = built(tmp_path)
+    (folder / "engine").mkdir()
+    (folder / "engine" / "graph_1.engine").write_text("torn")
+    check_engine(folder, HERE)
+    assert list((folder / "engine").iterdir()) == []
+    engine = built(folder)
     (engine / "graph_2.engine").write_text("torn")
-    check_engine(tmp_path, HERE)
+    check_engine(folder, HERE)
     assert {path.name for path in engine.iterdir()} == {
         "graph_1.engine", "graph_1.profile", "cache_sm80.timing", "engine.json",
     }  # fmt: skip
 
 
-def test_no_record_without_engines(tmp_path: Path) -> None:
+def test_no_record_without_engines(folder: Path) -> None:
     """Where the CPU ran the graph, or no GPU can be named, nothing is recorded."""
-    record_engine(tmp_path, machine=HERE)
-    (tmp_path / "engine").mkdir()
-    record_engine(tmp_path, machine=HERE)
-    (tmp_path / "engine" / "graph_1.engine").write_text("x")
-    record_engine(tmp_path, machine=Machine((), None, "1"))
-    assert not (tmp_path / "engine" / "engine.json").exists()
+    record_engine(folder, machine=HERE)
+    (folder / "engine").mkdir()
+    record_engine(folder, machine=HERE)
+    (folder / "engine" / "graph_1.engine").write_text("x")
+    record_engine(folder, machine=Machine((), None, "1"))
+    assert not (folder / "engine" / "engine.json").exists()
 
 
 @pytest.mark.skipif(PROVIDER in ort.get_available_providers(), reason="this ONNX Runtime has TensorRT")

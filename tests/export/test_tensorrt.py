@@ -123,6 +123,8 @@ def test_an_entry_for_tensorrt(published_tensorrt: Exported) -> None:
     assert (manifest["target"], manifest["precision"], manifest["engine"]) == ("tensorrt", "fp16", None)
     assert manifest["status"] == "TensorRT: not yet verified on hardware"
     assert manifest["graph"]["kv_dtype"] == "float32"
+    names = [f"past_{kind}_{layer}" for layer in range(2) for kind in ("key", "value")]
+    assert manifest["graph"]["caches"] == dict.fromkeys(names, [2, 64, 16])
     assert manifest["parity"]["max_abs_logit_diff"] <= 1e-4 and manifest["parity"]["greedy_agreement"] == 1.0
 
 
