@@ -39,6 +39,9 @@ PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "nvidia-p
 class Unmeasured(click.ClickException):
     """There is no result, and why."""
 
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.format_message()}", err=True)
+
 
 class Late(BaseException):
     """The time is up: nobody's to catch but the command's."""
