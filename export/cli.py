@@ -33,6 +33,7 @@ Examples:
   truthgpt export microsoft/DialoGPT-small --precision int8
   truthgpt export ./my-llama --max-len 4096 --slots 8 --json
   truthgpt export ./my-gpt2 --chat-template chat.jinja
+  truthgpt export ./my-llama --target tensorrt
 """
 
 
@@ -41,10 +42,15 @@ Examples:
 @click.option("--name", help="Name in the repository.  [default: the last part of MODEL]")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "int8"]),
-    default="fp32",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    help="Number format of the weights.  [default: fp32; fp16 for tensorrt]",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["onnx", "tensorrt"]),
+    default="onnx",
     show_default=True,
-    help="Number format of the weights.",
+    help="What runs the graph: ONNX Runtime, or TensorRT on an NVIDIA GPU.",
 )
 @click.option(
     "--repository",
@@ -86,7 +92,8 @@ Examples:
 def export_command(
     model: str,
     name: str | None,
-    precision: str,
+    precision: str | None,
+    target: str,
     repository: Path,
     chat_template: Path | None,
     max_len: int | None,
@@ -120,7 +127,8 @@ def export_command(
             model=model,
             repository=repository,
             name=name,
-            precision=precision,
+            precision=precision or ("fp16" if target == "tensorrt" else "fp32"),
+            target=target,
             chat_template=chat_template,
             max_len=max_len,
             revision=revision,

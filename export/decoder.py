@@ -1,9 +1,10 @@
 """A causal LM of transformers becomes an ONNX graph whose KV cache lives in slots.
 
 The model's own forward is traced, untouched. Only two things are put in from outside: the attention (through
-``transformers.AttentionInterface``), which becomes ONNX Runtime's GroupQueryAttention reading and writing the slots,
-and a gather of each row's last live position right in front of the output embeddings, so that logits are computed once
-a row and whatever the model does after them (scaling, soft-capping) is kept.
+``transformers.AttentionInterface``), which becomes ONNX Runtime's GroupQueryAttention reading and writing the slots
+(or, for the target tensorrt, standard operators that do the same), and a gather of each row's last live position right
+in front of the output embeddings, so that logits are computed once a row and whatever the model does after them
+(scaling, soft-capping) is kept.
 
 Inputs:   input_ids int64 [rows, seq] · position_ids int64 [rows, seq] · seqlens_k int32 [rows] (total length − 1) ·
           total_sequence_length int32 [] (maximum over the rows) · last_index int64 [rows] ·
@@ -30,6 +31,7 @@ from export.errors import UnsupportedModel
 from export.probe import ALIBI_DIMS, AttentionLayer, Layout, architecture, attention
 from export.rewrites import rewrite
 from export.slot_attention import TRANSLATION, slot_attention
+from export.standard_attention import standard_attention
 
 OPSET = 21
 SLOTS = "truthgpt_slots"
@@ -39,10 +41,11 @@ STEP_INPUTS = ("input_ids", "position_ids", "seqlens_k", "total_sequence_length"
 class SlotDecoder(nn.Module):  # type: ignore[misc]  # mypy does not follow torch
     """The model's forward with slots for a cache: what is handed to the tracer."""
 
-    def __init__(self, model: PreTrainedModel, layout: Layout) -> None:
+    def __init__(self, model: PreTrainedModel, layout: Layout, standard_operators: bool = False) -> None:
         super().__init__()
         self.model = model
         self.layout = layout
+        self.standard_operators = standard_operators
 
     def forward(
         self,
@@ -74,15 +77,23 @@ class SlotDecoder(nn.Module):  # type: ignore[misc]  # mypy does not follow torc
             rows, heads, seq, _width = query.shape
             if layer.alibi is not None:
                 query, key = with_positions(query, key, position_ids, layer)
+            query, key, value = (_padded(part, layer.cache_dim) for part in (query, key, value))
+            sinks = None if s_aux is None else s_aux.reshape(heads).float()
+            if self.standard_operators:
+                output, present[where], present[where + 1] = standard_attention(
+                    query, key, value, past[where], past[where + 1], (seqlens_k - last_index).long(), sinks,
+                    layer.scale, layer.softcap, layer.sliding_window,
+                )  # fmt: skip
+                return output[..., : layer.value_dim], None
             output, present[where], present[where + 1] = slot_attention(
-                _packed(query, layer.cache_dim),
-                _packed(key, layer.cache_dim),
-                _packed(value, layer.cache_dim),
+                _packed(query),
+                _packed(key),
+                _packed(value),
                 past[where],
                 past[where + 1],
                 seqlens_k,
                 total_sequence_length,
-                None if s_aux is None else s_aux.reshape(heads).float(),
+                sinks,
                 heads,
                 layer.kv_heads,
                 layer.scale,
@@ -127,16 +138,22 @@ def with_positions(
     return torch.cat([query, slopes], dim=-1), torch.cat([key, position], dim=-1)
 
 
-def _packed(heads: torch.Tensor, width: int) -> torch.Tensor:
-    """[rows, heads, seq, head_dim] -> [rows, seq, heads × width], GroupQueryAttention's layout, zeros behind a head."""
-    rows, count, seq, own = heads.shape
-    if own < width:
-        heads = nn.functional.pad(heads, (0, width - own))
+def _padded(heads: torch.Tensor, width: int) -> torch.Tensor:
+    """[rows, heads, seq, head_dim] with zeros behind each head, up to ``width``."""
+    missing = width - heads.shape[3]
+    return nn.functional.pad(heads, (0, missing)) if missing else heads
+
+
+def _packed(heads: torch.Tensor) -> torch.Tensor:
+    """[rows, heads, seq, width] -> [rows, seq, heads × width], GroupQueryAttention's layout."""
+    rows, count, seq, width = heads.shape
     return heads.transpose(1, 2).reshape(rows, seq, count * width)
 
 
-def trace(model: PreTrainedModel, layout: Layout, max_len: int) -> ir.Model:
+def trace(model: PreTrainedModel, layout: Layout, max_len: int, standard_operators: bool = False) -> ir.Model:
     """Trace the model into an ONNX graph (in memory, weights shared with torch where they can be).
+
+    With ``standard_operators`` the graph has no operator of ONNX Runtime's own: see `export.standard_attention`.
 
     Raises:
         UnsupportedModel: the forward cannot be traced, or the cache would not be used by every layer.
@@ -160,7 +177,7 @@ def trace(model: PreTrainedModel, layout: Layout, max_len: int) -> ir.Model:
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(
-                SlotDecoder(model, layout).eval(), arguments, dynamic_shapes=dynamic, strict=False
+                SlotDecoder(model, layout, standard_operators).eval(), arguments, dynamic_shapes=dynamic, strict=False
             )
             program = torch.onnx.export(
                 exported,
@@ -180,10 +197,22 @@ def trace(model: PreTrainedModel, layout: Layout, max_len: int) -> ir.Model:
             f"{architecture(model)} cannot be traced: {summary}", "Run again with --debug for the tracer's full report."
         ) from error
     graph = program.model
+    # Each layer has one GroupQueryAttention, or scatters one key and one value.
     nodes = sum(node.op_type == "GroupQueryAttention" for node in graph.graph)
+    if standard_operators:
+        nodes = sum(node.op_type == "ScatterElements" for node in graph.graph) // 2
     if nodes != count:
         raise UnsupportedModel(f"{architecture(model)}: the graph has {nodes} cached attentions for {count} layers.")
     return graph
+
+
+def cache_shapes(graph: ir.Model) -> dict[str, list[int]]:
+    """The graph's ``past_*`` inputs and their dimensions behind the rows: [kv_heads, max_len, width of a head]."""
+    return {
+        str(value.name): [int(str(size)) for size in value.shape[1:]]
+        for value in graph.graph.inputs
+        if value.shape is not None and str(value.name).startswith("past_")
+    }
 
 
 @contextmanager

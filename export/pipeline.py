@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from export import tensorrt
 from export.chat import chat_template
-from export.decoder import trace
+from export.decoder import cache_shapes, trace
 from export.loading import limit, load_model
 from export.manifest import TASK, Serving, config_pbtxt, write_manifest
 from export.optimize import optimize, save
@@ -24,6 +25,7 @@ from export.verify import BATCH, verify
 
 STAGES = ("load", "trace", "optimise", "quantise", "verify", "publish")
 PRECISIONS = ("fp32", "int8")
+TARGETS = ("onnx", "tensorrt")
 TEMPLATE = "chat_template.jinja"
 STEPS = 8
 
@@ -33,7 +35,11 @@ Progress = Callable[[str, float | str], None]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export, how, and to where. ``max_len`` None: the model's positions, at most 2048."""
+    """What to export, how, and to where. ``max_len`` None: the model's positions, at most 2048.
+
+    ``target`` tensorrt: a graph for ONNX Runtime's TensorRT provider, verified in fp32 on this machine; ``precision``
+    is then the engine's.
+    """
 
     model: str
     repository: Path
@@ -42,6 +48,7 @@ class ExportOptions:
     chat_template: Path | None = None
     max_len: int | None = None
     revision: str | None = None
+    target: str = "onnx"
     serving: Serving = field(default_factory=Serving)
 
 
@@ -75,19 +82,19 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
         ExportError: anything that a person can mend; nothing has been published then.
     """
     name = check_name(options.name if options.name is not None else default_name(options.model))
+    tensorrt.check_precision(options.target, options.precision)
     progress("load", 0.0)
     repository = Repository(options.repository.expanduser().absolute())
     repository.require_writable()
+    precision = graph_precision(options)
     source = resolve(options.model, options.revision, lambda text: progress("load", text))
     max_len = limit(source, options.max_len)
     with repository.staging(name) as staging:
-        repository.require_space(space_needed(source, options.precision))
+        repository.require_space(space_needed(source, precision))
         draft = build(source, options, max_len, staging, progress)
         progress("verify", 0.0)
         runtime = SlotRuntime(staging.folder / "model.onnx", BATCH)
-        parity = verify(
-            runtime, draft.references, options.precision, draft.chunk, lambda done: progress("verify", done)
-        )
+        parity = verify(runtime, draft.references, precision, draft.chunk, lambda done: progress("verify", done))
         progress("publish", 0.0)
         with translated(options.repository):
             describe(source, options, max_len, staging, draft, parity)
@@ -124,10 +131,10 @@ def build(source: Source, options: ExportOptions, max_len: int, staging: Staging
     prompts = make_prompts(prompt_lengths(max_len, chunk, steps), vocab_size, text)
     references = run_reference(model, prompts, steps, lambda done: progress("load", 0.3 + 0.7 * done))
     progress("trace", 0.0)
-    graph = trace(model, layout, max_len)
+    graph = trace(model, layout, max_len, standard_operators=options.target == "tensorrt")
     progress("optimise", 0.0)
     optimize(graph)
-    if options.precision == "int8":
+    if graph_precision(options) == "int8":
         progress("quantise", 0.0)
         quantize_int8(graph)
     with translated(options.repository):
@@ -135,11 +142,11 @@ def build(source: Source, options: ExportOptions, max_len: int, staging: Staging
         write_tokenizer(tokenizer, staging.folder / "tokenizer.json")
         if template is not None:
             (staging.folder / TEMPLATE).write_text(template, encoding="utf-8")
-    facts = {
+    facts: dict[str, Any] = {
         "layers": len(layout.layers),
         "kv_heads": layout.caches[0][0],
         "head_dim": layout.caches[0][1],
-        "caches": [list(cache) for cache in layout.caches],
+        "caches": cache_shapes(graph),
         "kv_dtype": "float32",
         "vocab_size": references[0].logits.shape[1],
         "max_len": max_len,
@@ -156,7 +163,9 @@ def describe(
         "version": str(staging.version),
         "task": TASK,
         "architecture": draft.family,
+        "target": options.target,
         "precision": options.precision,
+        **(tensorrt.manifest() if options.target == "tensorrt" else {}),
         "source": {"id": source.id, "revision": source.revision, "sha256": source.sha256()},
         "graph": draft.graph,
         "tokens": draft.tokens,
@@ -167,6 +176,11 @@ def describe(
     write_manifest(staging.folder, body)
     config = config_pbtxt(staging.name, options.precision, max_len, draft.chat, options.serving)
     (staging.model / CONFIG).write_text(config, encoding="utf-8")
+
+
+def graph_precision(options: ExportOptions) -> str:
+    """Precision of the graph in the file: TensorRT makes its own fp16 of an fp32 graph when it builds the engine."""
+    return "fp32" if options.target == "tensorrt" else options.precision
 
 
 def default_name(model: str) -> str:

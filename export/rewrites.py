@@ -51,7 +51,9 @@ def prefill_chunk(model: PreTrainedModel, wanted: int) -> int:
     per_token = max((_expert_bytes(module) for module in model.modules()), default=0)
     text = model.config.get_text_config()
     chosen = next((getattr(text, name) for name in _CHOSEN if getattr(text, name, None)), 1)
-    return max(1, min(wanted, GATHERED_BYTES // (per_token * int(chosen)))) if per_token else wanted
+    if not per_token:
+        return wanted
+    return max(1, min(wanted, GATHERED_BYTES // (per_token * int(chosen))))
 
 
 def _expert_bytes(module: nn.Module) -> int:
@@ -59,7 +61,7 @@ def _expert_bytes(module: nn.Module) -> int:
     weights = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
     if not type(module).__name__.endswith("Experts") or not weights:
         return 0
-    return 4 * sum(weight[0].numel() for weight in weights)
+    return 4 * sum(int(weight[0].numel()) for weight in weights)
 
 
 def require_fixed_rotary(model: PreTrainedModel, max_len: int) -> None:

@@ -29,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "logwriter": set(),
     "logs": {"context", "domain", "logwriter", "masking", "rotation", "settings"},
     "models": {"settings", "errors", "pbtxt"},
+    "engines": {"models"},
     "client": {"sse", "errors"},
     "redis_connection": set(),
     "redis_url": {"settings", "redis_connection"},
@@ -86,13 +87,15 @@ ROOMS: dict[str, set[str]] = {
     "server": {"settings", "hardening", "openfiles"},
     "worker": {"settings", "logs", "app", "server"},
     "parent": {"settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape"},
-    "local": {"rotation", "settings", "errors", "models", "pbtxt", "client", "triton"},
+    "local": {"rotation", "settings", "errors", "models", "engines", "pbtxt", "client", "triton"},
     "ops": {
-        "settings", "errors", "domain", "triton", "store", "models", "pbtxt", "client", "local", "sse", "keys", "cache",
-        "limits", "audit", "auditevents", "auditlog", "auditwriter", "fingerprint",
+        "settings", "errors", "domain", "triton", "store", "models", "engines", "pbtxt", "client", "local", "sse",
+        "keys", "cache", "limits", "audit", "auditevents", "auditlog", "auditwriter", "fingerprint",
     },
 }  # fmt: skip
-ROOMS["app"] = set(ROOMS) - {"local", "ops", "client", "models", "pbtxt", "server", "hardening", "worker", "scrape"}
+ROOMS["app"] = set(ROOMS) - {
+    "local", "ops", "client", "models", "engines", "pbtxt", "server", "hardening", "worker", "scrape",
+}  # fmt: skip
 ROOMS["cli"] = {*ROOMS}
 
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "tokenizers", "safetensors", "numpy"}

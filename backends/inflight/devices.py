@@ -72,13 +72,15 @@ def place(
         )
     why = (fault or cuda_fault)(device_id)
     if why is None:
-        return Placement(CUDA, CUDA, device_id, ((CUDA_PROVIDER, _cuda(device_id, memory_limit_mb)), *ON_CPU.providers))
+        cuda = (CUDA_PROVIDER, cuda_options(device_id, memory_limit_mb))
+        return Placement(CUDA, CUDA, device_id, (cuda, *ON_CPU.providers))
     if device == "auto":
         return replace(ON_CPU, note=why)
     raise EntryError(f"config.pbtxt: parameter device is cuda, but {why}; or set device to auto or cpu")
 
 
-def _cuda(device_id: int, memory_limit_mb: int) -> dict[str, str]:
+def cuda_options(device_id: int, memory_limit_mb: int) -> dict[str, str]:
+    """The CUDA provider's options; `memory_limit_mb` 0 sets no limit."""
     options = {
         "device_id": str(device_id),
         # Doubling, the default, would take memory that the slots of another model need.

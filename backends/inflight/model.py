@@ -31,6 +31,7 @@ from .prompt import PromptCodec
 from .request import Prompt, SamplingParams, parse
 from .scheduler import Scheduler
 from .sequence import Sequence
+from .trt import check_engine
 
 DEFAULT_DEADLINE_S = 600.0
 DRAIN_S = 10.0
@@ -54,6 +55,7 @@ class TritonPythonModel:
         parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
         try:
             self._entry = entries.load(Path(args["model_repository"]) / args["model_version"], parameters)
+            check_engine(self._entry.folder)
             self._codec = PromptCodec(self._entry)
             # KIND_GPU names a device; with KIND_CPU, which every machine can load, it is the first one
             on_gpu = args.get("model_instance_kind") == "GPU"

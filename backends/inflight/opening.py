@@ -10,6 +10,7 @@ from .devices import CPU, ON_CPU, Placement, place
 from .entry import Entry, EntryError
 from .errors import DeviceLost, OutOfMemory
 from .runner import Runner
+from .trt import TENSORRT, is_for_tensorrt, place_for_tensorrt, record_engine
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,12 @@ def open_model(entry: Entry, device_id: int, placing: Callable[..., Placement] =
     Raises EntryError where it cannot run.
     """
     name = entry.folder.parent.name
-    wanted = placing(entry.device, entry.graph.kv_dtype, device_id, entry.gpu_memory_limit_mb)
+    if is_for_tensorrt(entry.folder):
+        wanted = place_for_tensorrt(
+            entry.folder, entry.device, entry.slots, entry.prefill_chunk, device_id, entry.gpu_memory_limit_mb
+        )
+    else:
+        wanted = placing(entry.device, entry.graph.kv_dtype, device_id, entry.gpu_memory_limit_mb)
     if wanted.note:
         _tell(f"{name} runs on the {wanted.device}: {wanted.note}")
 
@@ -57,4 +63,6 @@ def _tell(line: str) -> None:
 def _runner(entry: Entry, placement: Placement) -> Runner:
     runner = Runner(entry.folder / "model.onnx", entry.slots, entry.threads, placement)
     runner.prefill(0, [0], 0)  # the first run allocates; a client should not wait for it
+    if placement.device == TENSORRT:
+        record_engine(entry.folder, placement.device_id)
     return runner

@@ -1,4 +1,4 @@
-"""Before a stack starts: its ports are free, and what a killed supervisor left behind is gone."""
+"""Before a stack starts: its ports are free, its model can run here, and what a killed supervisor left is gone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from orchestrator import engines, models
 from orchestrator.local import state, tritonserver
 from orchestrator.local.process import kill_group
 from orchestrator.settings import Settings
@@ -42,6 +43,19 @@ def check_ports(settings: Settings, patience_s: float = 0.0) -> None:
                     f"stop what uses it, or choose another with TRUTHGPT_{name.upper()}",
                 ) from error
             time.sleep(0.02)
+
+
+def check_engine(settings: Settings, model: str) -> None:
+    """Refuse a TensorRT engine of another machine before Triton reads it. Raises StartError saying how to rebuild it.
+
+    A model that is not in the repository is Triton's to report.
+    """
+    for entry in models.read(settings.model_repository):
+        if entry.name == model:
+            try:
+                engines.require(entry.newest)
+            except engines.ForeignEngine as error:
+                raise StartError(str(error), error.hint) from error
 
 
 def _bind(host: str, port: int) -> OSError | None:

@@ -75,6 +75,7 @@ class Supervisor:
         with state.lock(self._home):
             cleared = preflight.clear_leftovers(self._home)
             preflight.check_ports(self._settings, preflight.GONE_S if cleared else 0.0)
+            preflight.check_engine(self._settings, self._model)
             self._triton = Triton(self._triton_url, Deadlines(heartbeat_s=self._settings.heartbeat_timeout_s))
             self._installation = installation
             try:

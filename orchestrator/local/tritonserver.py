@@ -141,11 +141,15 @@ def command(installation: Installation, settings: Settings, models: Iterable[str
 
 
 def environment(installation: Installation) -> dict[str, str]:
-    """The server's environment: ours without our settings (a child that needs no secret gets none)."""
+    """The server's environment: ours without our settings (a child that needs no secret gets none).
+
+    Libraries that the user names (CUDA, TensorRT) are found behind the server's own.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRUTHGPT_")}
+    libraries = [installation.library_path(), inherited.get("LD_LIBRARY_PATH", "")]
     return {
         **inherited,
-        "LD_LIBRARY_PATH": installation.library_path(),
+        "LD_LIBRARY_PATH": os.pathsep.join(path for path in libraries if path),
         "PYTHONPATH": str(installation.site),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")]),
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -7,7 +7,7 @@ import subprocess
 import time
 from typing import Any
 
-from orchestrator import models
+from orchestrator import engines, models
 from orchestrator.client import GatewayClient, GatewayError
 from orchestrator.local import redisserver, state, tritonserver
 from orchestrator.local.process import alive
@@ -82,6 +82,27 @@ def check_entry(deployment: Deployment) -> Finding:
         detail += f", but it was verified with onnxruntime {made_with} and {have} is installed"
         return Finding("entry", True, detail, f"export {entry.name} again to verify it with this version")
     return Finding("entry", True, detail)
+
+
+def check_engine(deployment: Deployment) -> Finding:
+    """The TensorRT engine of the model, if it has one, is this machine's."""
+    try:
+        choice = deployment.choice()
+        version = models.get(deployment.settings.model_repository, choice.model).newest
+        engine = engines.engine_of(version)
+        engines.require(version)
+    except models.ModelsError:
+        return Finding("engine", True, "no model to look at, see the check of the model")
+    except engines.ForeignEngine as error:
+        return Finding("engine", False, str(error), error.hint)
+    if engine is not None:
+        return Finding("engine", True, f"its TensorRT engine was built for {engine[0].get('gpu')}, which is here")
+    if version.fact("target") != engines.TARGET:
+        return Finding("engine", True, f"{choice.model} needs no TensorRT engine")
+    if not engines.this_machine().gpus:
+        hint = f"serve it where an NVIDIA GPU is, or export {choice.model} with --target onnx"
+        return Finding("engine", True, f"{choice.model} is for TensorRT, and there is no NVIDIA GPU here", hint)
+    return Finding("engine", True, "its TensorRT engine is built by the first load")
 
 
 def check_redis(deployment: Deployment) -> Finding:

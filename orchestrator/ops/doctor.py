@@ -35,6 +35,7 @@ CHECKS = (
     Check("keys", stack.check_keys),
     Check("model", stack.check_model),
     Check("entry", stack.check_entry, 120.0),  # hashes every byte of the weights
+    Check("engine", stack.check_engine, 60.0),
     Check("gateway", stack.check_gateway),
     Check("leftovers", stack.check_leftovers),
 )

@@ -22,13 +22,18 @@ PROMPTS = [[random.Random(i).randrange(1, 250) for _ in range(1 + 7 * i % 90)] f
 NEW = 20
 
 
-@pytest.fixture(scope="module", params=["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "llama for tensorrt"))],
+)
 def exported(request: pytest.FixtureRequest) -> Iterator[tuple[Stack, Path]]:
     """A running stack that serves a tiny random checkpoint in fp32, exported by `truthgpt export`."""
     folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
-    checkpoint, name = folder / "checkpoint", f"tiny-{request.param}"
-    write_checkpoint(checkpoint, request.param)
+    family, *target = request.param.split(" for ")
+    checkpoint, name = folder / "checkpoint", f"tiny-{family}"
+    write_checkpoint(checkpoint, family)
     argv = [sys.executable, "-m", "export", str(checkpoint), "--name", name, "--prefill-chunk", "16", "--slots", "4"]
+    argv += [f"--target={given}" for given in target]
     done = subprocess.run(
         [*argv, "--repository", str(folder / "repository"), "--json"], capture_output=True, text=True, timeout=120
     )

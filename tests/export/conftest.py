@@ -48,3 +48,10 @@ def published_llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Ex
         serving=Serving(slots=4, prefill_chunk=16, max_queue=7),
     )
     return export_model(options)
+
+
+@pytest.fixture(scope="session")
+def published_tensorrt(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The tiny Llama for the target tensorrt, 64 tokens long."""
+    root = tmp_path_factory.mktemp("repository")
+    return export_model(ExportOptions(str(llama), root, "engine", "fp16", max_len=64, target="tensorrt"))

@@ -72,6 +72,17 @@ def test_the_servers_environment_has_none_of_our_settings(monkeypatch: pytest.Mo
     assert "secret" not in str(tritonserver.environment(tritonserver.find()))
 
 
+def test_libraries_that_the_user_names_are_found_behind_the_servers_own(monkeypatch: pytest.MonkeyPatch):
+    """CUDA and TensorRT may lie anywhere; the wheel's own come first, and no empty entry means the current folder."""
+    installation = tritonserver.find()
+    own = installation.library_path()
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/tensorrt/lib")
+    assert tritonserver.environment(installation)["LD_LIBRARY_PATH"] == f"{own}:/opt/tensorrt/lib"
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    assert tritonserver.environment(installation)["LD_LIBRARY_PATH"] == own
+
+
+
 def test_preparing_twice_gives_the_same_folder(tmp_path: Path):
     """The backend directory is made anew from the installation, old files included."""
     installation = tritonserver.find()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import redis
 
+from orchestrator import engines
 from orchestrator.local import redisserver, state, tritonserver
 from orchestrator.ops import checks_machine, checks_stack, doctor
 from orchestrator.ops.finding import Deployment, Finding, Limits, installed
@@ -73,6 +74,21 @@ def test_each_fault_reaches_people_with_its_hint(place: Any) -> None:
     assert "model" in line and "-> export it first: truthgpt export" in result.stdout
     rows = {row["name"]: row for row in place.json("doctor", code=1)["checks"]}
     assert [name for name, row in rows.items() if not row["ok"]] == ["model"]
+
+
+def test_a_foreign_engine_is_found(place: Any) -> None:
+    """A TensorRT engine of another GPU is a fault with the folder to remove; a target without a GPU is a warning."""
+    folder = place.export() / "1"
+    assert checks_stack.check_engine(deployment()).detail == "demo needs no TensorRT engine"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "target": "tensorrt"}))
+    if not engines.this_machine().gpus:
+        finding = checks_stack.check_engine(deployment())
+        assert finding.ok and "no NVIDIA GPU" in finding.detail and "--target onnx" in finding.hint
+    (folder / "engine").mkdir()
+    record = {"gpu": "NVIDIA Tesla P4", "compute_capability": "6.1"}
+    (folder / "engine" / "engine.json").write_text(json.dumps(record))
+    fault(checks_stack.check_engine(deployment()), "NVIDIA Tesla P4", f"rm -r '{folder / 'engine'}'")
 
 
 def test_wrong_settings_are_the_first_fault(place: Any) -> None:

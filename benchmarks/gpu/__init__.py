@@ -1,0 +1,1 @@
+"""Workload W on one GPU: this serving stack beside transformers' `generate`. See benchmarks/GPU.md."""

@@ -1,0 +1,199 @@
+"""The target tensorrt: what an export writes, and how an engine is built, on TensorRT's documented interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export import tensorrt
+from export.errors import ExportError
+from export.pipeline import Exported, ExportOptions, export_model
+from export.tensorrt import EngineError, Shapes, build_plan
+
+PROFILE = {"input_ids": Shapes((1, 1), (8, 64), (64, 512))}
+
+
+class Recorded:
+    """Stands for the `tensorrt` module, which has no wheel for machines without a GPU: remembers what it is asked."""
+
+    def __init__(self, parses: bool = True, builds: bool = True, fp16: bool = True) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        ask = self.asked.append
+
+        class OnnxParser:
+            num_errors = 1
+
+            def __init__(self, network: object, logger: object) -> None:
+                pass
+
+            def parse_from_file(self, path: str) -> bool:
+                ask(("parse", path))
+                return parses
+
+            def get_error(self, index: int) -> str:
+                return f"In node {index}: no importer for Mystery"
+
+        class Cache:
+            def serialize(self) -> bytes:
+                return b"timings"
+
+        class Config:
+            def set_memory_pool_limit(self, pool: object, size: int) -> None:
+                ask(("limit", pool, size))
+
+            def set_flag(self, flag: object) -> None:
+                ask(("flag", flag))
+
+            def add_optimization_profile(self, profile: object) -> None:
+                ask(("profile",))
+
+            def create_timing_cache(self, data: bytes) -> Cache:
+                ask(("cache", data))
+                return Cache()
+
+            def set_timing_cache(self, cache: Cache, ignore_mismatch: bool) -> None:
+                ask(("mismatch", ignore_mismatch))
+
+            def get_timing_cache(self) -> Cache:
+                return Cache()
+
+        class Profile:
+            def set_shape(self, *shapes: object) -> None:
+                ask(("shape", *shapes))
+
+        class Builder:
+            def __init__(self, logger: object) -> None:
+                pass
+
+            def create_network(self, flags: int) -> object:
+                return object()
+
+            def create_builder_config(self) -> Config:
+                return Config()
+
+            def create_optimization_profile(self) -> Profile:
+                return Profile()
+
+            def build_serialized_network(self, network: object, config: Config) -> bytes | None:
+                return b"engine" if builds else None
+
+        class Logger:
+            WARNING = 2
+
+            def __init__(self, level: int) -> None:
+                pass
+
+        self.module = types.ModuleType("tensorrt")
+        parts = {"Builder": Builder, "OnnxParser": OnnxParser, "Logger": Logger, "__version__": "10.13.3.9"}
+        parts["MemoryPoolType"] = types.SimpleNamespace(WORKSPACE="workspace")
+        parts["BuilderFlag"] = types.SimpleNamespace(FP16="fp16") if fp16 else types.SimpleNamespace()
+        vars(self.module).update(parts)
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An nvidia-smi that knows one GPU."""
+    write_smi(tmp_path / "bin", "NVIDIA A100-SXM4-40GB, 8.0, 580.95.05")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+
+def write_smi(folder: Path, *rows: str) -> None:
+    folder.mkdir(exist_ok=True)
+    script = folder / "nvidia-smi"
+    script.write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **parts: bool) -> Recorded:
+    recorded = Recorded(**parts)
+    monkeypatch.setitem(sys.modules, "tensorrt", recorded.module)
+    return recorded
+
+
+def test_an_entry_for_tensorrt(published_tensorrt: Exported) -> None:
+    """It holds the graph that was verified in fp32, promises fp16, and says that no GPU has seen it yet."""
+    manifest = json.loads((published_tensorrt.path / "manifest.json").read_text())
+    assert (manifest["target"], manifest["precision"], manifest["engine"]) == ("tensorrt", "fp16", None)
+    assert manifest["status"] == "TensorRT: not yet verified on hardware"
+    assert manifest["graph"]["kv_dtype"] == "float32"
+    names = [f"past_{kind}_{layer}" for layer in range(2) for kind in ("key", "value")]
+    assert manifest["graph"]["caches"] == dict.fromkeys(names, [2, 64, 16])
+    assert manifest["parity"]["max_abs_logit_diff"] <= 1e-4 and manifest["parity"]["greedy_agreement"] == 1.0
+
+
+@pytest.mark.parametrize(("target", "precision", "word"), [("tensorrt", "int8", "int8"), ("onnx", "fp16", "tensorrt")])
+def test_a_precision_that_a_target_has_not_is_refused(tmp_path: Path, target: str, precision: str, word: str) -> None:
+    """Before the checkpoint is looked at, with the precisions that there are."""
+    with pytest.raises(ExportError, match=word) as caught:
+        export_model(ExportOptions(str(tmp_path / "none"), tmp_path, "x", precision, target=target))
+    assert caught.value.hint and "--precision fp" in caught.value.hint
+
+
+def test_without_tensorrt_the_error_names_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building an engine where TensorRT is not installed says which image has it and how to run the export there."""
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(EngineError, match="not installed") as caught:
+        build_plan(tmp_path / "model.onnx", tmp_path / "model.plan", PROFILE)
+    assert tensorrt.CONTAINER in str(caught.value) and caught.value.hint
+    assert f"--gpus all -v $PWD:/work -w /work {tensorrt.CONTAINER}" in caught.value.hint
+
+
+def test_without_a_gpu_no_engine_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine belongs to a GPU: on a machine without one nothing is begun."""
+    recorded = install(monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EngineError, match="no NVIDIA GPU here"):
+        build_plan(tmp_path / "model.onnx", tmp_path / "model.plan", PROFILE)
+    assert recorded.asked == []
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_plan_is_built_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parser, workspace, fp16, profile and timing cache are set, and the block names the GPU and TensorRT."""
+    recorded = install(monkeypatch)
+    plan, cache = tmp_path / "model.plan", tmp_path / "timing.cache"
+    cache.write_bytes(b"before")
+    engine = build_plan(tmp_path / "model.onnx", plan, PROFILE, timing_cache=cache)
+    assert recorded.asked == [
+        ("parse", str(tmp_path / "model.onnx")),
+        ("limit", "workspace", tensorrt.WORKSPACE_BYTES),
+        ("flag", "fp16"),
+        ("shape", "input_ids", (1, 1), (8, 64), (64, 512)),
+        ("profile",),
+        ("cache", b"before"),
+        ("mismatch", False),
+    ]
+    assert plan.read_bytes() == b"engine" and cache.read_bytes() == b"timings"
+    assert {key: engine[key] for key in ("gpu", "compute_capability", "driver", "tensorrt")} == {
+        "gpu": "NVIDIA A100-SXM4-40GB",
+        "compute_capability": "8.0",
+        "driver": "580.95.05",
+        "tensorrt": "10.13.3.9",
+    }
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("parts", "word"),
+    [
+        ({"parses": False}, "no importer for Mystery"),
+        ({"builds": False}, "could not build"),
+        ({"fp16": False}, "no fp16 engine"),
+    ],
+)
+def test_what_tensorrt_refuses_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: dict[str, bool], word: str
+) -> None:
+    """A graph it cannot read, an engine it cannot build and an fp16 it no longer makes are errors with a way out."""
+    install(monkeypatch, **parts)
+    with pytest.raises(EngineError, match=word) as caught:
+        build_plan(tmp_path / "model.onnx", tmp_path / "model.plan", PROFILE)
+    assert caught.value.hint
+    assert {path.name for path in tmp_path.iterdir()} == {"bin"}
