@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.domain import Model
 from orchestrator.errors import ModelNotFound, Overloaded, TruthGPTError, UpstreamUnavailable
-from orchestrator.triton import Attendance, Heartbeat, Triton
+from orchestrator.triton import Attendance, Heartbeat, ModelConfig, Triton
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Served:
     model: Model
     reason: str = "no heartbeat yet"
     configured: bool = False
-    beats: bool = True  # it has a heartbeat, and is not only taken at Triton's word
+    config: ModelConfig | None = None  # what was read
     since: float = 0.0
     beat: Heartbeat | None = None
     heard_at: float = 0.0  # loop time of the last bytes of an answer that has ended
@@ -187,12 +187,11 @@ class Health:
     async def _beat_once(self, served: Served) -> None:
         asked_at = asyncio.get_running_loop().time()
         try:
-            if not served.configured:
-                await self._configure(served)
-            if not served.beats:
-                await self._triton.model_ready(served.model.name)
-            else:
-                served.beat = await self._beat(served.model)
+            config = served.config if served.configured else None
+            if config is None:
+                config = await self._configure(served)
+            served.beat = await self._triton.beat(served.model.name, config, self._engine_stall_s)
+            if served.beat is not None:
                 digest = served.beat.digest or served.model.digest
                 if digest != served.model.digest:  # another entry than the one whose parameters were read
                     await self._configure(served)
@@ -217,26 +216,18 @@ class Health:
             for call in self.on_ready:
                 call(served.model.name)
 
-    async def _beat(self, model: Model) -> Heartbeat:
-        if model.generates:
-            return await self._triton.heartbeat(model.name)
-        # An encoder answers between two batches: as long as one may take, there is nothing to be said of it. Triton
-        # itself says at once that its process is gone.
-        return await self._triton.encoder_heartbeat(model.name, self._engine_stall_s)
-
     def _heard_since(self, served: Served, asked_at: float) -> bool:
         """Whether a stream was written to lately: the stub lives, the machine is only too busy for its heartbeat."""
         recent = max(asked_at, asyncio.get_running_loop().time() - FRESH_S) if served.model.generates else asked_at
         return served.heard_at > recent or any(attendance.heard_at > recent for attendance in served.attending)
 
-    async def _configure(self, served: Served) -> None:
+    async def _configure(self, served: Served) -> ModelConfig:
         config = await self._triton.model_config(served.model.name)
-        served.beats = config.beats
-        if not served.beats:
-            served.beat = None
+        served.config = config
         facts = {name: value for name, value in vars(config).items() if name != "beats"}
         served.model = dataclasses.replace(served.model, seen=True, **facts)
         served.configured = True
+        return config
 
     def _unready(self, served: Served, reason: str) -> None:
         if served.model.ready:

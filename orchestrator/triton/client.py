@@ -174,17 +174,28 @@ class Triton:
                 raise DeadlineExceeded from error
             raise UpstreamUnavailable(f"Triton sent nothing for {self._deadlines.stall_s} s") from error
 
+    async def beat(self, model: str, config: ModelConfig, stall_s: float) -> Heartbeat | None:
+        """How a model of this kind is; None of one without a heartbeat that Triton says is ready. Raises TruthGPTError.
+
+        An encoder answers between two batches: as long as one may take, `stall_s`, there is nothing to be said of it.
+        That its process is gone Triton itself says at once.
+        """
+        if config.generates:
+            return await self.heartbeat(model)
+        if not config.beats:
+            await self.model_ready(model)
+            return None
+        answer = await self._call("POST", self._model_path(model, "infer"), _ENCODER_BEAT, stall_s)
+        return _beat(model, lambda: next(row["data"] for row in answer["outputs"] if row["name"] == HEARTBEAT))
+
     async def heartbeat(self, model: str) -> Heartbeat:
-        """Ask a model's stub process how it is. Raises TruthGPTError when it does not answer properly in time."""
+        """Ask a generation model's stub process how it is. Raises TruthGPTError when it does not answer properly in
+        time.
+        """
         answer = await self._call(
             "POST", self._model_path(model, "generate"), {"text_input": "", "parameters": {"heartbeat": True}}
         )
         return _beat(model, lambda: answer["text_output"])
-
-    async def encoder_heartbeat(self, model: str, timeout_s: float) -> Heartbeat:
-        """The same of an encoder, which answers it between two batches. Raises TruthGPTError."""
-        answer = await self._call("POST", self._model_path(model, "infer"), _ENCODER_BEAT, timeout_s)
-        return _beat(model, lambda: next(row["data"] for row in answer["outputs"] if row["name"] == HEARTBEAT))
 
     async def prompt(self, request: GenerateRequest, timeout_s: float) -> Prompt:
         """Ask the model's tokenizer about a prompt. Raises InvalidRequest, UpstreamUnavailable, UpstreamError."""
