@@ -15,6 +15,7 @@ from orchestrator import audit, logs
 from orchestrator.admission import Admission
 from orchestrator.api.admin import Admin, Scrape
 from orchestrator.api.credentials import credential_of
+from orchestrator.api.encoders import Encoders
 from orchestrator.api.fields import Defaults
 from orchestrator.api.http import Receive, Scope, Send
 from orchestrator.api.kserve import KServe
@@ -146,6 +147,7 @@ class Application(_Application):
         at_once = min(settings.max_batch_size, settings.max_concurrency)
         defaults = Defaults(temperature=settings.temperature)
         openai = OpenAI(gateway, defaults, settings.request_timeout_s, at_once)
+        encoders = Encoders(gateway, settings.request_timeout_s)
         kserve = KServe(gateway, triton.describe, defaults, settings.request_timeout_s)
         audited = auditing.health if auditing else audit.off
         probes = Probes(gateway, triton.url, lambda: store.up if store else None, audited)
@@ -155,7 +157,7 @@ class Application(_Application):
         def identify(headers: dict[bytes, bytes], address: str) -> Caller:
             return auth.caller(credential_of(headers), address)
 
-        routes = {**openai.routes, **kserve.routes, **probes.routes, **description.routes}
+        routes = {**openai.routes, **encoders.routes, **kserve.routes, **probes.routes, **description.routes}
         report = reporting(metrics, auditing)
         self._door = FrontDoor(routes, settings.body_limit_bytes, identify, report)
         running = {"health": health.run(), "limiter": limiter.run(), "registry": registry.run()}

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from orchestrator.domain import CachePolicy, Caller, Chunk, GenerateRequest, Model
+from orchestrator.domain import CachePolicy, Caller, Chunk, EncodeRequest, GenerateRequest, Model
 from orchestrator.store import Script, answer_key, flight_key, stats_key
 
 DEFAULT_TTL_S = {
@@ -170,15 +170,9 @@ def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = 
     known = None if memo is None else memo.get(of)
     if known is not None:
         return Ticket(known, caller.tenant, model.name, task, request.cache)
-    canonical = orjson.dumps(
+    key = _key(
         [
-            "2",  # of this serialisation
-            rules,
-            caller.tenant,
-            task,
-            model.name,
-            model.digest,
-            "" if model.digest else model.version,
+            *_head(rules, caller, task, model),
             request.text,
             request.token_ids,
             None if request.messages is None else [[turn.role, turn.content] for turn in request.messages],
@@ -190,12 +184,29 @@ def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = 
             request.stop,
         ]
     )
-    key = hashlib.sha256(canonical).hexdigest()
     if memo is not None:
         if len(memo) > _MEMO:
             memo.clear()
         memo[of] = key
     return Ticket(key, caller.tenant, model.name, task, request.cache)
+
+
+def encode_ticket(caller: Caller, model: Model, request: EncodeRequest) -> Ticket:
+    """The same for texts that an encoder reads: one place for all of a request's. How many dimensions of a vector are
+    shown, and in which form, makes no difference.
+    """
+    task = request.task or model.task
+    key = _key([*_head("", caller, task, model), request.operation, request.texts, request.truncate])
+    return Ticket(key, caller.tenant, model.name, task, request.cache)
+
+
+def _head(rules: str, caller: Caller, task: str, model: Model) -> list[object]:
+    version = "" if model.digest else model.version
+    return ["2", rules, caller.tenant, task, model.name, model.digest, version]  # "2": of this serialisation
+
+
+def _key(canonical: list[object]) -> str:
+    return hashlib.sha256(orjson.dumps(canonical)).hexdigest()
 
 
 def lookup_of(reply: list[Any]) -> Lookup:
@@ -211,7 +222,7 @@ def encode(answer: Answer, model: str, task: str) -> bytes:
     """The entry, without its time; LEAVE fills it in."""
     fields = [answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens]
     body, form = orjson.dumps(fields), "p"
-    if len(body) > _COMPRESS_OVER_BYTES:
+    if len(body) > _COMPRESS_OVER_BYTES and task != "embeddings":  # vectors hardly get smaller
         body, form = zlib.compress(body, 1), "z"
     return f"TG1 {form} {_NO_TIME} {task} {model}\n".encode(errors="replace") + body
 

@@ -170,14 +170,24 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedRequest:
-    """Turn texts into vectors. `accepted_at` is monotonic seconds."""
+class EncodeRequest:
+    """Read texts with an encoder: `operation` embed turns each into a vector, classify into a score for each label.
+
+    `accepted_at` is monotonic seconds. `truncate`: a text longer than the model reads is cut there, else refused. Of
+    each vector the first `dimensions` are wanted, all by default; whoever shows them cuts. An empty `task` is the
+    model's own.
+    """
 
     id: str
     model: str
     accepted_at: float
     texts: tuple[str, ...] = field(repr=False)
-    task: str = "embeddings"
+    operation: str = "embed"
+    truncate: bool = False
+    dimensions: int | None = None
+    timeout_s: float | None = None
+    task: str = ""
+    cache: CachePolicy = CachePolicy()
     traceparent: str | None = None
 
 
@@ -228,8 +238,10 @@ class InferResult:
 class Model:
     """A served model as callers may see it. `created` is Unix time in seconds; `max_len` counts tokens.
 
-    `digest` names what is loaded: a model that was exported again has another one. `generates`: it is one of our
-    generation models; any other is only inferred with.
+    `digest` names what is loaded: a model that was exported again has another one. `operation`, of ENDPOINTS, is what
+    it is for: ours generate, embed or classify, any other is only inferred with. `seen`: that has been read, and is not
+    only supposed. Encoders make vectors of `dim` elements, of length 1 if `normalized`, or a score for each of
+    `labels`, of `max_batch` texts at once.
     """
 
     name: str
@@ -240,7 +252,29 @@ class Model:
     chat: bool = False
     max_len: int | None = None
     digest: str = ""
-    generates: bool = True
+    operation: str = "generate"
+    seen: bool = False
+    dim: int | None = None
+    normalized: bool = False
+    labels: tuple[str, ...] = ()
+    max_batch: int = 1
+
+    @property
+    def generates(self) -> bool:
+        return self.operation == "generate"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder made of the texts, with the model that did: a row of each output for each text.
+
+    embed: `embedding` FP32 [texts, dim]. classify: `scores` FP32 [texts, labels], `label` BYTES [texts, 1]. Both:
+    `num_input_tokens` UINT32 [texts, 1], of which `tokens` is the sum.
+    """
+
+    model: Model
+    outputs: Mapping[str, Tensor]
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import orjson
 
-from orchestrator.domain import EmbedRequest, GenerateRequest, InferRequest, Tensor
+from orchestrator.domain import EncodeRequest, GenerateRequest, InferRequest, Tensor
 
 KEY_FILE = "audit.key"
 KEY_BYTES = 32
@@ -99,7 +99,7 @@ class Fingerprint:
                 parts += (b"%d:" % len(part), part)
         return self._input.hash(b"".join(parts))
 
-    def request(self, request: GenerateRequest | InferRequest | EmbedRequest) -> str:
+    def request(self, request: GenerateRequest | InferRequest | EncodeRequest) -> str:
         """Of what the model is given, as the client sent it."""
         if isinstance(request, GenerateRequest):
             memo = request.memo

@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 
 from orchestrator.admission import Admission
 from orchestrator.breaker import Breakers
-from orchestrator.cache import ticket
+from orchestrator.broadcast import Outcome, Put
+from orchestrator.cache import encode_ticket, ticket
 from orchestrator.context import handling
 from orchestrator.domain import (
     Caller,
     Chunk,
-    EmbedRequest,
+    Encoded,
+    EncodeRequest,
     GenerateRequest,
     InferRequest,
     InferResult,
@@ -26,12 +28,14 @@ from orchestrator.domain import (
     Trace,
     changed,
 )
-from orchestrator.errors import Draining, InternalError, InvalidRequest, Text, TruthGPTError
+from orchestrator.encoding import encoded
+from orchestrator.errors import Draining, InternalError, TruthGPTError, UpstreamError
 from orchestrator.flights import Flights, alone
 from orchestrator.generation import Generation, Ready, Source
 from orchestrator.health import Health, Served
 from orchestrator.limiter import Limiter
-from orchestrator.passage import Passage, Prepared, Request, Sink, within
+from orchestrator.operations import fit, mismatch
+from orchestrator.passage import Passage, Prepared, Prompt, Request, Sink, within
 from orchestrator.screening import Screen
 from orchestrator.tokens import Tokens
 from orchestrator.upstream import Upstream
@@ -40,9 +44,6 @@ log = logging.getLogger(__name__)
 
 RECORD_S = 0.005  # after a request's end, at the latest
 TOGETHER = 32  # requests that are recorded in one go
-
-NO_EMBEDDINGS = Text("There is no embedding model here.", "Aquí no hay ningún modelo de embeddings.")
-NOT_GENERATING = Text("This model does not generate text; use infer.", "Este modelo no genera texto; use infer.")
 
 
 Result = TypeVar("Result")
@@ -78,7 +79,7 @@ class Gateway:
         async def prepare(prepared: Prepared[GenerateRequest]) -> None:
             model = await self._health.find(request.model)
             if not model.generates:
-                raise InvalidRequest(NOT_GENERATING, "model")
+                raise mismatch(model, "generate", self.models)
             asked = request if request.task else changed(request, task=model.task)
             prepared.request, notes.sanitized = await self._screen.generate(asked)
             prepared.tokens = self._tokens.fit(model, prepared.request, caller.limits)
@@ -87,9 +88,40 @@ class Gateway:
             if self._flights is not None:
                 prepared.ticket = ticket(caller, model, prepared.request, self._answer_rules)
 
+        return self._answer(passage, prepare, self._upstream.generate)
+
+    async def encode(self, caller: Caller, request: EncodeRequest, notes: Notes) -> Encoded:
+        """Embed or classify texts. Raises TruthGPTError."""
+        passage = Passage(caller, request, request.operation, notes)
+        model: Model | None = None
+
+        async def prepare(prepared: Prepared[EncodeRequest]) -> None:
+            nonlocal model
+            model = await self._health.find(request.model)
+            if model.operation != request.operation:
+                raise mismatch(model, request.operation, self.models)
+            fit(model, request)
+            asked = request if request.task else changed(request, task=model.task)
+            prepared.request, notes.sanitized = await self._screen.encode(asked)
+            prepared.tokens = self._tokens.fit_texts(model, prepared.request, caller.limits)
+            if self._flights is not None:
+                prepared.ticket = encode_ticket(caller, model, prepared.request)
+
+        async with aclosing(self._answer(passage, prepare, self._upstream.encode)) as chunks:
+            async for chunk in chunks:
+                if model is not None:
+                    return encoded(model, chunk)
+        raise UpstreamError("the answer has no end")
+
+    def _answer(
+        self, passage: Passage[Prompt], prepare: Callable[[Prepared[Prompt]], Awaitable[None]],
+        ask: Callable[[Prompt, Outcome, Put], Awaitable[None]],
+    ) -> Generation:  # fmt: skip
+        """What is shared and cached; `ask` asks Triton where nobody else has."""
+
         async def begin() -> tuple[Source, Callable[[], None] | None]:
             await self._enter(passage, prepare)
-            return self._source(passage)
+            return self._source(passage, ask)
 
         return Generation(passage, begin, partial(self._leave, passage))
 
@@ -105,18 +137,6 @@ class Gateway:
             return await self._upstream.infer(passage.asks())
 
         return await self._run(Passage(caller, request, "infer", notes), prepare, work)
-
-    async def embed(self, caller: Caller, request: EmbedRequest, notes: Notes) -> None:
-        """Turn texts into vectors: nothing that is served can, so far. Raises TruthGPTError."""
-
-        async def prepare(prepared: Prepared[EmbedRequest]) -> None:
-            prepared.request, notes.sanitized = self._screen.embed(request)
-            raise InvalidRequest(NO_EMBEDDINGS, "model")
-
-        async def work(passage: Passage[EmbedRequest]) -> None:
-            raise InternalError("no model embeds, and no request for it may come this far")
-
-        await self._run(Passage(caller, request, "embed", notes), prepare, work)
 
     async def _run(
         self, passage: Passage[Request], prepare: Callable[[Prepared[Request]], Awaitable[None]],
@@ -181,7 +201,9 @@ class Gateway:
         if isinstance(error, Exception) and not isinstance(error, TruthGPTError):
             raise InternalError(f"{type(error).__name__} on the request path") from error
 
-    def _source(self, passage: Passage[GenerateRequest]) -> tuple[Source, Callable[[], None] | None]:
+    def _source(
+        self, passage: Passage[Prompt], ask: Callable[[Prompt, Outcome, Put], Awaitable[None]]
+    ) -> tuple[Source, Callable[[], None] | None]:
         """From where the answer comes: the cache, a flight that somebody else may have started, or Triton.
 
         And what is to be noted once its first chunk is there.
@@ -194,7 +216,7 @@ class Gateway:
         request = passage.asks()
         if flights is None or passage.ticket is None or lookup is None or lookup.state == "bypass":
             notes.cache, tally.charge = "bypass", True
-            flight = alone(partial(self._upstream.generate, request))
+            flight = alone(partial(ask, request))
 
             def note_upstream() -> None:
                 notes.fallback = flight.outcome.fallback
@@ -202,7 +224,7 @@ class Gateway:
             return flight, note_upstream
         # Who shares an answer may have more time for it than the one who asked first.
         shared = request if request.timeout_s is None else changed(request, timeout_s=None)
-        flight = flights.join(passage.ticket, lookup, partial(self._upstream.generate, shared))
+        flight = flights.join(passage.ticket, lookup, partial(ask, shared))
         missed = notes.cache = "miss" if request.cache.lookup else "bypass"
 
         def note_flight() -> None:

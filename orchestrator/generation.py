@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
-from orchestrator.domain import Chunk, GenerateRequest
+from orchestrator.domain import Chunk, EncodeRequest, GenerateRequest
 from orchestrator.passage import Passage
 
 
@@ -46,7 +46,7 @@ class Generation(AsyncIterator[Chunk]):
     """
 
     def __init__(
-        self, passage: Passage[GenerateRequest],
+        self, passage: Passage[GenerateRequest] | Passage[EncodeRequest],
         begin: Callable[[], Awaitable[tuple[Source, Callable[[], None] | None]]],
         end: Callable[[BaseException | None], None],
     ) -> None:  # fmt: skip

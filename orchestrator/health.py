@@ -1,8 +1,8 @@
 """Which models are served and whether each one answers.
 
 Triton says ready for ever once its stub process is dead or stopped, so each model is asked itself: a heartbeat that the
-stub answers at once even under load. Only a model of another backend is taken at Triton's word. A model that turns
-unready takes its running streams with it: none waits for a deadline.
+stub answers at once even under load, an encoder's between two batches. Only a model without a heartbeat is taken at
+Triton's word. A model that turns unready takes its running streams with it: none waits for a deadline.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from orchestrator.domain import Model
-from orchestrator.errors import ModelNotFound, TruthGPTError, UpstreamUnavailable
-from orchestrator.triton import Attendance, Heartbeat, Triton
+from orchestrator.errors import ModelNotFound, Overloaded, TruthGPTError, UpstreamUnavailable
+from orchestrator.triton import Attendance, Heartbeat, ModelConfig, Triton
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,10 @@ class Served:
     model: Model
     reason: str = "no heartbeat yet"
     configured: bool = False
+    config: ModelConfig | None = None  # what was read
     since: float = 0.0
     beat: Heartbeat | None = None
+    heard_at: float = 0.0  # loop time of the last bytes of an answer that has ended
     gone_at: float | None = None
     attending: set[Attendance] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
@@ -69,6 +71,7 @@ class Attending:
 
     def __exit__(self, *raised: object) -> None:
         self._served.attending.discard(self._attendance)
+        self._served.heard_at = max(self._served.heard_at, self._attendance.heard_at)
 
 
 class Health:
@@ -195,18 +198,21 @@ class Health:
     async def _beat_once(self, served: Served) -> None:
         asked_at = asyncio.get_running_loop().time()
         try:
-            if not served.configured:
-                await self._configure(served)
-            if served.model.generates:
-                fell_back, served.beat = served.fallback, await self._triton.heartbeat(served.model.name)
-                if served.fallback and not fell_back:
-                    log.warning("%s runs on the CPU: its device failed", served.model.name)
+            config = served.config if served.configured else None
+            if config is None:
+                config = await self._configure(served)
+            fell_back = served.fallback
+            served.beat = await self._triton.beat(served.model.name, config, self._engine_stall_s)
+            if served.fallback and not fell_back:
+                log.warning("%s runs on the CPU: its device failed", served.model.name)
+            if served.beat is not None:
                 digest = served.beat.digest or served.model.digest
                 if digest != served.model.digest:  # another entry than the one whose parameters were read
                     await self._configure(served)
                     served.model = dataclasses.replace(served.model, digest=digest)
-            else:
-                await self._triton.model_ready(served.model.name)
+        except Overloaded:  # its queue is full of others' requests, and Triton itself says so: it lives
+            log.debug("the queue of %s has no room for a heartbeat", served.model.name)
+            return
         except TruthGPTError as error:
             if not (isinstance(error.__cause__, TimeoutError) and self._heard_since(served, asked_at)):
                 self._unready(served, str(error))
@@ -226,17 +232,16 @@ class Health:
 
     def _heard_since(self, served: Served, asked_at: float) -> bool:
         """Whether a stream was written to lately: the stub lives, the machine is only too busy for its heartbeat."""
-        recent = max(asked_at, asyncio.get_running_loop().time() - FRESH_S)
-        return any(attendance.heard_at > recent for attendance in served.attending)
+        recent = max(asked_at, asyncio.get_running_loop().time() - FRESH_S) if served.model.generates else asked_at
+        return served.heard_at > recent or any(attendance.heard_at > recent for attendance in served.attending)
 
-    async def _configure(self, served: Served) -> None:
+    async def _configure(self, served: Served) -> ModelConfig:
         config = await self._triton.model_config(served.model.name)
-        if not config.generates:
-            served.beat = None
-        served.model = dataclasses.replace(
-            served.model, task=config.task, chat=config.chat, max_len=config.max_len, generates=config.generates
-        )
+        served.config = config
+        facts = {name: value for name, value in vars(config).items() if name != "beats"}
+        served.model = dataclasses.replace(served.model, seen=True, **facts)
         served.configured = True
+        return config
 
     def _unready(self, served: Served, reason: str) -> None:
         if served.model.ready:

@@ -217,11 +217,19 @@ class Limiter:
             else:
                 notes.refused = said.refused.name
                 if said.refused.name.startswith("tokens") and tokens > said.refused.limit:
-                    raise _never(tokens, said.refused.limit)
+                    raise _never(entry.endpoint, tokens, said.refused.limit)
                 raise RateLimited(said.refused.name, said.refused.limit, said.retry_after_s)
 
 
-def _never(tokens: int, limit: int) -> InvalidRequest:
+def _never(endpoint: str, tokens: int, limit: int) -> InvalidRequest:
+    if endpoint in ("embed", "classify"):
+        return InvalidRequest(
+            Text(
+                f"text_input: these texts may have {tokens} tokens, and your limit is {limit}: send fewer at a time.",
+                f"text_input: estos textos pueden tener {tokens} tokens y su límite es {limit}: envíe menos a la vez.",
+            ),
+            "text_input",
+        )
     return InvalidRequest(
         Text(
             f"max_tokens: this request may use {tokens} tokens, prompt and answer, and your limit is {limit}.",

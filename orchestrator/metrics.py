@@ -105,6 +105,8 @@ class Metrics:
             if outcome == "ok":
                 self._generation_duration.observe((model,), duration_s)
             self._answer(record, model)
+        elif endpoint in ("embed", "classify"):
+            self._tokens.add((model, "cached" if record.cache == "hit" else "prompt"), record.prompt_tokens)
 
     def incident(self, incident: Incident) -> None:
         """What an edge refused before the path; an administrator's call that was let in is no error."""

@@ -96,7 +96,7 @@ TABLE: dict[str, Series] = {
         _histogram("truthgpt_stage_seconds", "stage", STAGE_S, "Time in each stage of the request path."),
         _counter(
             "truthgpt_tokens_total", "model kind",
-            "Tokens: prompt (read by the model), completion (generated), cached (answered without generating).",
+            "Tokens: prompt (read by the model), completion (generated), cached (answered without the model).",
         ),
         _counter("truthgpt_fallbacks_total", "model", "Answers that another model or a fixed text gave for this model.",
                  "growing"),

@@ -15,7 +15,7 @@ from orchestrator.domain import (
     TASKS,
     Caller,
     Chunk,
-    EmbedRequest,
+    EncodeRequest,
     GenerateRequest,
     InferRequest,
     Notes,
@@ -32,7 +32,8 @@ from orchestrator.limiter import Entry
 MODEL_CHARS = 256  # of a model's name in a record: a client may name a model that is not served, at any length
 
 Sink = Callable[[Record], None]
-Request = TypeVar("Request", GenerateRequest, InferRequest, EmbedRequest)
+Request = TypeVar("Request", GenerateRequest, InferRequest, EncodeRequest)
+Prompt = TypeVar("Prompt", GenerateRequest, EncodeRequest)  # whose answer may be shared and cached
 
 
 @dataclass
@@ -115,14 +116,14 @@ class Passage(Generic[Request]):
     def deadline(self) -> float | None:
         """Loop time at which the client's own patience ends."""
         request = self.request
-        if isinstance(request, EmbedRequest) or request.timeout_s is None:
+        if request.timeout_s is None:
             return None
         return asyncio.get_running_loop().time() + request.timeout_s - (time.monotonic() - request.accepted_at)
 
     def asks(self) -> Request:
         """The request as Triton is to be sent it, from now on."""
         self.tally.asked_s = time.monotonic() - self.tally.accepted_at
-        if self.trace is None or isinstance(self.request, EmbedRequest):
+        if self.trace is None:
             return self.request
         return changed(self.request, traceparent=self.trace.traceparent)
 
@@ -135,6 +136,7 @@ class Passage(Generic[Request]):
     def record(self) -> Record:
         """What happened, once it has ended."""
         request, notes, tally, duration_s = self.request, self.notes, self.tally, self.duration_s
+        generates = isinstance(request, GenerateRequest)  # of another's answer there is no text, and no end but one
         return made(
             Record,
             id=request.id,
@@ -146,11 +148,11 @@ class Passage(Generic[Request]):
             stream=isinstance(request, GenerateRequest) and request.stream,
             outcome=tally.outcome,
             error=tally.error,
-            finish_reason=tally.finish_reason,
+            finish_reason=tally.finish_reason if generates else None,
             prompt_tokens=tally.prompt_tokens,
             completion_tokens=tally.completion_tokens,
             accepted=self.accepted,
-            ttft_s=tally.ttft_s,
+            ttft_s=tally.ttft_s if generates else None,
             duration_s=duration_s,
             traceparent=request.traceparent,
             edge=notes.edge,
@@ -163,7 +165,7 @@ class Passage(Generic[Request]):
             limited=bool(notes.windows),
             degraded=self.entry is not None and self.entry.local,
             input_hash=self.input_hash,
-            output_chars=tally.output_chars,
+            output_chars=tally.output_chars if generates else 0,
             upstream_s=None if tally.asked_s is None else duration_s - tally.asked_s,
             queue_s=tally.queue_s,
             stages=tuple(tally.stages),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
-from orchestrator.domain import EmbedRequest, GenerateRequest, InferRequest, Message
+from orchestrator.domain import EncodeRequest, GenerateRequest, InferRequest, Message, changed
 from orchestrator.inspection import Inspector
-from orchestrator.sanitize import Rules, check
+from orchestrator.sanitize import CHANGES, Rules, check
 
 _CLEAN = "clean"  # of a request's memo: nothing was changed in it
+_AT_A_TIME_CHARS = 50_000  # of many texts, before others come to their turn
 
 
 class Screen:
@@ -50,9 +52,22 @@ class Screen:
             memo[_CLEAN] = True
         return request, ()
 
-    def embed(self, request: EmbedRequest) -> tuple[EmbedRequest, tuple[str, ...]]:
-        cleaned = check(request.texts, self._rules, "input")
-        return (replace(request, texts=cleaned.texts) if cleaned.changes else request), cleaned.changes
+    async def encode(self, request: EncodeRequest) -> tuple[EncodeRequest, tuple[str, ...]]:
+        """Each text by itself, under a limit of its own: the size of a body bounds them together."""
+        texts: list[str] = []
+        changes: set[str] = set()
+        since = 0
+        for index, text in enumerate(request.texts):
+            since += len(text)
+            if since > _AT_A_TIME_CHARS:
+                await asyncio.sleep(0)
+                since = 0
+            cleaned = check([text], self._rules, f"text_input[{index}]")
+            texts += cleaned.texts
+            changes.update(cleaned.changes)
+        if not changes:
+            return request, ()
+        return changed(request, texts=tuple(texts)), tuple(name for name in CHANGES if name in changes)
 
     def infer(self, request: InferRequest) -> tuple[InferRequest, tuple[str, ...]]:
         """The elements of BYTES tensors are texts, all of a request's together under one limit.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.domain import GenerateRequest, Limits, Model
+import sys
+
+from orchestrator.domain import EncodeRequest, GenerateRequest, Limits, Model
 from orchestrator.errors import InvalidRequest, Text, Unavailable
 from orchestrator.inspection import Inspector
 
@@ -38,6 +40,13 @@ class Tokens:
         if not (limits.tokens_per_minute or limits.tokens_per_day):
             return 0
         return self._most(model, request, _bound(request))
+
+    def fit_texts(self, model: Model, request: EncodeRequest, limits: Limits) -> int:
+        """The same of texts for an encoder. Each has a bound of its own, and no more than the model reads."""
+        if not (limits.tokens_per_minute or limits.tokens_per_day):
+            return 0
+        most = sys.maxsize if model.max_len is None else model.max_len
+        return sum(min(len(text.encode(errors="replace")) + SPECIAL_TOKENS, most) for text in request.texts)
 
     async def exact(self, model: Model, request: GenerateRequest) -> int:
         """The most tokens that the request can use, by the model's own tokenizer; the bound while that is away."""

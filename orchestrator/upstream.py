@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+from orchestrator import encoding
 from orchestrator.breaker import Breakers, Guard
 from orchestrator.broadcast import Outcome, Put
-from orchestrator.domain import Chunk, GenerateRequest, InferRequest, InferResult
+from orchestrator.domain import Chunk, EncodeRequest, GenerateRequest, InferRequest, InferResult
 from orchestrator.errors import (
     DeadlineExceeded,
     Draining,
     EmptyAnswer,
+    InvalidRequest,
     Overloaded,
     TruthGPTError,
     Unavailable,
@@ -23,9 +26,13 @@ from orchestrator.errors import UpstreamUnavailable as Away
 from orchestrator.health import Health
 from orchestrator.output import OutputGuard
 from orchestrator.retries import RetryBudget
-from orchestrator.triton import Triton
+from orchestrator.triton import Attendance, Triton
 
 log = logging.getLogger(__name__)
+
+PARTS_AT_ONCE = 2  # of one request: while the model reads one, the next is there, and others come to their turn
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -100,30 +107,77 @@ class Upstream:
 
     async def _ask(self, request: GenerateRequest, tap: _Tap) -> None:
         """However often it is tried, a request is one success or one failure of its model's breaker."""
-        model = request.model
-        self._health.require(model)  # a name that only its client knows gets no breaker
+        self._health.require(request.model)  # a name that only its client knows gets no breaker
         self._retries.asked()
-        attempt = 1
-        with self._breakers.guard(model) as tap.guard:
-            while True:
-                outcome = "cancelled"
-                try:
-                    with self._health.attend(model) as attendance:
-                        await self._triton.stream(request, attendance, tap)
-                    outcome = "ok"
-                    break
-                except TruthGPTError as error:
-                    outcome = "error"
-                    if tap.started or not isinstance(error, Away) or not self._retries.take(attempt):
-                        raise
-                    log.info("request %s is tried again: %s", request.id, error)
-                finally:
-                    # whoever has it all may leave before the end
-                    self._observe(model, "ok" if outcome == "cancelled" and tap.output.ended else outcome)
-                await asyncio.sleep(self._retries.pause_s(attempt))
-                attempt += 1
+        with self._breakers.guard(request.model) as tap.guard:
+            await self._try(request, lambda attendance: self._triton.stream(request, attendance, tap), tap)
         if tap.output.empty:  # no fault of a model that answers
             raise EmptyAnswer
+
+    async def encode(self, request: EncodeRequest, outcome: Outcome, put: Put) -> None:
+        """Hand the whole answer to `put`, one chunk (encoding.py). There is no fallback. Raises TruthGPTError.
+
+        Texts that are more than the model takes at once are asked in parts, PARTS_AT_ONCE of them at the same time.
+        """
+        model = self._health.require(request.model).model
+        self._retries.asked()
+        with self._breakers.guard(request.model):
+            results = await self._encode_all(encoding.parts(request, model.max_batch), model.max_batch)
+            whole = encoding.together(request, model, results)
+        put(whole)
+
+    async def _encode_all(self, parts: list[InferRequest], size: int) -> list[InferResult]:
+        if len(parts) == 1:
+            return [await self._encode(parts[0], 0)]
+        results: dict[int, InferResult] = {}
+        rest = iter(enumerate(parts))
+
+        async def work() -> None:
+            for index, part in rest:  # shared: whoever is free takes the next one
+                results[index] = await self._encode(part, index * size)
+
+        workers = [asyncio.create_task(work()) for _ in range(min(PARTS_AT_ONCE, len(parts)))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        return [results[index] for index in range(len(parts))]
+
+    async def _encode(self, part: InferRequest, first: int) -> InferResult:
+        """One part, whose first text is this one of the request."""
+        try:
+            return await self._try(part, lambda attendance: self._triton.encode(part, attendance))
+        except InvalidRequest as error:
+            failure = encoding.placed(error.with_traceback(None), first)
+        raise failure.again()
+
+    async def _try(
+        self, request: GenerateRequest | InferRequest, ask: Callable[[Attendance], Awaitable[_T]],
+        tap: _Tap | None = None,
+    ) -> _T:  # fmt: skip
+        """Ask until there is an answer, and no more once `tap` has had some of it or the retries are used up."""
+        model, attempt = request.model, 1
+        while True:
+            outcome = "cancelled"
+            try:
+                with self._health.attend(model) as attendance:
+                    answer = await ask(attendance)
+                outcome = "ok"
+                return answer
+            except TruthGPTError as error:
+                outcome = "error"
+                started = tap is not None and tap.started
+                if started or not isinstance(error, Away) or not self._retries.take(attempt):
+                    raise
+                log.info("request %s is tried again: %s", request.id, error)
+            finally:
+                # whoever has it all may leave before the end
+                had_all = tap is not None and tap.output.ended
+                self._observe(model, "ok" if outcome == "cancelled" and had_all else outcome)
+            await asyncio.sleep(self._retries.pause_s(attempt))
+            attempt += 1
 
     async def infer(self, request: InferRequest) -> InferResult:
         """Run a model that does not generate. Raises TruthGPTError."""

@@ -77,6 +77,7 @@ def cli_page() -> str:
 
 def models_page() -> str:
     """The families that are exported and those that are not, from the table that the tests run."""
+    sys.path.insert(0, str(ROOT))  # the tests are no installed package
     from tests.export.families import FAMILIES, REFUSED, VARIANTS
 
     lines = ["# Models", "", NOTICE, "", *MODELS_INTRODUCTION.splitlines(), ""]

@@ -64,17 +64,19 @@ ROOMS: dict[str, set[str]] = {
     "inspection": {"domain", "errors", "health", "triton"},
     "tokens": {"domain", "errors", "inspection"},
     "screening": {"domain", "sanitize", "inspection"},
+    "operations": {"domain", "errors"},
+    "encoding": {"domain", "errors", "tensors"},
     "limiter": {"domain", "errors", "cache", "limits", "limits_local", "store"},
-    "upstream": {"domain", "errors", "breaker", "broadcast", "health", "output", "retries", "triton"},
+    "upstream": {"domain", "errors", "breaker", "broadcast", "encoding", "health", "output", "retries", "triton"},
     "ids": set(),
     "passage": {"domain", "errors", "admission", "cache", "flights", "ids", "limiter"},
     "generation": {"domain", "passage"},
     # the path and its edges
     "gateway": {
-        "context", "domain", "errors", "admission", "breaker", "broadcast", "cache", "flights", "health", "limiter",
-        "passage", "generation", "screening", "tokens", "upstream",
+        "context", "domain", "errors", "admission", "breaker", "broadcast", "cache", "encoding", "flights", "health",
+        "limiter", "operations", "passage", "generation", "screening", "tokens", "upstream",
     },
-    "api": {"ids", "context", "domain", "errors", "sse", "gateway", "openfiles", "tensors"},
+    "api": {"ids", "context", "domain", "encoding", "errors", "sse", "gateway", "openfiles", "tensors"},
     # what is counted
     "metrics_table": set(),
     "metrics": {"domain", "errors", "metrics_table"},

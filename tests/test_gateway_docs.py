@@ -208,6 +208,7 @@ def test_the_numbers_are_those_of_the_code() -> None:
         f"{bounds.fields} fields, {bounds.head_bytes >> 10} KiB; {bounds.head_s:.0f} s", f"{bounds.idle_s:.0f} s",
         f"{bounds.target_bytes >> 10} KiB", f"{bodies.MAX_DEPTH} levels", f"{bounds.connections:,}",
         f"admin port {ADMIN_CONNECTIONS}", f"and {http.SLOW_READER_S:.0f} s", f"| {openai_request.MAX_PROMPTS} |",
+        f"| {fields.MAX_TEXTS} |",
         f"{fields.MAX_STOPS}, of {fields.MAX_STOP_CHARS}",
     ):  # fmt: skip
         assert stated in hostile, stated

@@ -12,6 +12,7 @@ from orchestrator.errors import InvalidRequest, Text
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+MAX_TEXTS = 2048  # of one request to an encoder, as OpenAI has it
 # What numbers may be, both ends included.
 MAX_TOKENS = (1, 10_000_000)
 TOP_K = (-1, 1_000_000)
@@ -139,6 +140,17 @@ def unknown(name: str, known: Iterable[str]) -> InvalidRequest:
             f"Parámetro desconocido: {shown!r}." + (f" ¿Quería decir {near[0]!r}?" if near else ""),
         ),
         shown,
+    )
+
+
+def too_many(name: str, given: int) -> InvalidRequest:
+    """The refusal of more than MAX_TEXTS texts."""
+    return InvalidRequest(
+        Text(
+            f"{name}: at most {MAX_TEXTS} texts a request; there are {given}.",
+            f"{name}: se admiten {MAX_TEXTS} textos por petición como máximo; hay {given}.",
+        ),
+        name,
     )
 
 

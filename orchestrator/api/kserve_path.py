@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 
-from orchestrator.api import kserve_request, policy
+from orchestrator.api import kserve_encode, kserve_request, policy
 from orchestrator.api.fields import Defaults
 from orchestrator.api.kserve_request import Asked, Call
 from orchestrator.api.kserve_tensors import InferBody
@@ -43,7 +43,7 @@ def generation(
     `within_s` is a deadline that did not stand in the body; the nearest counts.
     """
     # Of a model that does not answer it may not be known yet what it is: 503 then, for whatever it is.
-    if not model.generates or not (model.ready or any(tensor.name == "text_input" for tensor in body.inputs)):
+    if not model.generates or not (model.ready or any(map(_is_prompt, body.inputs))):
         return None
     call = kserve_request.infer(body, asked, model, defaults)
     if within_s is None:
@@ -56,11 +56,14 @@ async def infer(
     gateway: Gateway, body: InferBody, asked: Asked, model: Model, call: Call | None, within_s: float | None = None
 ) -> InferResult:
     """The whole answer: of a generation model, whose `call` is given, collected. Raises TruthGPTError."""
+    if model.operation in ("embed", "classify"):
+        request = kserve_encode.request(body, asked, model, within_s)
+        return kserve_encode.result(await gateway.encode(asked.caller, request, asked.notes), body)
     if call is not None:
         whole = await collect(gateway, asked, call)
         whole = replace(whole, text=call.prefix + whole.text)
         return InferResult(model.name, model.version, tuple(tensors(call.outputs, whole)))
-    request = InferRequest(
+    plain = InferRequest(
         id=asked.id,
         model=model.name,
         accepted_at=asked.accepted_at,
@@ -72,7 +75,11 @@ async def infer(
         cache=policy.cache_policy(asked.headers),
         traceparent=asked.traceparent,
     )
-    return await gateway.infer(asked.caller, request, asked.notes)
+    return await gateway.infer(asked.caller, plain, asked.notes)
+
+
+def _is_prompt(tensor: Tensor) -> bool:
+    return tensor.name == "text_input" and len(tensor.elements) == 1
 
 
 async def collect(gateway: Gateway, asked: Asked, call: Call) -> Chunk:

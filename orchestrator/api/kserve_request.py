@@ -120,8 +120,8 @@ def generate(body: dict[str, Any], asked: Asked, model: Model, defaults: Default
     for name, read in _READ.items():
         if name in fields:
             values[name] = read(fields)
-    stream, timeout_s = boolean(fields, "stream"), _timeout_s(fields)
-    request = made(GenerateRequest, **values, stream=stream, timeout_s=timeout_s, **_prompt(fields))
+    stream, within_s = boolean(fields, "stream"), timeout_s(fields)
+    request = made(GenerateRequest, **values, stream=stream, timeout_s=within_s, **_prompt(fields))
     return Call(request, id, frozenset(returned), request.text or "" if echo else "")
 
 
@@ -171,7 +171,7 @@ def _prompt(fields: Mapping[str, Any]) -> dict[str, Any]:
     return prompt(text, "text_input")
 
 
-def _timeout_s(fields: dict[str, Any]) -> float | None:
+def timeout_s(fields: dict[str, Any]) -> float | None:
     """The nearest of `timeout_s` and KServe's `timeout` in microseconds, where 0 says nothing."""
     limits_s = [(integer(fields, "timeout", *TIMEOUT_US) or 0) / 1e6]
     if "timeout_s" in fields:

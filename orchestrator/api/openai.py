@@ -18,7 +18,7 @@ from orchestrator.api.fields import Defaults
 from orchestrator.api.http import SLOW_READER_S, Exchange
 from orchestrator.api.memory import Memory, key_of
 from orchestrator.api.middleware import Routes
-from orchestrator.api.openai_request import Call, chat, completion, embeddings
+from orchestrator.api.openai_request import Call, chat, completion
 from orchestrator.domain import Chunk, Model, Usage
 from orchestrator.errors import InternalError, ModelNotFound, TruthGPTError, UpstreamError, UpstreamUnavailable
 from orchestrator.gateway import Gateway
@@ -47,7 +47,6 @@ class OpenAI:
         return {
             "/v1/completions": {"POST": self.completions},
             "/v1/chat/completions": {"POST": self.chat_completions},
-            "/v1/embeddings": {"POST": self.embeddings},
             "/v1/models": {"GET": self.models},
             "/v1/models/{model}": {"GET": self.model},
         }
@@ -57,11 +56,6 @@ class OpenAI:
 
     async def chat_completions(self, exchange: Exchange) -> None:
         await self._generate(exchange, chat, _Chat)
-
-    async def embeddings(self, exchange: Exchange) -> None:
-        request = embeddings(await exchange.json(), exchange)
-        async with exchange.cancelled_by_hang_up(self._within_s):
-            await self._gateway.embed(exchange.caller, request, exchange.notes)
 
     async def models(self, exchange: Exchange) -> None:
         await exchange.reply_json(200, {"object": "list", "data": [_model(model) for model in self._gateway.models]})
@@ -266,5 +260,7 @@ def _model(model: Model) -> dict[str, object]:
         "task": model.task,
         "chat": model.chat,
         "max_model_len": model.max_len,
+        "dimensions": model.dim,
+        "labels": list(model.labels) or None,
         "ready": model.ready,
     }

@@ -20,19 +20,16 @@ from orchestrator.api.fields import (
 )
 from orchestrator.api.http import Exchange
 from orchestrator.api.policy import cache_policy, task
-from orchestrator.domain import EmbedRequest, GenerateRequest, made
+from orchestrator.domain import GenerateRequest, made
 from orchestrator.errors import InvalidRequest, Text
 
 MAX_PROMPTS = 64
 # What numbers may be, both ends included.
 TEMPERATURE = (0.0, 2.0)
 SEED = (-(2**63), 2**63 - 1)
-DIMENSIONS = (1, 65_536)
-ENCODINGS = ("float", "base64")
 SAMPLING = {"model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options"}
 COMPLETION = SAMPLING | {"prompt"}
 CHAT = SAMPLING | {"messages", "max_completion_tokens"}
-EMBEDDINGS = {"model", "input", "encoding_format", "dimensions"}
 STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # the second only pads events, which ours do not need
 # Taken and without effect: they describe the caller or where the answer is kept, not the answer.
 IGNORED = {
@@ -71,7 +68,7 @@ class Call:
 
 def completion(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> Call:
     """`POST /v1/completions`. Raises InvalidRequest naming the parameter."""
-    fields = _known(body, COMPLETION, NEUTRAL_COMPLETION)
+    fields = known(body, COMPLETION, NEUTRAL_COMPLETION)
     value = fields.get("prompt")
     if value is None:
         raise required("prompt")
@@ -101,7 +98,7 @@ def completion(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> 
 
 def chat(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> Call:
     """`POST /v1/chat/completions`. Raises InvalidRequest naming the parameter."""
-    fields = _known(body, CHAT, NEUTRAL_CHAT)
+    fields = known(body, CHAT, NEUTRAL_CHAT)
     if "messages" not in fields:
         raise required("messages")
     turns = messages(fields["messages"])
@@ -119,30 +116,7 @@ def chat(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> Call:
     return _call(fields, exchange, defaults, messages=turns)
 
 
-def embeddings(body: dict[str, Any], exchange: Exchange) -> EmbedRequest:
-    """`POST /v1/embeddings`. Raises InvalidRequest naming the parameter."""
-    fields = _known(body, EMBEDDINGS, {})
-    if not isinstance(fields.get("model"), str):
-        raise required("model") if "model" not in fields else wrong("model", "a string", "un texto")
-    given = fields.get("input")
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
-        raise wrong("input", "a string or a list of strings, none empty", "un texto o una lista de textos, no vacíos")
-    if len(texts) > MAX_PROMPTS:
-        raise wrong("input", f"at most {MAX_PROMPTS} texts", f"{MAX_PROMPTS} textos como máximo")
-    if fields.get("encoding_format", "float") not in ENCODINGS:
-        raise wrong("encoding_format", "float or base64", "float o base64")
-    integer(fields, "dimensions", *DIMENSIONS)
-    return EmbedRequest(
-        id=exchange.id,
-        model=fields["model"],
-        accepted_at=exchange.accepted_at,
-        texts=tuple(texts),
-        traceparent=exchange.traceparent,
-    )
-
-
-def _known(body: dict[str, Any], names: set[str], neutral: Mapping[str, tuple[object, ...]]) -> dict[str, Any]:
+def known(body: dict[str, Any], names: set[str], neutral: Mapping[str, tuple[object, ...]]) -> dict[str, Any]:
     """The fields that matter and are not null. Refuses unknown names, and unsupported ones that ask for something."""
     fields = {}
     for name, value in body.items():

@@ -76,8 +76,12 @@ def _operations() -> Iterator[_Operation]:
         {JSON: ref("CompletionRequest")}, True,
     )  # fmt: skip
     yield _Operation(
-        "createEmbeddings", "post", "/v1/embeddings", "Turn texts into vectors: no model here can, so it is always 400",
-        {}, every, {JSON: ref("EmbeddingsRequest")},
+        "createEmbeddings", "post", "/v1/embeddings", "Turn texts into vectors",
+        {200: {JSON: ref("Embeddings")}}, every, {JSON: ref("EmbeddingsRequest")}, True,
+    )  # fmt: skip
+    yield _Operation(
+        "classify", "post", "/v1/classify", "Score texts by a model's labels",
+        {200: {JSON: ref("Classified")}}, every, {JSON: ref("ClassifyRequest")}, True,
     )  # fmt: skip
     yield _Operation("listModels", "get", "/v1/models", "The models", {200: {JSON: ref("ModelList")}}, _READ + _KEYED)
     yield _Operation(

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from orchestrator.api import encoder_request, fields, kserve_request, kserve_tensors, openai_request
 from orchestrator.api import errors as table
-from orchestrator.api import fields, kserve_request, kserve_tensors, openai_request
 from orchestrator.api.fields import Defaults
 from orchestrator.api.kserve import EXTENSIONS
 from orchestrator.domain import FINISH_REASONS, TASKS
@@ -91,15 +91,20 @@ def _requests(defaults: Defaults) -> dict[str, Schema]:
             **_within("integer", fields.MAX_TOKENS),
             "description": "Another name of max_tokens; both may be given where they agree.",
         },
-        "input": {"anyOf": [text, _list(text, 1, openai_request.MAX_PROMPTS)]},
-        "encoding_format": {**STRING, "enum": [*openai_request.ENCODINGS]},
-        "dimensions": _within("integer", openai_request.DIMENSIONS),
+        "input": {"anyOf": [text, _list(text, 1, fields.MAX_TEXTS)]},
+        "truncate": {**BOOLEAN, "description": "Cut a text that is longer than the model reads; else it is refused."},
+        "encoding_format": {**STRING, "enum": [*encoder_request.ENCODINGS], "default": "float"},
+        "dimensions": {
+            **_within("integer", encoder_request.DIMENSIONS),
+            "description": "Only the first of each vector, which is of length 1 again where the model's are.",
+        },
     }  # fmt: skip
     return {
         "Message": _message(),
         "ChatCompletionRequest": _openai(openai, openai_request.CHAT, openai_request.NEUTRAL_CHAT, "messages"),
         "CompletionRequest": _openai(openai, openai_request.COMPLETION, openai_request.NEUTRAL_COMPLETION, "prompt"),
-        "EmbeddingsRequest": _openai(openai, openai_request.EMBEDDINGS, {}, "input"),
+        "EmbeddingsRequest": _openai(openai, encoder_request.EMBEDDINGS, {}, "input"),
+        "ClassifyRequest": _openai(openai, encoder_request.CLASSIFY, {}, "input"),
         **_kserve_requests(common, token_ids, defaults),
     }
 
@@ -205,6 +210,7 @@ def _answers() -> dict[str, Schema]:
     model: dict[str, Schema] = {
         "id": STRING, "object": {"const": "model"}, "created": COUNT, "owned_by": STRING, "version": STRING,
         "task": {**STRING, "enum": [*TASKS]}, "chat": BOOLEAN, "max_model_len": _or_null(COUNT), "ready": BOOLEAN,
+        "dimensions": _or_null(COUNT), "labels": _or_null(_list(STRING)),
     }  # fmt: skip
     delta = _closed({"role": {"const": "assistant"}, "content": STRING}, ())
     return {
@@ -212,10 +218,31 @@ def _answers() -> dict[str, Schema]:
         "ChatCompletionChunk": _openai_answer("chat.completion.chunk", {"delta": delta}, _or_null(reason), False),
         "Completion": _openai_answer("text_completion", {"text": STRING}, reason),
         "CompletionChunk": _openai_answer("text_completion", {"text": STRING}, _or_null(reason), False),
+        "Embeddings": _encoded(
+            {
+                "object": {"const": "embedding"},
+                "index": COUNT,
+                "embedding": {
+                    "anyOf": [_list({"type": "number"}), {**STRING, "contentEncoding": "base64"}],
+                    "description": "Numbers, or in base64 little-endian float32.",
+                },
+            }
+        ),
+        "Classified": _encoded(
+            {
+                "index": COUNT, "label": STRING, "score": {"type": "number"},
+                "scores": {**OPEN, "additionalProperties": {"type": "number"}, "description": "By label."},
+            }
+        ),
         "Usage": _closed({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}),
         "Model": _closed(model),
         "ModelList": _closed({"object": {"const": "list"}, "data": _list(ref("Model"))}),
     }
+
+
+def _encoded(row: dict[str, Schema]) -> Schema:
+    usage = _closed({"prompt_tokens": COUNT, "total_tokens": COUNT})
+    return _closed({"object": {"const": "list"}, "data": _list(_closed(row)), "model": STRING, "usage": usage})
 
 
 def _openai_answer(kind: str, content: dict[str, Schema], reason: Schema, whole: bool = True) -> Schema:

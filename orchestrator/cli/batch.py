@@ -57,9 +57,9 @@ def run(
     """Answer every line of FILE, in the form of OpenAI's batch API, and write the answers in the same order.
 
     A line of FILE is {"custom_id", "method": "POST", "url": "/v1/chat/completions" | "/v1/completions" |
-    "/v1/embeddings", "body"}; a line of the output is {"id", "custom_id", "response": {"status_code", "request_id",
-    "body"}, "error": null}, or with "response": null and "error": {"code", "message", "line"} where there was no
-    answer. A line that is wrong or fails fails no other.
+    "/v1/embeddings" | "/v1/classify", "body"}; a line of the output is {"id", "custom_id", "response": {"status_code",
+    "request_id", "body"}, "error": null}, or with "response": null and "error": {"code", "message", "line"} where there
+    was no answer. A line that is wrong or fails fails no other.
 
     A rate limit (429) is waited out; 5xx, 408, 409 and lost connections are tried again. Answers are kept in
     OUTPUT.partial as they come: after an interruption, or kill -9, the same command goes on where it ended, and no line

@@ -14,13 +14,13 @@ import aiohttp
 import psutil
 
 from orchestrator import rotation
-from orchestrator.errors import TruthGPTError
+from orchestrator.errors import Overloaded, TruthGPTError
 from orchestrator.local import alias, healing, preflight, state, tritonserver
 from orchestrator.local.preflight import StartError
 from orchestrator.local.process import Child
 from orchestrator.local.redisserver import EmbeddedRedis, RedisMissing
 from orchestrator.settings import Settings
-from orchestrator.triton import Deadlines, Triton
+from orchestrator.triton import Deadlines, ModelConfig, Triton
 
 POLL_S = 0.4
 HEALTHY_AGAIN_S = 10.0  # after this long without a fault the back-off starts anew
@@ -57,6 +57,7 @@ class Supervisor:
         self._prefix = tritonserver.shm_prefix(settings.home)
         self._triton_url = f"http://127.0.0.1:{settings.triton_http_port}"
         self._children: dict[str, Child] = {}
+        self._config: ModelConfig | None = None  # of the model that is loaded
         self._stopping = asyncio.Event()
         self._redis: EmbeddedRedis | None = None
         self._started = time.time()
@@ -159,11 +160,17 @@ class Supervisor:
         return None
 
     async def _model_answers(self) -> bool:
+        stall_s = self._settings.engine_stall_s
         try:
-            beat = await self._triton.heartbeat(self._model)
+            if self._config is None:  # of what is loaded: read anew after it did not answer
+                self._config = await self._triton.model_config(self._model)
+            beat = await self._triton.beat(self._model, self._config, stall_s)
+        except Overloaded:  # that its queue is full Triton itself says
+            return True
         except TruthGPTError:
+            self._config = None
             return False
-        return not (beat.busy and beat.step_age_s > self._settings.engine_stall_s)
+        return beat is None or not (beat.busy and beat.step_age_s > stall_s)
 
     async def _get(self, url: str, timeout_s: float) -> int | None:
         """Status of a GET, or None when there was no answer in time."""

@@ -23,6 +23,13 @@ OUTPUTS = {
     "text_output": "TYPE_STRING", "finish_reason": "TYPE_STRING", "logprobs": "TYPE_STRING",
     "num_input_tokens": "TYPE_UINT32", "num_output_tokens": "TYPE_UINT32",
 }  # fmt: skip
+ENCODER = "encoder"  # the backend of models that embed or classify, whose texts Triton itself batches
+ENCODER_INPUTS = {"text_input": "TYPE_STRING"}
+_OF_ENCODERS = {"num_input_tokens": "TYPE_UINT32", "heartbeat": "TYPE_STRING"}
+ENCODER_OUTPUTS: dict[str | None, dict[str, str]] = {
+    "embeddings": {"embedding": "TYPE_FP32", **_OF_ENCODERS},
+    "sentiment_analysis": {"scores": "TYPE_FP32", "label": "TYPE_STRING", **_OF_ENCODERS},
+}
 _RANGES = {"slots": (1, 1024), "prefill_chunk": (1, 65_536), "max_queue": (1, 100_000), "threads": (0, 1024)}
 
 
@@ -76,6 +83,8 @@ def _files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _config(entry: Entry, config: pbtxt.Message, manifest: Mapping[str, Any]) -> list[str]:
+    if _last(config, "backend", None) == ENCODER:
+        return _encoder_config(entry, config, manifest)
     found = []
     for key, expected in (("name", entry.name), ("backend", BACKEND), ("max_batch_size", 0)):
         value = _last(config, key, entry.name if key == "name" else None)
@@ -84,12 +93,32 @@ def _config(entry: Entry, config: pbtxt.Message, manifest: Mapping[str, Any]) ->
     policy = _last(config, "model_transaction_policy", {})
     if not isinstance(policy, dict) or _last(policy, "decoupled", False) is not True:
         found.append("model_transaction_policy must say decoupled: true")
-    for field, tensors in (("input", INPUTS), ("output", OUTPUTS)):
-        rows = [row for row in config.get(field, []) if isinstance(row, dict)]
-        have = {str(_last(row, "name", "")): str(_last(row, "data_type", "")) for row in rows}
-        found += [f"{field} {name} must be {kind}" for name, kind in tensors.items() if have.get(name) != kind]
-        found += [f"{field} {name} is not known" for name in have if name not in tensors]
+    found += [*_tensors(config, "input", INPUTS), *_tensors(config, "output", OUTPUTS)]
     return found + _parameters(parameters(config), manifest)
+
+
+def _encoder_config(entry: Entry, config: pbtxt.Message, manifest: Mapping[str, Any]) -> list[str]:
+    given, found = parameters(config), []
+    name, size, policy = (_last(config, key, None) for key in ("name", "max_batch_size", "model_transaction_policy"))
+    if name not in (None, entry.name):
+        found.append(f"name is {name!r} and must be {entry.name!r}")
+    if not isinstance(size, int) or size < 1:
+        found.append(f"max_batch_size is {size!r} and must be at least 1")
+    if isinstance(policy, dict) and _last(policy, "decoupled", False):
+        found.append("model_transaction_policy must not say decoupled: true")
+    outputs = ENCODER_OUTPUTS.get(given.get("task"))
+    if outputs is None:
+        tasks = " or ".join(str(task) for task in ENCODER_OUTPUTS)
+        return [*found, f"parameter task is {given.get('task')!r} and must be {tasks}"]
+    found += [*_tensors(config, "input", ENCODER_INPUTS), *_tensors(config, "output", outputs)]
+    return found + _parameters(given, manifest)
+
+
+def _tensors(config: pbtxt.Message, field: str, tensors: Mapping[str, str]) -> list[str]:
+    rows = [row for row in config.get(field, []) if isinstance(row, dict)]
+    have = {str(_last(row, "name", "")): str(_last(row, "data_type", "")) for row in rows}
+    found = [f"{field} {name} must be {kind}" for name, kind in tensors.items() if have.get(name) != kind]
+    return found + [f"{field} {name} is not known" for name in have if name not in tensors]
 
 
 def _parameters(given: Mapping[str, str], manifest: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -26,6 +26,15 @@ from orchestrator.triton.wire import Reply, decode, error_of, payload, read_body
 
 _T = TypeVar("_T")
 OUR_BACKEND = "inflight"
+# What an encoder is known by, whichever backend runs it: its task, and the outputs that it has.
+ENCODERS = {"embeddings": ("embed", "embedding"), "sentiment_analysis": ("classify", "scores")}
+HEARTBEAT = "heartbeat"  # an output of a model that has one
+# To a model with batches the beat is a row like another, but in front of all that wait where there are priorities.
+_ENCODER_BEAT = {
+    "inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1, 1], "data": [""]}],
+    "outputs": [{"name": HEARTBEAT}],
+    "parameters": {HEARTBEAT: True, "priority": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,23 @@ class Heartbeat:
 class ModelConfig:
     """What the gateway needs of a model's config.pbtxt. `max_len` counts tokens; None when the entry does not say.
 
-    `generates`: the model belongs to our backend, and so it streams text and has a heartbeat.
+    `operation` is domain.Model's: models of our backend stream text (generate), encoders embed or classify. `beats`: it
+    has a heartbeat. The rest is of encoders.
     """
 
     task: str
     chat: bool
     max_len: int | None
-    generates: bool
+    operation: str
+    beats: bool
+    dim: int | None = None
+    normalized: bool = False
+    labels: tuple[str, ...] = ()
+    max_batch: int = 1
+
+    @property
+    def generates(self) -> bool:
+        return self.operation == "generate"
 
 
 @dataclass(frozen=True)
@@ -158,25 +177,28 @@ class Triton:
                 raise DeadlineExceeded from error
             raise UpstreamUnavailable(f"Triton sent nothing for {self._deadlines.stall_s} s") from error
 
+    async def beat(self, model: str, config: ModelConfig, stall_s: float) -> Heartbeat | None:
+        """How a model of this kind is; None of one without a heartbeat that Triton says is ready. Raises TruthGPTError.
+
+        An encoder answers between two batches: as long as one may take, `stall_s`, there is nothing to be said of it.
+        That its process is gone Triton itself says at once.
+        """
+        if config.generates:
+            return await self.heartbeat(model)
+        if not config.beats:
+            await self.model_ready(model)
+            return None
+        answer = await self._call("POST", self._model_path(model, "infer"), _ENCODER_BEAT, stall_s)
+        return _beat(model, lambda: next(row["data"] for row in answer["outputs"] if row["name"] == HEARTBEAT))
+
     async def heartbeat(self, model: str) -> Heartbeat:
-        """Ask a model's stub process how it is. Raises TruthGPTError when it does not answer properly in time."""
+        """Ask a generation model's stub process how it is. Raises TruthGPTError when it does not answer properly in
+        time.
+        """
         answer = await self._call(
             "POST", self._model_path(model, "generate"), {"text_input": "", "parameters": {"heartbeat": True}}
         )
-        try:
-            beat = orjson.loads(scalar(answer["text_output"]))
-            return Heartbeat(
-                running=int(beat["running"]),
-                waiting=int(beat["waiting"]),
-                slots=int(beat["slots"]),
-                step_age_s=float(beat["step_age_s"]),
-                busy=bool(beat["busy"]),
-                digest=str(beat.get("digest", "")),
-                device=str(beat.get("device", "")),
-                fallback=bool(beat.get("fallback", False)),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UpstreamError(f"the heartbeat of {model} makes no sense") from error
+        return _beat(model, lambda: answer["text_output"])
 
     async def prompt(self, request: GenerateRequest, timeout_s: float) -> Prompt:
         """Ask the model's tokenizer about a prompt. Raises InvalidRequest, UpstreamUnavailable, UpstreamError."""
@@ -213,11 +235,18 @@ class Triton:
         try:
             values = {name: str(value["string_value"]) for name, value in answer.get("parameters", {}).items()}
             length = values.get("max_len", "")
+            outputs = {str(row["name"]) for row in answer.get("output", [])}
+            operation = _operation(answer.get("backend"), values.get("task", ""), outputs)
             return ModelConfig(
                 task=_known_task(values.get("task", "")),
                 chat=values.get("chat") == "true",
                 max_len=int(length) if length else None,
-                generates=answer.get("backend") == OUR_BACKEND,
+                operation=operation,
+                beats=operation == "generate" or (operation != "infer" and HEARTBEAT in outputs),
+                dim=int(values["dim"]) if values.get("dim") else None,
+                normalized=values.get("normalized") == "true",
+                labels=tuple(map(str, orjson.loads(values.get("labels") or "[]"))),
+                max_batch=max(1, int(answer.get("max_batch_size") or 0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UpstreamError(f"the configuration of {model} makes no sense") from error
@@ -231,6 +260,10 @@ class Triton:
     async def infer(self, request: InferRequest, attendance: Attendance) -> InferResult:
         """Run a model that answers once; see infer.infer()."""
         return await infer(self.fetch, request, attendance, self._deadlines.request_s)
+
+    async def encode(self, request: InferRequest, attendance: Attendance) -> InferResult:
+        """Run one of our encoders; its errors are of our backends' kinds. Else as `infer`."""
+        return await infer(self.fetch, request, attendance, self._deadlines.request_s, error_of)
 
     async def describe(self, model: str, version: str, what: str) -> Any:
         """Triton's JSON about a model; see infer.describe()."""
@@ -289,6 +322,31 @@ def _lost(error: OSError) -> UpstreamUnavailable:
 
 def _rank(version: str, state: str) -> tuple[bool, int]:
     return state == "READY", int(version) if version.isdecimal() else -1
+
+
+def _operation(backend: object, task: str, outputs: Collection[str]) -> str:
+    if backend == OUR_BACKEND:
+        return "generate"
+    operation, output = ENCODERS.get(task, ("infer", ""))
+    return operation if {output, "num_input_tokens"} <= {*outputs} else "infer"
+
+
+def _beat(model: str, read: Callable[[], Any]) -> Heartbeat:
+    """The heartbeat in an answer. Raises UpstreamError."""
+    try:
+        beat = orjson.loads(scalar(read()))
+        return Heartbeat(
+            running=int(beat["running"]),
+            waiting=int(beat["waiting"]),
+            slots=int(beat["slots"]),
+            step_age_s=float(beat["step_age_s"]),
+            busy=bool(beat["busy"]),
+            digest=str(beat.get("digest", "")),
+            device=str(beat.get("device", "")),
+            fallback=bool(beat.get("fallback", False)),
+        )
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        raise UpstreamError(f"the heartbeat of {model} makes no sense") from error
 
 
 def _known_task(name: str) -> str:

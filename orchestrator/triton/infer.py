@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -41,8 +41,12 @@ class Fetch(Protocol):
     ) -> Reply: ...  # fmt: skip
 
 
-async def infer(fetch: Fetch, request: InferRequest, attendance: Attendance, request_s: float) -> InferResult:
-    """Tensors go and come in their binary form. What Triton finds wrong with the request keeps Triton's own text.
+async def infer(
+    fetch: Fetch, request: InferRequest, attendance: Attendance, request_s: float,
+    errors: Callable[[bytes, int], TruthGPTError] | None = None,
+) -> InferResult:  # fmt: skip
+    """Tensors go and come in their binary form. What Triton finds wrong with the request keeps Triton's own text, but
+    for a model whose error bodies `errors` reads, by status.
 
     Raises InvalidRequest, DeadlineExceeded, UpstreamUnavailable, UpstreamError, or what `attendance.fail()` was
     given. Triton 2.51 goes on with a request whose caller has hung up: its answer is dropped.
@@ -62,7 +66,7 @@ async def infer(fetch: Fetch, request: InferRequest, attendance: Attendance, req
             raise DeadlineExceeded from error
         raise
     if reply.status != 200:
-        raise _error(reply)
+        raise _error(reply) if errors is None else _gone_is_away(errors(reply.body, reply.status))
     return _result(request.model, reply)
 
 
@@ -135,7 +139,9 @@ def _error(reply: Reply) -> TruthGPTError:
         text = _REQUEST_ID.sub("", str(fields["error"])).strip()
         if not _GONE.match(text):
             return InvalidRequest(Text(text, f"El modelo rechazó la petición: {text}"))
-    error = error_of(reply.body, reply.status)
-    if isinstance(error, ModelNotFound):  # it was served a moment ago: it is being reloaded or removed
-        return UpstreamUnavailable(str(error))
-    return error
+    return _gone_is_away(error_of(reply.body, reply.status))
+
+
+def _gone_is_away(error: TruthGPTError) -> TruthGPTError:
+    """A model that Triton does not know was served a moment ago: it is being reloaded or removed."""
+    return UpstreamUnavailable(str(error)) if isinstance(error, ModelNotFound) else error

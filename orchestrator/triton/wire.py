@@ -30,7 +30,11 @@ _KIND = re.compile(
     re.DOTALL,
 )
 _UNKNOWN_MODEL = re.compile(r"unknown model|is not found|no such file|does not exist", re.IGNORECASE)
+# Of Triton's own queue in front of a model with dynamic batching.
+_QUEUE_FULL = re.compile(r"exceeds maximum queue size", re.IGNORECASE)
+_QUEUE_LATE = re.compile(r"request timeout expired", re.IGNORECASE)
 _AWAY = re.compile(r"not healthy|not ready|no available versions|unavailable|shutting down", re.IGNORECASE)
+_PARAM = re.compile(r"(max_tokens|messages|prompt|stop|seed|top_k|top_p|temperature)(?:_token_ids)?\b")
 BODY_LIMIT_BYTES = 8 << 20
 
 
@@ -139,6 +143,10 @@ def error_of(body: bytes, status: int) -> TruthGPTError:
     message = str(fields["error"])
     if match := _KIND.search(message):
         return _of_kind(match[1], match[2].strip())
+    if _QUEUE_FULL.search(message):
+        return Overloaded(message)
+    if _QUEUE_LATE.search(message):
+        return DeadlineExceeded(message)
     if _AWAY.search(message) or status == 503:
         return UpstreamUnavailable(message)
     if _UNKNOWN_MODEL.search(message) or status == 404:
@@ -150,7 +158,7 @@ def _of_kind(kind: str, text: str) -> TruthGPTError:
     match kind:
         case "invalid_argument":
             # Our backend starts with the parameter's name, which is what OpenAI clients look for.
-            name = re.match(r"(max_tokens|messages|prompt|stop|seed|top_k|top_p|temperature)(?:_token_ids)?\b", text)
+            name = _PARAM.match(text)
             return InvalidRequest(Text(text, f"El modelo rechazó la petición: {text}"), name[1] if name else None)
         case "resource_exhausted":
             return Overloaded(text)

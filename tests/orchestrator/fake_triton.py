@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from tests import encoding
 
 Step = bytes | float | str
 
@@ -55,6 +57,13 @@ class FakeTriton:
         self.inspected = 0
         self.other_backends: set[str] = set()  # models that are only inferred with
         self.infer_error: str | None = None
+        self.encoders: dict[str, dict[str, Any]] = {}  # models that embed or classify: their config.pbtxt's facts
+        self.read: list[list[str]] = []  # what these were given, a list a call
+        self.encode_pause_s = 0.0
+        self.beats_wait = False  # for the batch that is read
+        self._batch = asyncio.Lock()
+        self.encode_errors: list[tuple[int, str]] = []  # status and text, used up first, one a call
+        self.broken_encoder: Callable[[dict[str, Any]], object] | None = None  # changes what it answers with
         self.stopped = False  # as after SIGSTOP: connections are accepted and nothing is answered
         self.port = 0
         self.requests: list[dict[str, Any]] = []
@@ -119,18 +128,58 @@ class FakeTriton:
             self.requests.append(json.loads(body))
             self.headers.append(headers)
             return await self._stream(reader, writer)
-        status, value = self._unary(path, body)
-        data = b"" if value is None else json.dumps(value).encode()
         kind = "Content-Type: application/json\r\n"
+        if path.endswith("/infer") and path.split("/")[-2] in self.encoders:
+            status, data, json_length = await self._encode(path.split("/")[-2], body)
+            kind += f"Inference-Header-Content-Length: {json_length}\r\n"
+        else:
+            status, value = self._unary(path, body)
+            data = b"" if value is None else json.dumps(value).encode()
         writer.write(f"HTTP/1.1 {status} X\r\n{kind}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         await writer.drain()
         return True
+
+    async def _encode(self, name: str, body: bytes) -> tuple[int, bytes, int]:
+        """Status, body and length of the JSON in front."""
+        head, end = json.JSONDecoder().raw_decode(body.decode("latin-1"))
+        if head["parameters"].get("heartbeat"):
+            if self.beat_error is not None:
+                data = json.dumps({"error": self.beat_error}).encode()
+                return (503 if "queue" in self.beat_error else 400), data, len(data)
+            async with self._batch if self.beats_wait else contextlib.nullcontext():
+                pass
+            row = {"name": "heartbeat", "datatype": "BYTES", "shape": [1, 1], "data": [json.dumps(self.beat)]}
+            data = json.dumps({"model_name": name, "model_version": "1", "outputs": [row]}).encode()
+            return 200, data, len(data)
+        texts = encoding.texts_of(body[end:])
+        self.read.append(texts)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        async with self._batch if self.beats_wait else contextlib.nullcontext():
+            await asyncio.sleep(self.encode_pause_s)
+        self.running -= 1
+        if self.encode_errors:
+            status, said = self.encode_errors.pop(0)
+        elif len(texts) > int(self.encoders[name].get("max_batch_size", 64)):
+            status, said = 400, f"inference request batch-size must be <= 64 for '{name}'"
+        else:
+            outputs = encoding.outputs(texts, self.encoders[name], bool(head["parameters"].get("truncate")))
+            if isinstance(outputs, dict):
+                if self.broken_encoder is not None:
+                    self.broken_encoder(outputs)
+                wanted = [row["name"] for row in head["outputs"]]
+                return 200, *encoding.reply(name, {key: outputs[key] for key in wanted if key in outputs})
+            status, said = 500, outputs
+        data = json.dumps({"error": said}).encode()
+        return status, data, len(data)
 
     def _unary(self, path: str, body: bytes) -> tuple[int, Any]:
         if path == "/v2/repository/index":
             return 200, [{"name": name, "version": self.version, "state": state} for name, state in self.models.items()]
         if path.endswith("/config"):
             name = path.split("/")[-2]
+            if name in self.encoders:
+                return 200, encoding.config_json(name, self.encoders[name])
             return 200, {
                 "name": name,
                 "backend": "python" if name in self.other_backends else "inflight",

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.domain import EmbedRequest, GenerateRequest, InferRequest, Message, Tensor, changed
+from orchestrator.domain import EncodeRequest, GenerateRequest, InferRequest, Message, Tensor, changed
 from orchestrator.fingerprint import KEY_FILE, AuditKeyError, Fingerprint, load_key
 
 KEY = b"a key of sixteen bytes or more"
@@ -39,14 +39,14 @@ def by_hand(use: str, data: bytes) -> str:
         (generate(messages=(Message("user", 'a"\n'), Message("assistant", "ñ"))),
          'messages\n[["user","a\\"\\n"],["assistant","ñ"]]'),
         (generate(token_ids=(15, 7)), "tokens\n[15,7]"),
-        (EmbedRequest(id="r", model="m", accepted_at=0.0, texts=("a", "b")), 'texts\n["a","b"]'),
+        (EncodeRequest(id="r", model="m", accepted_at=0.0, texts=("a", "b")), 'texts\n["a","b"]'),
         (InferRequest(id="r", model="m", accepted_at=0.0, inputs=(
             Tensor("in", "INT8", (1, 2), b"xy"), Tensor("t", "BYTES", (2,), elements=(b"one", b"")))),
          "tensors\n2:in4:INT85:[1,2]2:xy1:t5:BYTES3:[2]0:3:one0:"),
     ],
 )  # fmt: skip
 def test_every_prompt_can_be_hashed_by_hand(
-    request_: GenerateRequest | EmbedRequest | InferRequest, canonical: str
+    request_: GenerateRequest | EncodeRequest | InferRequest, canonical: str
 ) -> None:
     """A request's hash is HMAC-SHA-256 over the documented form of its prompt, under the documented key."""
     assert PRINTS.request(request_) == by_hand("input", canonical.encode())

@@ -19,6 +19,7 @@ import grpc
 import pytest
 
 from orchestrator.errors import InvalidRequest, RateLimited, Text
+from tests.encoding import CLASSIFIES, EMBEDS
 from tests.redis import RealRedis
 
 from .api.calls import ask, number, stub, told
@@ -101,7 +102,26 @@ class Asked:
         await self._post(400, max_tokens=1000)
 
     async def embeddings(self) -> None:
+        self._number += 1
+        await self._post(200, "/v1/embeddings", body={"model": "e", "input": f"Hola {self._number}"})
+
+    async def embeddings_hit(self) -> None:
+        await self._post(200, "/v1/embeddings", body={"model": "e", "input": "the same"})
+
+    async def embeddings_in_parts(self) -> None:
+        self._number += 1
+        await self._post(200, "/v1/embeddings", body={"model": "e", "input": [f"Hola {self._number}"] * 200})
+
+    async def embeddings_of_another_model(self) -> None:
         await self._post(400, "/v1/embeddings", body={"model": "m", "input": "Hola"})
+
+    async def embeddings_too_long(self) -> None:
+        await self._post(400, "/v1/embeddings", body={"model": "e", "input": ["a"] * 100 + ["b " * 30]})
+
+    async def classify_failing(self) -> None:
+        self._stack.fake.encode_errors = [(500, "internal: no")]
+        self._number += 1
+        await self._post(500, "/v1/classify", body={"model": "c", "input": f"Hola {self._number}"})
 
     async def refused_by_the_model(self) -> None:
         self._stack.fake.refusals = [b'{"error": "no"}']
@@ -162,8 +182,9 @@ def redis_server() -> Iterator[RealRedis]:
 
 async def test_no_request_waits_for_the_garbage_collector(fake: FakeTriton, redis_server: RealRedis) -> None:
     """However it ended and by whichever edge: nothing of ours is left in a cycle, neither objects nor frames."""
-    fake.models["plain"] = "READY"
+    fake.models |= dict.fromkeys(("plain", "e", "c"), "READY")
     fake.other_backends = {"plain"}
+    fake.encoders = {"e": EMBEDS, "c": CLASSIFIES}
     fake.script = answer("Hola", "!")
     settings = {"redis_url": redis_server.url, "sanitize": "reject", "breaker_failures": 1000, "retries": 0}
     settings |= {"heartbeat_timeout_s": 20.0, "stall_s": 20.0}  # collecting all that a test process has takes a while

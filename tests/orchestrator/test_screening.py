@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.domain import EmbedRequest, InferRequest, Tensor
+from orchestrator.domain import EncodeRequest, InferRequest, Tensor
 from orchestrator.errors import UnsafeInput
 from orchestrator.health import Health
 from orchestrator.inspection import Inspector
@@ -102,8 +102,10 @@ async def test_tensors_of_text_pass_the_same_rules(fake: FakeTriton) -> None:
         long = Tensor("a", "BYTES", (2,), elements=(b"x" * 60, b"y" * 60))
         with pytest.raises(UnsafeInput, match="120 characters; the limit is 100"):
             Screen(Rules("reject", 100), inspect).infer(replace(request, inputs=(long,)))
-        embed = EmbedRequest(id="r", model="m", accepted_at=0.0, texts=(DIRTY, "b"))
-        assert Screen(Rules("clean", 10_000), inspect).embed(embed)[0].texts == ("Hola mundo", "b")
+        embed = EncodeRequest(id="r", model="m", accepted_at=0.0, texts=(DIRTY, "b"))
+        assert (await Screen(Rules("clean", 10_000), inspect).encode(embed))[0].texts == ("Hola mundo", "b")
+        many = replace(embed, texts=("x" * 60,) * 2000)  # each within the limit, which all together are not
+        assert await Screen(Rules("reject", 100), inspect).encode(many) == (many, ())
     finally:
         await triton.close()
 

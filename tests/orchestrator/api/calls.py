@@ -42,6 +42,16 @@ def number(model: str = "plain") -> pb.ModelInferRequest:
     return request
 
 
+def rows(model: str, *given: str, **parameters: bool) -> pb.ModelInferRequest:
+    """A request to an encoder."""
+    request = pb.ModelInferRequest(model_name=model)
+    request.inputs.add(name="text_input", datatype="BYTES", shape=[len(given), 1])
+    request.raw_input_contents.append(raw(*given))
+    for name, value in parameters.items():
+        request.parameters[name].bool_param = value
+    return request
+
+
 def texts(response: Any) -> list[str]:
     """The elements of a response's text_output."""
     at = [output.name for output in response.outputs].index("text_output")

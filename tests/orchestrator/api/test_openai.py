@@ -369,17 +369,6 @@ async def test_concurrent_streams_do_not_mix(stack: Stack) -> None:
     assert len({record.id for record in stack.records}) == 64
 
 
-@pytest.mark.parametrize("model", ["m", "text-embedding-3-small"])
-async def test_embeddings_say_that_there_is_no_model_for_them(stack: Stack, model: str) -> None:
-    """Whatever model is named, it is 400 with a sentence, and wrong fields are named first."""
-    status, body, _ = await stack.post("/v1/embeddings", {"model": model, "input": ["a", "b"]})
-    assert (status, body["error"]["param"]) == (400, "model")
-    assert "no embedding model" in body["error"]["message"]
-    for wrong, param in (({"input": []}, "input"), ({"input": "a", "dimensions": 0}, "dimensions"), ({}, "input")):
-        status, body, _ = await stack.post("/v1/embeddings", {"model": model, **wrong})
-        assert (status, body["error"]["param"]) == (400, param)
-
-
 async def test_cache_control_and_task_of_a_request(stack: Stack) -> None:
     """An unknown task is 400 by its header's name; without Redis nothing is cached, and that is said."""
     status, body, _ = await stack.post("/v1/completions", PLAIN, **{"x-truthgpt-task": "dancing"})
