@@ -111,7 +111,10 @@ class Application(_Application):
         """Assemble everything; needs a running loop."""
         settings = self.settings
         triton = self._triton = connect(settings)
-        health = Health(triton, interval_s=settings.heartbeat_interval_s, engine_stall_s=settings.engine_stall_s)
+        health = Health(
+            triton, interval_s=settings.heartbeat_interval_s, engine_stall_s=settings.engine_stall_s,
+            drain_s=settings.drain_s,
+        )  # fmt: skip
         store = Store(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
         registry = Registry(store, settings.keys_grace_s, DEFAULT_TTL_S)
         auth = Auth(settings.auth, registry, default_limits(settings))

@@ -125,6 +125,7 @@ class Ticket:
     model: str
     task: str
     policy: CachePolicy = CachePolicy()
+    version: str = ""  # of the model whose digest is in the key
     _keys: list[str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def keys(self) -> list[str]:
@@ -169,7 +170,7 @@ def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = 
     of = ("key", rules, caller.tenant, model.digest, model.version, task)
     known = None if memo is None else memo.get(of)
     if known is not None:
-        return Ticket(known, caller.tenant, model.name, task, request.cache)
+        return Ticket(known, caller.tenant, model.name, task, request.cache, model.version)
     canonical = orjson.dumps(
         [
             "2",  # of this serialisation
@@ -195,7 +196,7 @@ def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = 
         if len(memo) > _MEMO:
             memo.clear()
         memo[of] = key
-    return Ticket(key, caller.tenant, model.name, task, request.cache)
+    return Ticket(key, caller.tenant, model.name, task, request.cache, model.version)
 
 
 def lookup_of(reply: list[Any]) -> Lookup:

@@ -32,7 +32,7 @@ OUR_BACKEND = "inflight"
 class Heartbeat:
     """What the stub process says of itself. `step_age_s`: age of the engine's step in progress, seconds.
 
-    `digest` names the entry that it has loaded; empty where the backend does not say.
+    `digest` names the entry that it has loaded, empty where the backend does not say; `version` is Triton's word.
     """
 
     running: int
@@ -41,6 +41,7 @@ class Heartbeat:
     step_age_s: float
     busy: bool
     digest: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ class Triton:
                 step_age_s=float(beat["step_age_s"]),
                 busy=bool(beat["busy"]),
                 digest=str(beat.get("digest", "")),
+                version=str(answer.get("model_version", "")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UpstreamError(f"the heartbeat of {model} makes no sense") from error
@@ -230,14 +232,6 @@ class Triton:
     async def describe(self, model: str, version: str, what: str) -> Any:
         """Triton's JSON about a model; see infer.describe()."""
         return await describe(self.fetch, model, version, what, self._deadlines.heartbeat_s)
-
-    async def load(self, model: str, timeout_s: float) -> None:
-        """Load or reload a model. Raises UpstreamError with Triton's reason when it does not load."""
-        await self._call("POST", f"v2/repository/models/{quote(model, safe='')}/load", {}, timeout_s)
-
-    async def unload(self, model: str, timeout_s: float) -> None:
-        """Unload a model; Triton returns before its running requests have ended."""
-        await self._call("POST", f"v2/repository/models/{quote(model, safe='')}/unload", {}, timeout_s)
 
     @staticmethod
     @lru_cache(maxsize=1024)
