@@ -9,9 +9,10 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,20 @@ class Load:
             stream.close()
 
 
+@contextmanager
+def streaming(stack: Stack, **body: Any) -> Iterator[list[Any]]:
+    """A stream that is running; its events, all of them once the context is left."""
+    stream, events = stack.stream(**body), list[Any]()
+    reader = threading.Thread(target=lambda: events.extend(stream.events()))
+    reader.start()
+    try:
+        wait_until(lambda: len(events) > 3, 10, "the stream runs")
+        yield events
+        reader.join(60)
+    finally:
+        stream.close()
+
+
 def break_graph(version: Path) -> None:
     """A graph that no backend can load, with a manifest that is right about it."""
     data = b"no graph at all"
@@ -176,21 +191,13 @@ def test_several_models_are_served_side_by_side_and_one_is_unloaded(stack: Stack
     listed = json.loads(stack.request("GET", "/v1/models")[2])["data"]
     assert [row["id"] for row in listed] == ["beside", "counting"]
     assert ask(stack)[0] == ask(stack, model="beside")[0] == 200
-    stream = stack.stream(model="beside", max_tokens=250)  # more than a second
-    events: list[Any] = []
-    reader = threading.Thread(target=lambda: events.extend(stream.events()))
-    reader.start()
-    wait_until(lambda: len(events) > 3, 5, "the stream runs")
-    unloading = threading.Thread(target=lambda: events.append(("done", command(stack, "unload", "beside"))))
-    unloading.start()
-    wait_until(lambda: ask(stack, "new", "beside")[0] in (404, 503), 10, "new requests are refused")
-    assert stack.ready() and ask(stack)[0] == 200
-    for thread in (reader, unloading):
-        thread.join(30)
-    stream.close()
-    document = next(event[1] for event in events if isinstance(event, tuple))
+    with streaming(stack, model="beside", max_tokens=250) as events, ThreadPoolExecutor(1) as pool:  # over a second
+        unloading = pool.submit(command, stack, "unload", "beside")
+        wait_until(lambda: ask(stack, "new", "beside")[0] in (404, 503), 10, "new requests are refused")
+        assert stack.ready() and ask(stack)[0] == 200
+        document = unloading.result(60)
     assert (document["state"], document["draining"]) == ("NOT_LOADED", [])
-    assert "[DONE]" in events, events[-2:]
+    assert events[-1] == "[DONE]", events[-2:]
     assert ask(stack, "new", "beside")[0] == 404
     assert len(list(tritonserver.SHM.glob(f"{tritonserver.shm_prefix(stack.home)}*"))) == 1, "of the other model"
     assert "beside" not in modelset.read(stack.home)
@@ -237,14 +244,8 @@ def test_a_stream_that_does_not_end_is_ended_when_the_time_to_drain_is_over(stac
     """An unload takes no longer than it may: the stream gets an error, never a clean end, and the model goes."""
     publish(stack, 1, "endless", step_delay_ms=50)
     command(stack, "load", "endless")
-    stream = stack.stream(model="endless", max_tokens=1500)
-    events: list[Any] = []
-    reader = threading.Thread(target=lambda: events.extend(stream.events()))
-    reader.start()
-    wait_until(lambda: len(events) > 3, 5, "the stream runs")
-    assert command(stack, "unload", "endless")["draining"] == []
-    reader.join(10)
-    stream.close()
+    with streaming(stack, model="endless", max_tokens=1500) as events:
+        assert command(stack, "unload", "endless")["draining"] == []
     assert "error" in events[-1] and "[DONE]" not in events
     assert "endless" not in {row["id"] for row in json.loads(stack.request("GET", "/v1/models")[2])["data"]}
     shutil.rmtree(stack.repository / "endless")
@@ -255,16 +256,10 @@ def test_a_stream_that_does_not_end_is_ended_when_the_time_to_drain_is_over(stac
 def test_a_model_whose_process_dies_leaves_the_others_alone(stack: Stack, sig: signal.Signals) -> None:
     """A stream on another model goes on to its end, and the model is back without a new server."""
     server = stack.pid("triton")
-    stream = stack.stream(max_tokens=1000)
-    events: list[Any] = []
-    reader = threading.Thread(target=lambda: events.extend(stream.events()))
-    reader.start()
-    wait_until(lambda: len(events) > 3, 5, "the stream runs")
-    kill(tritonserver.stubs(server, "beside")[0].pid, sig)
-    wait_until(lambda: ask(stack, "new", "beside")[0] == 503, 10, "it is not ready")
-    wait_until(lambda: ask(stack, "newer", "beside")[0] == 200, 25, "it is back")
-    reader.join(60)
-    stream.close()
+    with streaming(stack, prompt=f"one {sig}", max_tokens=1000) as events:
+        kill(tritonserver.stubs(server, "beside")[0].pid, sig)
+        wait_until(lambda: ask(stack, f"new {sig}", "beside")[0] == 503, 10, "it is not ready")
+        wait_until(lambda: ask(stack, f"newer {sig}", "beside")[0] == 200, 25, "it is back")
     assert events[-1] == "[DONE]" and stack.pid("triton") == server
 
 
