@@ -70,7 +70,8 @@ class ModelWatch:
         self, settings: Settings, triton: Triton, server: Callable[[], Child], alive: Callable[[], Awaitable[bool]],
         restart: Callable[[], Awaitable[None]], changed: Callable[[], object], report: Report,
     ) -> None:  # fmt: skip
-        self._settings, self._triton, self._repository = settings, triton, Repository(triton)
+        self._settings, self._triton = settings, triton
+        self._repository = Repository(triton, f"127.0.0.1:{settings.triton_grpc_port}")
         self._home: Path = settings.home.resolve()
         self._server, self._alive, self._restart = server, alive, restart
         self._changed, self._report = changed, report

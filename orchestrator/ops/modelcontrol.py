@@ -150,7 +150,7 @@ class Control:
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:
         self._triton = Triton(self._found.triton_http, Deadlines(heartbeat_s=self._settings.heartbeat_timeout_s))
-        self._repository = Repository(self._triton)
+        self._repository = Repository(self._triton, self._found.triton_grpc)
         try:
             yield
         finally:

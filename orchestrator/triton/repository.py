@@ -4,10 +4,14 @@ Tried on tritonserver 2.51 in explicit mode with a Python-based, decoupled backe
 brings up the new version beside the old one, moves new requests over in one step, and lets the old one end what runs
 on it before it goes; no request fails in between. A load that fails leaves the old version as it was. `unload` refuses
 new requests at once, returns, and lets running ones end.
+
+Over HTTP a load keeps a thread of Triton's HTTP server until it has ended, and every stream whose connection belongs to
+that thread, often all of them, stands still for so long: a load goes over gRPC, which disturbs none (tried).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +19,13 @@ from urllib.parse import quote
 
 import orjson
 
-from orchestrator.errors import TruthGPTError, UpstreamError
+from orchestrator.errors import TruthGPTError, UpstreamError, UpstreamUnavailable
 from orchestrator.triton.client import Heartbeat, Triton
 from orchestrator.triton.wire import decode, error_of
 
 READY, LOADING, UNLOADING, UNAVAILABLE = "READY", "LOADING", "UNLOADING", "UNAVAILABLE"
 INDEX_S = 5.0
+LOAD_METHOD = "/inference.GRPCInferenceService/RepositoryModelLoad"
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,10 @@ class Row:
 
 
 class Repository:
-    """The model repository of one server."""
+    """The model repository of one server. `grpc` is its gRPC address, which loading needs."""
 
-    def __init__(self, triton: Triton) -> None:
-        self._triton = triton
+    def __init__(self, triton: Triton, grpc: str = "") -> None:
+        self._triton, self._grpc = triton, grpc
 
     async def rows(self, model: str | None = None) -> list[Row]:
         """The index, of one model if named. Raises TruthGPTError."""
@@ -59,8 +64,20 @@ class Repository:
         `config` takes the place of config.pbtxt. Returns when the version is ready and has taken over. Raises
         UpstreamError with Triton's reason when it does not load, UpstreamUnavailable when that takes longer.
         """
-        body = {} if config is None else {"parameters": {"config": orjson.dumps(config).decode()}}
-        await self._post(f"v2/repository/models/{quote(model, safe='')}/load", body, timeout_s)
+        # Forking with gRPC's own handlers is for programs that go on using it in the child; ours start others.
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        import grpc.aio  # here, because whoever loads nothing has no need of it
+
+        async with grpc.aio.insecure_channel(self._grpc) as channel:
+            try:
+                await channel.unary_unary(LOAD_METHOD)(load_request(model, config), timeout=timeout_s)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise UpstreamUnavailable(f"Triton did not load {model} within {timeout_s:g} s") from error
+                if error.code() is grpc.StatusCode.UNAVAILABLE and "load" not in (error.details() or ""):
+                    raise UpstreamUnavailable(f"Triton does not answer: {error.details()}") from error
+                raise UpstreamError(error.details() or "Triton gives no reason") from error
 
     async def unload(self, model: str, timeout_s: float) -> None:
         """Unload every version of a model; Triton returns before its running requests have ended."""
@@ -79,3 +96,24 @@ class Repository:
             error: TruthGPTError = error_of(reply.body, reply.status)
             raise error
         return decode(reply.body) if reply.body else {}
+
+
+def load_request(model: str, config: Mapping[str, Any] | None) -> bytes:
+    """RepositoryModelLoadRequest of https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_service.proto
+    in protobuf's wire format.
+    """
+    request = _field(2, model.encode())
+    if config is None:
+        return request
+    text = _field(3, orjson.dumps(config))  # ModelRepositoryParameter.string_param
+    return request + _field(3, _field(1, b"config") + _field(2, text))
+
+
+def _field(number: int, data: bytes) -> bytes:
+    """A length-delimited field."""
+    length, rest = bytearray(), len(data)
+    while rest > 0x7F:
+        length.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    length.append(rest)
+    return bytes([number << 3 | 2]) + bytes(length) + data

@@ -129,6 +129,13 @@ class Load:
             stream.close()
 
 
+def told(stack: Stack) -> str:
+    """What the gateway and the supervisor say of anything but good requests, for a failing test's message."""
+    lines = (stack.home / "logs" / "gateway.log").read_text().splitlines()
+    telling = [line for line in lines if '"outcome":"ok"' not in line]
+    return "\n".join([*telling, (stack.home / "logs" / "supervisor.log").read_text()])
+
+
 @contextmanager
 def streaming(stack: Stack, **body: Any) -> Iterator[list[Any]]:
     """A stream that is running; its events, all of them once the context is left."""
@@ -177,7 +184,7 @@ def test_a_reload_under_load_fails_no_request(stack: Stack) -> None:
 
         assert command(stack, "reload", "counting", "--version", "1")["before"] == "2"
         load.more()
-    assert load.failures == []
+    assert load.failures == [], told(stack)
     assert load.versions[1] and load.versions[2] and not load.versions[3]
     assert ask(stack, "the same", seed=1) == (200, cached, "hit"), "an answer of the same entry is good again"
     rows = {(row["name"], row["version"]): row["state"] for row in command(stack, "list")}
@@ -285,7 +292,7 @@ def test_many_reloads_under_load_leave_nothing_behind(stack: Stack) -> None:
         for turn in range(6):
             command(stack, "reload", "counting", "--version", str(2 - turn % 2))
             load.more(20)
-    assert load.failures == []
+    assert load.failures == [], told(stack)
     wait_until(lambda: len(tritonserver.stubs(stack.pid("triton"))) == 2, 15, "the old processes have ended")
     regions = list(tritonserver.SHM.glob(f"{tritonserver.shm_prefix(stack.home)}*"))
     assert len(regions) == 2

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import orjson
 import pytest
 
-from orchestrator.errors import UpstreamError
+from orchestrator.errors import UpstreamError, UpstreamUnavailable
 from orchestrator.triton import Deadlines, Repository, Row, Triton
+from orchestrator.triton.repository import load_request
 
 from .fake_triton import FakeTriton
 
@@ -19,16 +21,35 @@ async def repository(fake: FakeTriton) -> AsyncIterator[Repository]:
     await triton.close()
 
 
-async def test_rows_load_and_unload(repository: Repository, fake: FakeTriton) -> None:
-    """Rows are typed, calls go to Triton's paths, and its refusal is the error."""
+async def test_rows_and_unload(repository: Repository, fake: FakeTriton) -> None:
+    """Rows are typed, and Triton's refusal is the error."""
     fake.models["other"] = "UNAVAILABLE"
     assert await repository.rows("m") == [Row("m", "1", "READY")]
     assert [row.occupied for row in await repository.rows()] == [True, False]
-    await repository.load("m", 1.0, {"name": "m"})
     await repository.unload("m", 1.0)
-    assert fake.calls[-2:] == ["POST /v2/repository/models/m/load", "POST /v2/repository/models/m/unload"]
+    assert fake.calls[-1] == "POST /v2/repository/models/m/unload"
     with pytest.raises(UpstreamError, match="failed to load 'x'"):
-        await repository.load("x", 1.0)
+        await repository.unload("x", 1.0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 20_000])
+def test_a_load_is_the_message_that_triton_reads(size: int) -> None:
+    """Whatever its length, the request is what Triton's own client makes of it."""
+    from tritonclient.grpc import service_pb2
+
+    config = {"name": "m", "backend": "b" * size}
+    wanted = service_pb2.RepositoryModelLoadRequest(model_name="m")
+    assert service_pb2.RepositoryModelLoadRequest.FromString(load_request("m", None)) == wanted
+    wanted.parameters["config"].string_param = orjson.dumps(config).decode()
+    assert service_pb2.RepositoryModelLoadRequest.FromString(load_request("m", config)) == wanted
+
+
+async def test_a_server_that_is_away_is_an_error_of_ours(fake: FakeTriton) -> None:
+    """A load that reaches nobody is UpstreamUnavailable, within its time."""
+    triton = Triton(fake.url, Deadlines())
+    with pytest.raises(UpstreamUnavailable):
+        await Repository(triton, "127.0.0.1:1").load("m", 2.0)
+    await triton.close()
 
 
 async def test_only_our_models_have_a_heartbeat(repository: Repository, fake: FakeTriton) -> None:
