@@ -41,7 +41,7 @@ from orchestrator.settings import Settings
 from orchestrator.store import Store
 from orchestrator.tokens import Tokens
 from orchestrator.tracing import Tracer
-from orchestrator.triton import Deadlines, Triton
+from orchestrator.triton import Deadlines, Repository, Triton
 from orchestrator.upstream import Fallback, Upstream
 
 if TYPE_CHECKING:
@@ -211,7 +211,8 @@ class AdminApplication(_Application):
         auditing = self._audit = audit.start(settings)
         self._metrics.readings |= audit_readings(auditing)
         tell = auditing.incident if auditing else lambda incident: None
-        routes = Admin(triton.fetch, ADMIN_CALL_S, self._scrape, tell).routes
+        repository = Repository(triton, f"127.0.0.1:{settings.triton_grpc_port}")
+        routes = Admin(repository.forward, ADMIN_CALL_S, self._scrape, tell).routes
         self._door = FrontDoor(routes, settings.body_limit_bytes, identify, reporting(self._metrics, auditing))
         self._run(registry=registry.run(), **({"store": store.run()} if store else {}))
         if store:

@@ -11,17 +11,19 @@ that thread, often all of them, stands still for so long: a load goes over gRPC,
 
 from __future__ import annotations
 
+import base64
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import orjson
 
 from orchestrator.errors import TruthGPTError, UpstreamError, UpstreamUnavailable
 from orchestrator.triton.client import Heartbeat, Triton
-from orchestrator.triton.wire import decode, error_of
+from orchestrator.triton.wire import Reply, decode, error_of
 
 READY, LOADING, UNLOADING, UNAVAILABLE = "READY", "LOADING", "UNLOADING", "UNAVAILABLE"
 INDEX_S = 5.0
@@ -64,6 +66,30 @@ class Repository:
         `config` takes the place of config.pbtxt. Returns when the version is ready and has taken over. Raises
         UpstreamError with Triton's reason when it does not load, UpstreamUnavailable when that takes longer.
         """
+        await self._load(model, {} if config is None else {"config": orjson.dumps(config).decode()}, timeout_s)
+
+    async def forward(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply:
+        """An exchange of the admin edge as Triton answers it, a load over gRPC. Raises TruthGPTError."""
+        asked = re.fullmatch(r"/v2/repository/models/([^/]+)/load", path)
+        if asked is None or method != "POST":
+            return await self._triton.fetch(method, path, body, headers, timeout_s)
+        try:
+            given = (orjson.loads(body) if body else {}).get("parameters", {})
+            parameters = {
+                name: base64.b64decode(value, validate=True) if name.startswith("file:") else str(value)
+                for name, value in given.items()
+            }
+        except (ValueError, TypeError, AttributeError):
+            return Reply(400, {}, orjson.dumps({"error": "the parameters of a load are texts by name"}))
+        try:
+            await self._load(unquote(asked[1]), parameters, timeout_s)
+        except UpstreamError as error:
+            return Reply(400, {}, orjson.dumps({"error": str(error)}))
+        return Reply(200, {}, b"")
+
+    async def _load(self, model: str, parameters: Mapping[str, str | bytes], timeout_s: float) -> None:
         # Forking with gRPC's own handlers is for programs that go on using it in the child; ours start others.
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -71,7 +97,7 @@ class Repository:
 
         async with grpc.aio.insecure_channel(self._grpc) as channel:
             try:
-                await channel.unary_unary(LOAD_METHOD)(load_request(model, config), timeout=timeout_s)
+                await channel.unary_unary(LOAD_METHOD)(load_request(model, parameters), timeout=timeout_s)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise UpstreamUnavailable(f"Triton did not load {model} within {timeout_s:g} s") from error
@@ -98,15 +124,15 @@ class Repository:
         return decode(reply.body) if reply.body else {}
 
 
-def load_request(model: str, config: Mapping[str, Any] | None) -> bytes:
-    """RepositoryModelLoadRequest of https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_service.proto
-    in protobuf's wire format.
+def load_request(model: str, parameters: Mapping[str, str | bytes]) -> bytes:
+    """RepositoryModelLoadRequest in protobuf's wire format, see
+    https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_service.proto.
     """
     request = _field(2, model.encode())
-    if config is None:
-        return request
-    text = _field(3, orjson.dumps(config))  # ModelRepositoryParameter.string_param
-    return request + _field(3, _field(1, b"config") + _field(2, text))
+    for name, value in parameters.items():  # a map's row: key 1, value 2, a ModelRepositoryParameter
+        own = _field(3, value.encode()) if isinstance(value, str) else _field(4, value)  # string_param, bytes_param
+        request += _field(3, _field(1, name.encode()) + _field(2, own))
+    return request
 
 
 def _field(number: int, data: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import http.client
 import json
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from orchestrator.local import modelset, tritonserver
+from orchestrator.triton import Deadlines, Repository, Triton
 from tests.counting import WORDS, write_entry
 
 from .stack import Stack, kill, wait_until
@@ -297,3 +299,43 @@ def test_many_reloads_under_load_leave_nothing_behind(stack: Stack) -> None:
     regions = list(tritonserver.SHM.glob(f"{tritonserver.shm_prefix(stack.home)}*"))
     assert len(regions) == 2
     shutil.rmtree(stack.repository / "counting" / "2")
+
+
+SLEEPY = """import time
+class TritonPythonModel:
+    def initialize(self, args):
+        time.sleep(4)
+    def execute(self, requests):
+        return []
+"""
+SLEEPY_CONFIG = """name: "sleepy" backend: "python" max_batch_size: 0
+input { name: "a" data_type: TYPE_FP32 dims: 1 } output { name: "b" data_type: TYPE_FP32 dims: 1 }"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edge", ["command", "admin"])
+def test_a_load_that_takes_long_holds_up_no_stream(stack: Stack, edge: str) -> None:
+    """While a model takes four seconds to load, streams of another one go on, and their gateway waits for none."""
+    folder = stack.repository / "sleepy"
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.py").write_text(SLEEPY)
+    (folder / "config.pbtxt").write_text(SLEEPY_CONFIG)
+
+    async def load() -> None:
+        triton = Triton(stack.state.triton_http, Deadlines())
+        await Repository(triton, stack.state.triton_grpc).load("sleepy", 60.0)
+        await triton.close()
+
+    key = json.loads(stack.cli("keys", "create", "--tenant", "ops", "--scope", "admin", "--json").stdout)["key"]
+    headers = {"authorization": f"Bearer {key}"}
+    with Load(stack) as running:
+        if edge == "command":
+            asyncio.run(load())
+        else:
+            path = "/v2/repository/models/sleepy/load"
+            wait_until(lambda: stack.request("POST", path, {}, "OPS", 60, headers)[0] == 200, 20, "it is loaded")
+    assert running.failures == [], told(stack)
+    path = "/v2/repository/models/sleepy/unload"
+    assert stack.request("POST", path, {}, "OPS", headers=headers)[0] == 200
+    wait_until(lambda: not tritonserver.stubs(stack.pid("triton"), "sleepy"), 10, "it is gone")
+    shutil.rmtree(folder)

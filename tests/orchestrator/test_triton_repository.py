@@ -37,11 +37,20 @@ def test_a_load_is_the_message_that_triton_reads(size: int) -> None:
     """Whatever its length, the request is what Triton's own client makes of it."""
     from tritonclient.grpc import service_pb2
 
-    config = {"name": "m", "backend": "b" * size}
+    config, file = "c" * size, b"\0" * size
     wanted = service_pb2.RepositoryModelLoadRequest(model_name="m")
-    assert service_pb2.RepositoryModelLoadRequest.FromString(load_request("m", None)) == wanted
-    wanted.parameters["config"].string_param = orjson.dumps(config).decode()
-    assert service_pb2.RepositoryModelLoadRequest.FromString(load_request("m", config)) == wanted
+    assert service_pb2.RepositoryModelLoadRequest.FromString(load_request("m", {})) == wanted
+    wanted.parameters["config"].string_param = config
+    wanted.parameters["file:1/model.onnx"].bytes_param = file
+    made = load_request("m", {"config": config, "file:1/model.onnx": file})
+    assert service_pb2.RepositoryModelLoadRequest.FromString(made) == wanted
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{", b'{"parameters": 1}', b'{"parameters": {"file:1/a": "no base64!"}}'])
+async def test_a_load_of_the_admin_edge_that_makes_no_sense_is_refused(repository: Repository, body: bytes) -> None:
+    """With 400 and an error of KServe's form, before anybody is asked."""
+    reply = await repository.forward("POST", "/v2/repository/models/m/load", body, {}, 1.0)
+    assert reply.status == 400 and "error" in orjson.loads(reply.body)
 
 
 async def test_a_server_that_is_away_is_an_error_of_ours(fake: FakeTriton) -> None:
