@@ -120,6 +120,7 @@ class Application(_Application):
         auth = Auth(settings.auth, registry, default_limits(settings))
         breakers = Breakers(settings.breaker_failures, settings.breaker_open_s, store)
         health.on_ready.append(breakers.heard_again)
+        health.on_gone.append(breakers.forget)
         limiter = Limiter(store, settings.limits, settings.redis_loss, settings.workers)
         flights = Flights(store, registry.ttl_of, settings.cache_entry_bytes) if store and settings.cache else None
         fallback = Fallback(settings.fallback_model, settings.fallback_text)

@@ -81,6 +81,7 @@ class Health:
         self._read_at = -ASK_AGAIN_S
         self.triton_up = False
         self.on_ready: list[Callable[[str], None]] = []  # called with the name of a model that has turned ready
+        self.on_gone: list[Callable[[str], None]] = []  # and of one that is not served any more
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -194,6 +195,8 @@ class Health:
             asyncio.get_running_loop().call_later(self._drain_s, served.fail, error)
         if served.task is not None:
             served.task.cancel()
+        for call in self.on_gone:
+            call(served.model.name)
 
     async def _unloaded(self, served: Served) -> bool:
         """Whether a model that answered until now was unloaded on purpose, and is not being loaded again."""

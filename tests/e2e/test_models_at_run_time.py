@@ -229,6 +229,7 @@ def test_a_damaged_version_is_refused_before_triton_hears_of_it(stack: Stack) ->
         shutil.rmtree(tokenizer.parent)
 
 
+@pytest.mark.slow
 def test_what_was_loaded_at_run_time_is_back_after_a_crash_of_triton(stack: Stack) -> None:
     """A killed server comes back with the models and versions of before, not with what was published since."""
     write_entry(stack.repository, "third", **PARAMETERS)

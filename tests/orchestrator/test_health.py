@@ -158,6 +158,8 @@ async def test_an_unloaded_model_is_gone_at_once_and_its_streams_may_end(fake: F
     """A model that answered until it was unloaded is 404 by its next heartbeat; its streams get the time to drain."""
     triton = Triton(fake.url, Deadlines(heartbeat_s=0.3))
     health = Health(triton, interval_s=0.03, engine_stall_s=5.0, drain_s=0.5)
+    gone: list[str] = []
+    health.on_gone.append(gone.append)
     task = asyncio.create_task(health.run())
     await ready(health, "m")
     with health.attend("m") as stream:
@@ -167,7 +169,7 @@ async def test_an_unloaded_model_is_gone_at_once_and_its_streams_may_end(fake: F
             await ready(health, "m")
         assert stream.error is None
         await until(lambda: stream.error is not None)
-    assert "unloaded" in str(stream.error)
+    assert "unloaded" in str(stream.error) and gone == ["m"]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await triton.close()
