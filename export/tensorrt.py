@@ -52,7 +52,7 @@ def check_precision(target: str, precision: str) -> None:
 
 def manifest(engine: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The manifest's keys about TensorRT. ``engine``: what `build_plan` returned, None where the first load builds."""
-    return {"status": STATUS, "engine": engine}
+    return {"status": STATUS, "engine": engine, "generated": ["engine"]}
 
 
 def build_plan(

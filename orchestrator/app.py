@@ -42,7 +42,7 @@ from orchestrator.settings import Settings
 from orchestrator.store import Store
 from orchestrator.tokens import Tokens
 from orchestrator.tracing import Tracer
-from orchestrator.triton import Deadlines, Triton
+from orchestrator.triton import Deadlines, Repository, Triton
 from orchestrator.upstream import Fallback, Upstream
 
 if TYPE_CHECKING:
@@ -112,12 +112,16 @@ class Application(_Application):
         """Assemble everything; needs a running loop."""
         settings = self.settings
         triton = self._triton = connect(settings)
-        health = Health(triton, interval_s=settings.heartbeat_interval_s, engine_stall_s=settings.engine_stall_s)
+        health = Health(
+            triton, interval_s=settings.heartbeat_interval_s, engine_stall_s=settings.engine_stall_s,
+            drain_s=settings.drain_s,
+        )  # fmt: skip
         store = Store(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
         registry = Registry(store, settings.keys_grace_s, DEFAULT_TTL_S)
         auth = Auth(settings.auth, registry, default_limits(settings))
         breakers = Breakers(settings.breaker_failures, settings.breaker_open_s, store)
         health.on_ready.append(breakers.heard_again)
+        health.on_gone.append(breakers.forget)
         limiter = Limiter(store, settings.limits, settings.redis_loss, settings.workers)
         flights = Flights(store, registry.ttl_of, settings.cache_entry_bytes) if store and settings.cache else None
         fallback = Fallback(settings.fallback_model, settings.fallback_text)
@@ -210,7 +214,8 @@ class AdminApplication(_Application):
         auditing = self._audit = audit.start(settings)
         self._metrics.readings |= audit_readings(auditing)
         tell = auditing.incident if auditing else lambda incident: None
-        routes = Admin(triton.fetch, ADMIN_CALL_S, self._scrape, tell).routes
+        repository = Repository(triton, f"127.0.0.1:{settings.triton_grpc_port}")
+        routes = Admin(repository.forward, ADMIN_CALL_S, self._scrape, tell).routes
         self._door = FrontDoor(routes, settings.body_limit_bytes, identify, reporting(self._metrics, auditing))
         self._run(registry=registry.run(), **({"store": store.run()} if store else {}))
         if store:

@@ -160,6 +160,11 @@ class Breakers:
         if model in self._breakers:
             self.change(model, lambda breaker: breaker.half_open(self._clock()))
 
+    def forget(self, model: str) -> None:
+        """A model was unloaded: what it refused meanwhile says nothing of the one that is loaded next."""
+        if model in self._breakers:
+            self.change(model, Breaker.succeed)
+
     def _of(self, model: str) -> Breaker:
         breaker = self._breakers.get(model)
         if breaker is None:

@@ -125,6 +125,7 @@ class Ticket:
     model: str
     task: str
     policy: CachePolicy = CachePolicy()
+    version: str = ""  # of the model whose digest is in the key
     _keys: list[str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def keys(self) -> list[str]:
@@ -169,7 +170,7 @@ def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = 
     of = ("key", rules, caller.tenant, model.digest, model.version, task)
     known = None if memo is None else memo.get(of)
     if known is not None:
-        return Ticket(known, caller.tenant, model.name, task, request.cache)
+        return Ticket(known, caller.tenant, model.name, task, request.cache, model.version)
     key = _key(
         [
             *_head(rules, caller, task, model),
@@ -188,7 +189,7 @@ def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = 
         if len(memo) > _MEMO:
             memo.clear()
         memo[of] = key
-    return Ticket(key, caller.tenant, model.name, task, request.cache)
+    return Ticket(key, caller.tenant, model.name, task, request.cache, model.version)
 
 
 def encode_ticket(caller: Caller, model: Model, request: EncodeRequest) -> Ticket:
@@ -197,7 +198,7 @@ def encode_ticket(caller: Caller, model: Model, request: EncodeRequest) -> Ticke
     """
     task = request.task or model.task
     key = _key([*_head("", caller, task, model), request.operation, request.texts, request.truncate])
-    return Ticket(key, caller.tenant, model.name, task, request.cache)
+    return Ticket(key, caller.tenant, model.name, task, request.cache, model.version)
 
 
 def _head(rules: str, caller: Caller, task: str, model: Model) -> list[object]:

@@ -148,6 +148,7 @@ class Chunk:
     """A piece of an answer; the last one has a finish reason. `tokens` were generated since the chunk before.
 
     `queue_s`, of the first chunk only: seconds that the request waited in the model's queue, None where nobody knows.
+    `version` of the model that wrote it, empty where nobody says.
     """
 
     text: str = field(repr=False)
@@ -155,6 +156,7 @@ class Chunk:
     prompt_tokens: int = 0
     finish_reason: str | None = None
     queue_s: float | None = field(default=None, compare=False)
+    version: str = field(default="", compare=False)
 
 
 @dataclass(slots=True)

@@ -254,6 +254,8 @@ class Flights:
         cast, ticket = run.cast, run.ticket
         if not cast.complete or cast.outcome.fallback is not None or not ticket.policy.store:
             return None
+        if any(chunk.version not in ("", ticket.version) for chunk in cast.chunks):
+            return None  # the model was reloaded after the request had been looked up
         usage = Usage()
         for chunk in cast.chunks:
             usage.add(chunk)

@@ -2,7 +2,8 @@
 
 Triton says ready for ever once its stub process is dead or stopped, so each model is asked itself: a heartbeat that the
 stub answers at once even under load, an encoder's between two batches. Only a model without a heartbeat is taken at
-Triton's word. A model that turns unready takes its running streams with it: none waits for a deadline.
+Triton's word. A model that turns unready takes its running streams with it: none waits for a deadline. One that
+answered until it left the index was unloaded: it is forgotten at once, and what runs on it may end, as Triton lets it.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ FRESH_S = 0.5  # twice the longest silence of a live stream
 class Served:
     """One model's state. `since` is monotonic time of the last change of readiness, `reason` why it is not ready.
 
-    `configured` is false until the entry's own parameters were read, anew after each load.
+    `configured` is false until the entry's own parameters were read, anew after each load. `judged` is false while
+    nobody knows yet whether a model answers that was loaded beside others.
     """
 
     model: Model
     reason: str = "no heartbeat yet"
     configured: bool = False
     config: ModelConfig | None = None  # what was read
+    judged: bool = True
     since: float = 0.0
     beat: Heartbeat | None = None
     heard_at: float = 0.0  # loop time of the last bytes of an answer that has ended
@@ -55,6 +58,11 @@ class Served:
     def detail(self) -> str:
         """One line for people: ready or why not, and what is not as it should be."""
         return self.reason or (ON_CPU if self.fallback else "ready")
+
+    def fail(self, error: TruthGPTError) -> None:
+        """End its running streams with this error."""
+        for attendance in tuple(self.attending):
+            attendance.fail(error)
 
 
 class Attending:
@@ -77,15 +85,17 @@ class Attending:
 class Health:
     """Watches Triton. `run()` is the watch; everything else answers from what it last saw."""
 
-    def __init__(self, triton: Triton, *, interval_s: float, engine_stall_s: float) -> None:
+    def __init__(self, triton: Triton, *, interval_s: float, engine_stall_s: float, drain_s: float = 10.0) -> None:
         self._triton = triton
         self._interval_s = interval_s
         self._engine_stall_s = engine_stall_s
+        self._drain_s = drain_s
         self._served: dict[str, Served] = {}
         self._reading = asyncio.Lock()
         self._read_at = -ASK_AGAIN_S
         self.triton_up = False
         self.on_ready: list[Callable[[str], None]] = []  # called with the name of a model that has turned ready
+        self.on_gone: list[Callable[[str], None]] = []  # and of one that is not served any more
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -105,8 +115,9 @@ class Health:
 
     @property
     def ready(self) -> bool:
-        """Something is served and all of it answers."""
-        return self.triton_up and bool(self._served) and all(served.model.ready for served in self._served.values())
+        """Something is served and all of it answers. A model that has just been loaded beside others does not count."""
+        judged = [served.model.ready for served in self._served.values() if served.judged]
+        return self.triton_up and bool(judged) and all(judged)
 
     def served(self) -> list[Served]:
         """Every served model by name."""
@@ -147,8 +158,7 @@ class Health:
     def fail_all(self, error: TruthGPTError) -> None:
         """End every running stream with this error."""
         for served in self._served.values():
-            for attendance in tuple(served.attending):
-                attendance.fail(error)
+            served.fail(error)
 
     async def _look_again(self, name: str) -> None:
         async with self._reading:  # whoever waited here finds the answer of the one before
@@ -168,27 +178,47 @@ class Health:
             self.triton_up = False
             return  # what was known stays known; its heartbeats say that it does not answer
         self.triton_up = True
-        now = time.monotonic()
+        now, others = time.monotonic(), bool(self._served)
         for name, (version, state) in index.items():
             known = self._served.get(name)
             if state == "READY" and known is None:
-                self._served[name] = served = Served(Model(name, version, int(time.time()), ready=False))
+                model = Model(name, version, int(time.time()), ready=False)
+                self._served[name] = served = Served(model, judged=not others)
                 watch = self._watch(served)
                 # outside of the request that happened to ask for this model first
                 served.task = asyncio.create_task(watch, name=f"heartbeat {name}", context=contextvars.Context())
             elif state == "READY" and known is not None:
                 known.gone_at = None
                 if known.model.version != version:
-                    known.model = dataclasses.replace(known.model, version=version)
                     known.configured = False
+                    if known.beat is None or not known.beat.digest:  # else its heartbeat tells both in one
+                        known.model = dataclasses.replace(known.model, version=version)
             elif known is not None and known.gone_at is None:
                 known.gone_at = now
         for name, served in list(self._served.items()):
             reloading = name in index and (index[name][1] == "LOADING" or now - (served.gone_at or now) < FORGET_S)
             if (name not in index or served.gone_at is not None) and not reloading:
-                del self._served[name]
-                if served.task is not None:
-                    served.task.cancel()
+                self._forget(served)
+
+    def _forget(self, served: Served) -> None:
+        """No new request finds it. Its streams end by themselves, or are ended when the time to drain is over."""
+        log.info("%s is not served any more", served.model.name)
+        self._served.pop(served.model.name, None)
+        if served.attending:
+            error = UpstreamUnavailable(f"{served.model.name} was unloaded")
+            asyncio.get_running_loop().call_later(self._drain_s, served.fail, error)
+        if served.task is not None:
+            served.task.cancel()
+        for call in self.on_gone:
+            call(served.model.name)
+
+    async def _unloaded(self, served: Served) -> bool:
+        """Whether a model that answered until now was unloaded on purpose, and is not being loaded again."""
+        try:
+            index = await self._triton.index()
+        except TruthGPTError:
+            return False
+        return index.get(served.model.name, ("", ""))[1] not in ("READY", "LOADING")
 
     async def _watch(self, served: Served) -> None:
         while True:
@@ -206,15 +236,18 @@ class Health:
             if served.fallback and not fell_back:
                 log.warning("%s runs on the CPU: its device failed", served.model.name)
             if served.beat is not None:
-                digest = served.beat.digest or served.model.digest
-                if digest != served.model.digest:  # another entry than the one whose parameters were read
-                    await self._configure(served)
-                    served.model = dataclasses.replace(served.model, digest=digest)
+                digest, version = served.beat.digest, served.beat.version or served.model.version
+                if digest and (digest, version) != (served.model.digest, served.model.version):
+                    await self._configure(served)  # another entry than the one whose parameters were read
+                    served.model = dataclasses.replace(served.model, digest=digest, version=version)
         except Overloaded:  # its queue is full of others' requests, and Triton itself says so: it lives
             log.debug("the queue of %s has no room for a heartbeat", served.model.name)
             return
         except TruthGPTError as error:
-            if not (isinstance(error.__cause__, TimeoutError) and self._heard_since(served, asked_at)):
+            silent = isinstance(error.__cause__, TimeoutError)
+            if served.model.ready and not silent and await self._unloaded(served):
+                self._forget(served)
+            elif not (silent and self._heard_since(served, asked_at)):
                 self._unready(served, str(error))
             return
         except Exception:
@@ -226,7 +259,7 @@ class Health:
         elif not served.model.ready:
             log.info("%s is ready", served.model.name)
             served.model = dataclasses.replace(served.model, ready=True)
-            served.reason, served.since = "", time.monotonic()
+            served.reason, served.since, served.judged = "", time.monotonic(), True
             for call in self.on_ready:
                 call(served.model.name)
 
@@ -247,7 +280,6 @@ class Health:
         if served.model.ready:
             log.warning("%s is not ready: %s", served.model.name, reason)
             served.since = time.monotonic()
-        served.reason, served.configured = reason, False
+        served.reason, served.configured, served.judged = reason, False, True
         served.model = dataclasses.replace(served.model, ready=False)
-        for attendance in tuple(served.attending):
-            attendance.fail(UpstreamUnavailable(f"{served.model.name} turned unready: {reason}"))
+        served.fail(UpstreamUnavailable(f"{served.model.name} turned unready: {reason}"))

@@ -9,13 +9,14 @@ Files are the only thing that the exporter, the backend and this package share; 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ class Version:
         value = (self.manifest or {}).get(key)
         return value if isinstance(value, str) else None
 
+    @property
+    def digest(self) -> str:
+        """What a backend that has loaded this version says in its heartbeat. Raises ModelsError."""
+        path = self.folder / "manifest.json"
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+        except OSError as error:
+            raise ModelsError(f"{path} cannot be read: {error.strerror}", "export the model again") from error
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -72,6 +82,14 @@ class Entry:
             return pbtxt.parse(self.config_path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelsError(f"{self.config_path} cannot be read: {error}", "export the model again") from error
+
+    def pinned(self, number: int) -> dict[str, Any]:
+        """config.pbtxt as Triton's `load` takes it, by which this version is served and no other. Raises ModelsError.
+
+        What was checked is what is loaded, although an export may publish a newer version meanwhile.
+        """
+        config = pbtxt.model_config(self.config())
+        return config | {"version_policy": {"specific": {"versions": [number]}}}
 
     def version(self, number: int) -> Version:
         """One version. Raises ModelsError."""
@@ -138,11 +156,15 @@ def _version(model: Path, number: int) -> Version:
 
 @dataclass(frozen=True)
 class Choice:
-    """The model to serve. `export_demo`: it has to be exported first. `note`: why it is not the one in the settings."""
+    """The model to serve. `export_demo`: it has to be exported first. `note`: why it is not the one in the settings.
+
+    `further` are served beside it.
+    """
 
     model: str
     export_demo: bool = False
     note: str = ""
+    further: tuple[str, ...] = ()
 
 
 def choose(settings: Settings, names: Sequence[str]) -> Choice:
@@ -151,6 +173,16 @@ def choose(settings: Settings, names: Sequence[str]) -> Choice:
     What a person chose is served or refused. What the profile names is served if it has been exported; else the demo
     model, which is exported first into an empty repository; else the only model there is.
     """
+    further = dict.fromkeys(settings.models.split(",") if settings.models else ())
+    for name in further:
+        if name not in names and name != settings.model:
+            message = f"the model {name} ({settings.sources()['models']}) is not in {settings.model_repository}"
+            raise ModelsError(message, f"export it first: {_how_to(name)}")
+    choice = _default(settings, names)
+    return replace(choice, further=tuple(name for name in further if name != choice.model))
+
+
+def _default(settings: Settings, names: Sequence[str]) -> Choice:
     wanted, source = settings.model, settings.sources()["model"]
     if wanted in names:
         return Choice(wanted)

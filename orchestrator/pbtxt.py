@@ -161,3 +161,47 @@ def _unescape(text: str, line: int) -> bytes:
     except (UnicodeError, OverflowError) as error:
         raise ValueError(f"line {line}: the string is not UTF-8 text") from error
     return raw
+
+
+# The text format writes a list of one as it writes a single value, and a map as rows of key and value: only the schema
+# tells them apart. These are the names of Triton's ModelConfig
+# (https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto).
+_REPEATED = frozenset(
+    "input output batch_input batch_output instance_group model_warmup dims shape dim gpus profile secondary_devices "
+    "resources target_name source_input versions preferred_batch_size control_input control state initial_state "
+    "int32_false_true fp32_false_true bool_false_true step graph_spec gpu_execution_accelerator "
+    "cpu_execution_accelerator op_library_filename agents metric_control buckets".split()
+)
+_MAPS = frozenset(
+    "cc_model_filenames metric_tags parameters inputs input_map output_map priority_queue_policy".split()
+)
+_BOOLS = frozenset(
+    "decoupled optional is_shape_tensor allow_ragged_batch is_non_linear_format_io passive global graphs "
+    "busy_wait_events output_copy_stream eager_batching enable allow_timeout_override preserve_ordering "
+    "iterative_sequence zero_data random_data use_same_buffer_for_input_output use_growable_memory".split()
+)
+_SHAPES = ("graph_spec", "graph_lower_bound")  # in these `input` is a map
+
+
+def model_config(message: Message, within: str = "") -> dict[str, Any]:
+    """A parsed config.pbtxt as the JSON object that Triton's `load` takes for `parameters.config`."""
+    return {name: _field(name, values, within) for name, values in message.items() if values}
+
+
+def _field(name: str, values: list[Any], within: str) -> Any:
+    if name in _MAPS or (name == "input" and within in _SHAPES):
+        rows = [row for row in values if isinstance(row, dict)]
+        return {str(_last(row, "key", "")): _value(name, _last(row, "value", "")) for row in rows}
+    converted = [_value(name, value) for value in values]
+    return converted if name in _REPEATED else converted[-1]
+
+
+def _value(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return model_config(value, name)
+    return bool(value) if name in _BOOLS else value
+
+
+def _last(row: Message, key: str, default: object) -> Any:
+    values = row.get(key)
+    return values[-1] if values else default

@@ -114,6 +114,9 @@ class Settings:
     model: str = _setting(
         _DEVELOPMENT["model"], "Model to serve; while it is not exported, the demo model is.", pattern=MODEL_NAME
     )
+    models: str | None = _setting(
+        None, "Further models to serve beside it, comma-separated.", pattern=rf"{MODEL_NAME}(,{MODEL_NAME})*"
+    )
     precision: str = _setting(
         _DEVELOPMENT["precision"],
         "Precision to export with; mixed: fp16 on a GPU, fp32 on a CPU.",

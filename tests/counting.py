@@ -45,13 +45,13 @@ TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 
 def write_entry(
     repository: Path, name: str = "counting", max_len: int = 4096, nan_after: str | None = None,
-    words: tuple[str, str, str] = WORDS, **parameters: object,
+    words: tuple[str, str, str] = WORDS, number: int = 1, **parameters: object,
 ) -> Path:  # fmt: skip
     """Write the entry and return its folder. It counts with `words`; with `nan_after` the row after that one is NaN;
-    `parameters` go to config.pbtxt.
+    `number` is its version, which may be added to others; `parameters` go to config.pbtxt.
     """
     folder = repository / name
-    version = folder / "1"
+    version = folder / str(number)
     version.mkdir(parents=True)
     onnx.save(_graph(None if nan_after is None else words.index(nan_after)), version / "model.onnx")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
@@ -63,7 +63,7 @@ def write_entry(
         for f in version.iterdir()
     }
     manifest = {
-        "format": 1, "name": name, "version": "1", "task": "text_generation", "architecture": "counting",
+        "format": 1, "name": name, "version": str(number), "task": "text_generation", "architecture": "counting",
         "precision": "fp32", "files": files,
         "graph": {"layers": 0, "kv_heads": 0, "head_dim": 0, "vocab_size": len(WORDS), "max_len": max_len},
         "tokens": {"eos": [], "bos": None}, "chat_template": "chat_template.jinja", "limits": {"max_len": max_len},

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -26,10 +27,15 @@ POLL_S = 0.1
 SLACK_S = 60.0  # what a start may take beside the two waits that start_timeout_s bounds
 
 
-def foreground(settings: Settings, model: str, progress: Progress, *, as_json: bool, hello: bool, quiet: bool) -> None:
-    """Serve until SIGINT or SIGTERM; raises Exit when that came before the stack was ready, or what stopped it."""
+def foreground(
+    settings: Settings, served: Sequence[str], progress: Progress, *, as_json: bool, hello: bool, quiet: bool
+) -> None:
+    """Serve these models, the default one first, until SIGINT or SIGTERM.
+
+    Raises Exit when that came before the stack was ready, or what stopped it.
+    """
     try:
-        code = asyncio.run(_Foreground(settings, model, progress, as_json, hello, quiet).run())
+        code = asyncio.run(_Foreground(settings, served, progress, as_json, hello, quiet).run())
     except state.AlreadyRunning as error:
         raise CommandError(str(error), "`truthgpt status` shows it, `truthgpt down` stops it") from error
     except RedisMissing as error:
@@ -42,11 +48,11 @@ def foreground(settings: Settings, model: str, progress: Progress, *, as_json: b
 
 class _Foreground:
     def __init__(
-        self, settings: Settings, model: str, progress: Progress, as_json: bool, hello: bool, quiet: bool
+        self, settings: Settings, served: Sequence[str], progress: Progress, as_json: bool, hello: bool, quiet: bool
     ) -> None:
         self._settings, self._progress = settings, progress
         self._as_json, self._hello, self._quiet = as_json, hello, quiet
-        self._supervisor = Supervisor(settings, model, progress.step)
+        self._supervisor = Supervisor(settings, served, progress.step)
         self._state: state.State | None = None
         self._presenting: asyncio.Task[None] | None = None
         self._stopped_by = 0

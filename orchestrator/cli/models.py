@@ -1,12 +1,14 @@
-"""`truthgpt models`: what lies in the model repository, and what of it is served."""
+"""`truthgpt models`: what lies in the model repository, and what of it is served. Each further verb has a module."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from orchestrator.cli.base import Command, CommandError, Group, json_option, print_json, settings_options
+from orchestrator.cli.modelcontrol import load, reload, unload
+from orchestrator.cli.modelverify import verify
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.group("models", cls=Group)
 def models() -> None:
-    """List, show and remove exported models."""
+    """List, show, verify and remove exported models; load, reload and unload them in a running stack."""
 
 
 _LIST_EPILOG = """\b
@@ -34,6 +36,8 @@ def list_models(settings: Settings, as_json: bool) -> None:
     \b
     STATE  READY        served by the running stack and answering
            UNAVAILABLE  served by the running stack and not answering now
+           LOADING      being loaded into the running stack
+           UNLOADING    takes no new requests; goes when what runs on it has ended
            NOT_LOADED   on disk only
            INVALID      its manifest.json cannot be read
     """
@@ -94,6 +98,9 @@ def show(settings: Settings, name: str, number: int | None, as_json: bool) -> No
     click.echo("\n".join(describe.lines(version, version.manifest, parameters, state)))
 
 
+for _command in (verify, load, reload, unload):
+    models.add_command(_command)
+
 _REMOVE_EPILOG = """\b
 Examples:
   truthgpt models remove old-model
@@ -140,30 +147,35 @@ def _ask(what: str) -> None:
 
 def _refuse_served(settings: Settings, entry: Entry, removed: list[Version]) -> None:
     from orchestrator.cli import stack
+    from orchestrator.local import modelset
 
     found = stack.running(settings)
     versions = {version.number for version in removed}
     served = _served(settings)
     in_use = any((entry.name, str(number)) in served for number in versions)
-    # The stack's own model counts even while it does not answer, and so does another home's.
+    # What is to be served counts even while it does not answer, and so does another home's.
+    wanted = modelset.read(settings.home).get(entry.name) if found is not None else None
     newest = entry.newest.number in versions
-    if in_use or (newest and found is not None and found.model == entry.name):
-        raise CommandError(f"{entry.name} is served by the running stack", "stop it first with `truthgpt down`")
+    if in_use or wanted in versions or (newest and wanted is None and found is not None and found.model == entry.name):
+        raise CommandError(
+            f"{entry.name} is served by the running stack",
+            f"unload it first with `truthgpt models unload {entry.name}`, or stop the stack with `truthgpt down`",
+        )
     pid = stack.server_of(settings.model_repository, entry.name)
-    if newest and pid is not None:
+    if newest and pid is not None and wanted is None:
         raise CommandError(f"{entry.name} is served by a Triton server (process {pid})", "stop that stack first")
 
 
-def _served(settings: Settings) -> dict[tuple[str, str], dict[str, Any]]:
-    """What the running stack says of each (model, version); nothing when none runs or it does not answer."""
+def _served(settings: Settings) -> dict[tuple[str, str], str]:
+    """State of each (model, version) that is in the running stack; nothing when none runs or it does not answer."""
     from orchestrator.cli import stack
 
-    rows = stack.report(settings)["models"]
-    return {(str(row.get("name")), str(row.get("version"))): row for row in rows}
+    states = stack.loaded(settings)
+    for row in stack.report(settings)["models"]:
+        states[(str(row.get("name")), str(row.get("version")))] = str(row["state"])
+    return states
 
 
-def _state(version: Version, served: dict[tuple[str, str], dict[str, Any]]) -> str:
-    row = served.get((version.name, str(version.number)))
-    if row is not None:
-        return str(row["state"])
-    return "NOT_LOADED" if version.manifest is not None else "INVALID"
+def _state(version: Version, served: dict[tuple[str, str], str]) -> str:
+    state = served.get((version.name, str(version.number)))
+    return state or ("NOT_LOADED" if version.manifest is not None else "INVALID")

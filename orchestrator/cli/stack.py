@@ -68,6 +68,28 @@ def report(settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def loaded(settings: Settings) -> dict[tuple[str, str], str]:
+    """What Triton itself says of each (model, version) that takes memory: LOADING and UNLOADING ones, too."""
+    import asyncio
+
+    from orchestrator.errors import TruthGPTError
+    from orchestrator.triton import Deadlines, Repository, Triton
+
+    found = running(settings)
+
+    async def ask(url: str) -> dict[tuple[str, str], str]:
+        triton = Triton(url, Deadlines())
+        try:
+            rows = await Repository(triton).rows()
+        except TruthGPTError:
+            return {}
+        finally:
+            await triton.close()
+        return {(row.name, row.version): row.state for row in rows if row.occupied}
+
+    return {} if found is None else asyncio.run(ask(found.triton_http))
+
+
 def rows(health: dict[str, Any]) -> list[dict[str, Any]]:
     """The models in a gateway's deep health."""
     models = health.get("models")

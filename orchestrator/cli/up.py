@@ -12,6 +12,7 @@ Examples:
   truthgpt up
   truthgpt up --hello
   truthgpt up --detach --json
+  truthgpt up --model chat --models small,embedder
   truthgpt up --model DialoGPT-small --http-port 8090 --home /srv/truthgpt
 """
 
@@ -22,14 +23,15 @@ Examples:
 @click.option("--background", is_flag=True, hidden=True)
 @json_option
 @settings_options(
-    "model", "model_repository", "home", "environment", "host", "http_port", "grpc_port", "ops_port",
+    "model", "models", "model_repository", "home", "environment", "host", "http_port", "grpc_port", "ops_port",
     "triton_http_port", "triton_grpc_port", "triton_metrics_port", "precision", "device", "log_level",
     "drain_s", "start_timeout_s",
 )  # fmt: skip
 def up(settings: Settings, detach: bool, hello: bool, background: bool, as_json: bool) -> None:
     """Start Triton, Redis and the gateway, and serve until Ctrl-C.
 
-    Serves the model of the settings (TRUTHGPT_MODEL or --model). While the profile's model is not exported, the demo
+    Serves the model of the settings (TRUTHGPT_MODEL or --model), and beside it those of TRUTHGPT_MODELS or --models;
+    `truthgpt models load` adds others to a running stack. While the profile's model is not exported, the demo
     model is served; into an empty repository it is exported first. Every other setting comes from the environment or
     truthgpt.toml: see `truthgpt config show`.
 
@@ -50,8 +52,9 @@ def up(settings: Settings, detach: bool, hello: bool, background: bool, as_json:
         click.echo(choice.note, err=True)
     if choice.export_demo:
         demo.export(settings)
+    served = [choice.model, *choice.further]
     with Progress() as progress:
         if detach:
             launch.detached(settings, choice.model, progress, as_json=as_json, hello=hello)
         else:
-            launch.foreground(settings, choice.model, progress, as_json=as_json, hello=hello, quiet=background)
+            launch.foreground(settings, served, progress, as_json=as_json, hello=hello, quiet=background)

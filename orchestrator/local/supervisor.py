@@ -7,57 +7,44 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 
 import aiohttp
 import psutil
 
-from orchestrator import rotation
-from orchestrator.errors import Overloaded, TruthGPTError
-from orchestrator.local import alias, healing, preflight, state, tritonserver
+from orchestrator import models, rotation
+from orchestrator.errors import TruthGPTError
+from orchestrator.local import alias, modelset, preflight, state, tritonserver
+from orchestrator.local.modelwatch import Faults, ModelWatch
 from orchestrator.local.preflight import StartError
-from orchestrator.local.process import Child
+from orchestrator.local.process import Child, runs
 from orchestrator.local.redisserver import EmbeddedRedis, RedisMissing
 from orchestrator.settings import Settings
-from orchestrator.triton import Deadlines, ModelConfig, Triton
+from orchestrator.triton import Deadlines, Triton
 
 POLL_S = 0.4
-HEALTHY_AGAIN_S = 10.0  # after this long without a fault the back-off starts anew
 GATEWAY_SILENT_S = 10.0
 GATEWAY_END_S = 8.0  # more than its parent process waits for its workers once they have drained
-RELOAD_S = 8.0
 LOGS_S = 5.0
 LOGS_FAILED_S = 300.0
 
 Report = Callable[[str], None]
 
 
-@dataclass
-class Faults:
-    """Consecutive faults of one child, for its back-off."""
-
-    count: int = 0
-    last: float = 0.0
-
-    async def pause(self) -> None:
-        now = time.monotonic()
-        self.count = 1 if now - self.last > HEALTHY_AGAIN_S else self.count + 1
-        self.last = now
-        await asyncio.sleep(healing.backoff_s(self.count))
-
-
 class Supervisor:
-    """One home's stack. `run` returns when `stop` is called; `report` gets one line an event, for people."""
+    """One home's stack. `run` returns when `stop` is called; `report` gets one line an event, for people.
 
-    def __init__(self, settings: Settings, model: str, report: Report) -> None:
-        self._settings, self._model, self._report = settings, model, report
+    `served` are the models to start with, the default one first; later ones come and go with the model set.
+    """
+
+    def __init__(self, settings: Settings, served: Sequence[str], report: Report) -> None:
+        self._settings, self._served, self._report = settings, tuple(served), report
+        self._model = self._served[0]
         self._home = settings.home.resolve()
         self._logs = self._home / "logs"
         self._prefix = tritonserver.shm_prefix(settings.home)
         self._triton_url = f"http://127.0.0.1:{settings.triton_http_port}"
         self._children: dict[str, Child] = {}
-        self._config: ModelConfig | None = None  # of the model that is loaded
         self._stopping = asyncio.Event()
         self._redis: EmbeddedRedis | None = None
         self._started = time.time()
@@ -76,9 +63,14 @@ class Supervisor:
         with state.lock(self._home):
             cleared = preflight.clear_leftovers(self._home)
             preflight.check_ports(self._settings, preflight.GONE_S if cleared else 0.0)
-            preflight.check_engine(self._settings, self._model)
+            for name in self._served:
+                preflight.check_engine(self._settings, name)
             self._triton = Triton(self._triton_url, Deadlines(heartbeat_s=self._settings.heartbeat_timeout_s))
             self._installation = installation
+            self._models = ModelWatch(
+                self._settings, self._triton, lambda: self._children["triton"], self._triton_lives,
+                self._restart_triton, self._write_state, self._report,
+            )  # fmt: skip
             try:
                 if not await self._start():
                     return
@@ -96,33 +88,58 @@ class Supervisor:
             self._children["redis"] = await self._redis.start(self._logs / "redis.log")
             url = self._redis.url
         self._redis_url = url
-        self._report(f"starting Triton with {self._model}")
+        newest = {name: models.get(self._settings.model_repository, name).newest.number for name in self._served}
+        modelset.write(self._home, newest)
+        self._report(f"starting Triton with {', '.join(self._served)}")
         await self._start_triton()
-        if not await self._model_loads():
-            return False
+        for name in self._served:
+            if not await self._model_loads(name):
+                return False
+        await self._note_versions()
         self._report("starting the gateway")
         await self._start_gateway()
         return await self._until(self._gateway_ready, "gateway", "the gateway did not become ready")
 
-    async def _model_loads(self) -> bool:
-        """Wait until the model answers. A server that crashes meanwhile gets a second attempt, no third.
+    async def _note_versions(self) -> None:
+        """What was loaded is what comes back after a crash, even if an export has published a newer version since."""
+        with contextlib.suppress(TruthGPTError):
+            index = await self._triton.index()
+            loaded = {name: int(index[name][0]) for name in self._served if name in index}
+            modelset.write(self._home, modelset.read(self._home) | loaded)
+
+    async def _model_loads(self, name: str) -> bool:
+        """Wait until a model answers. A server that crashes meanwhile gets a second attempt, no third.
 
         Seen on the real server: where the machine stands still for a second while a stub starts, a lock that they
         share times out, and the server aborts.
         """
-        failure = f"the model {self._model} did not load"
+        failure = f"the model {name} did not load"
+
+        async def answers() -> bool:
+            return await self._models.answers(name)
+
+        async def refused() -> str | None:
+            return await self._load_failure(name)
+
         try:
-            return await self._until(self._model_answers, "triton", failure)
+            return await self._until(answers, "triton", failure, refused)
         except StartError:
             ended = self._children["triton"].returncode
             if ended is None or ended >= 0:
                 raise
-            self._report(f"Triton was ended by signal {-ended} while it loaded {self._model}: starting it once more")
+            self._report(f"Triton was ended by signal {-ended} while it loaded {name}: starting it once more")
             await self._restart_triton()
-            return await self._until(self._model_answers, "triton", failure)
+            return await self._until(answers, "triton", failure, refused)
 
     async def _start_triton(self) -> None:
-        argv = tritonserver.command(self._installation, self._settings, [self._model])
+        """Start it with the models that it would load by itself in the version that is to be served.
+
+        The others are loaded by the model watch, which can name a version.
+        """
+        wanted = modelset.read(self._home)
+        newest = {entry.name: entry.newest.number for entry in models.read(self._settings.model_repository)}
+        by_itself = [name for name, version in wanted.items() if newest.get(name) == version]
+        argv = tritonserver.command(self._installation, self._settings, by_itself)
         env = tritonserver.environment(self._installation)
         self._children["triton"] = await Child.start("triton", argv, env, self._logs / "triton.log")
 
@@ -134,43 +151,36 @@ class Supervisor:
         argv = [sys.executable, "-m", "orchestrator.parent"]
         self._children["gateway"] = await Child.start("gateway", argv, env, log)
 
-    async def _until(self, check: Callable[[], Awaitable[bool]], child: str, failure: str) -> bool:
-        """Poll an async check until it holds. False when stopping; raises StartError at the deadline or when the
-        child ends.
+    async def _until(
+        self, check: Callable[[], Awaitable[bool]], child: str, failure: str,
+        refused: Callable[[], Awaitable[str | None]] | None = None,
+    ) -> bool:  # fmt: skip
+        """Poll an async check until it holds. False when stopping; raises StartError at the deadline, when the child
+        ends, or when `refused` has a reason.
         """
         deadline = time.monotonic() + self._settings.start_timeout_s
         while not await check():
             if self._stopping.is_set():
                 return False
             process = self._children[child]
-            refused = await self._load_failure() if child == "triton" else None
-            if process.returncode is not None or refused or time.monotonic() > deadline:
-                why = refused or process.last_lines() or "it said nothing"
+            reason = await refused() if refused is not None else None
+            if process.returncode is not None or reason or time.monotonic() > deadline:
+                why = reason or process.last_lines() or "it said nothing"
                 raise StartError(
                     f"{failure}: {why}", f"the whole log is {process.log}; `truthgpt doctor` looks for common causes"
                 )
             await asyncio.sleep(0.1)
         return True
 
-    async def _load_failure(self) -> str | None:
-        """Why Triton could not load the model, once it has tried."""
+    async def _load_failure(self, name: str) -> str | None:
+        """Why Triton could not load a model, once it has tried."""
         with contextlib.suppress(TruthGPTError):
-            if (await self._triton.index()).get(self._model, ("", ""))[1] == "UNAVAILABLE":
+            if (await self._triton.index()).get(name, ("", ""))[1] == "UNAVAILABLE":
                 return self._children["triton"].last_lines(2) or "Triton gives no reason"
         return None
 
-    async def _model_answers(self) -> bool:
-        stall_s = self._settings.engine_stall_s
-        try:
-            if self._config is None:  # of what is loaded: read anew after it did not answer
-                self._config = await self._triton.model_config(self._model)
-            beat = await self._triton.beat(self._model, self._config, stall_s)
-        except Overloaded:  # that its queue is full Triton itself says
-            return True
-        except TruthGPTError:
-            self._config = None
-            return False
-        return beat is None or not (beat.busy and beat.step_age_s > stall_s)
+    async def _triton_lives(self) -> bool:
+        return await self._get(f"{self._triton_url}/v2/health/live", 1.0) == 200
 
     async def _get(self, url: str, timeout_s: float) -> int | None:
         """Status of a GET, or None when there was no answer in time."""
@@ -192,7 +202,7 @@ class Supervisor:
 
     async def _watch(self) -> None:
         """Mend what breaks until `stop` is called."""
-        watchers = [asyncio.create_task(self._watch_model()), asyncio.create_task(self._watch_gateway())]
+        watchers = [asyncio.create_task(self._models.run()), asyncio.create_task(self._watch_gateway())]
         watchers.append(asyncio.create_task(self._watch_logs()))
         if self._redis is not None:
             watchers.append(asyncio.create_task(self._watch_redis()))
@@ -206,65 +216,10 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*watchers, stopping, return_exceptions=True)
 
-    async def _watch_model(self) -> None:
-        faults, good_at = Faults(), time.monotonic()
-        while True:
-            await asyncio.sleep(POLL_S)
-            if await self._model_answers():
-                good_at = time.monotonic()
-                continue
-            action = healing.decide(await self._evidence(time.monotonic() - good_at))
-            if action is healing.Action.WAIT:
-                continue
-            self._report(f"{self._model} does not answer: {action.value}")
-            await faults.pause()
-            if action is healing.Action.RESTART or not await self._reload():
-                await self._restart_triton()
-            await self._wait_for_model()
-            good_at = time.monotonic()
-            self._write_state()
-
-    async def _evidence(self, failing_s: float) -> healing.Evidence:
-        server = self._children["triton"]
-        return healing.Evidence(
-            failing_s=failing_s,
-            stub_runs=any(_runs(stub.pid) for stub in tritonserver.stubs(server.pid, self._model)),
-            server_runs=server.returncode is None and _runs(server.pid),
-            server_answers=await self._get(f"{self._triton_url}/v2/health/live", 1.0) == 200,
-        )
-
-    async def _reload(self) -> bool:
-        """Kill the model's stub, unload it, load it. False when Triton does not go along."""
-        for stub in tritonserver.stubs(self._children["triton"].pid, self._model):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                stub.kill()
-        try:
-            async with asyncio.timeout(RELOAD_S):
-                await self._triton.unload(self._model, RELOAD_S)
-                await self._triton.load(self._model, RELOAD_S)
-        except (TruthGPTError, TimeoutError) as error:
-            self._report(f"{self._model} could not be reloaded: {error}")
-            return False
-        tritonserver.sweep(self._prefix, kill=False)
-        return True
-
     async def _restart_triton(self) -> None:
         await self._children["triton"].kill()
         tritonserver.sweep(self._prefix, kill=True)
         await self._start_triton()
-
-    async def _wait_for_model(self) -> None:
-        deadline = time.monotonic() + self._settings.start_timeout_s
-        while not await self._model_answers():
-            if (
-                time.monotonic() > deadline
-                or self._children["triton"].returncode is not None
-                or await self._load_failure()
-            ):
-                self._report(f"{self._model} is still not ready; trying again")
-                return
-            await asyncio.sleep(0.1)
-        self._report(f"{self._model} is ready again")
 
     async def _watch_gateway(self) -> None:
         faults, good_at = Faults(), time.monotonic()
@@ -344,6 +299,7 @@ class Supervisor:
             await child.stop(grace_s)
         tritonserver.sweep(self._prefix, kill=True)
         alias.clear(self._home)
+        modelset.clear(self._home)
         state.clear(self._home)
 
     async def _end_stubs(self, server: Child, grace_s: float) -> None:
@@ -352,7 +308,7 @@ class Supervisor:
         deadline = time.monotonic() + grace_s
         while time.monotonic() < deadline and server.returncode is None:
             stubs = tritonserver.stubs(server.pid)
-            if not stubs or not all(_runs(stub.pid) for stub in stubs):
+            if not stubs or not all(runs(stub.pid) for stub in stubs):
                 return
             await asyncio.sleep(0.05)
 
@@ -364,11 +320,3 @@ def _url(host: str, port: int) -> str:
 def _address(host: str, port: int) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (compared, not bound)
     return f"{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process exists and is neither a zombie nor stopped."""
-    try:
-        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED, psutil.STATUS_DEAD)
-    except psutil.NoSuchProcess:
-        return False

@@ -156,20 +156,22 @@ def environment(installation: Installation) -> dict[str, str]:
     }
 
 
-def stubs(server_pid: int | None, model: str | None = None) -> list[psutil.Process]:
-    """The backend processes of a server (of one of its models, if named)."""
+def stubs(server_pid: int | None, model: str | None = None, version: int | None = None) -> list[psutil.Process]:
+    """The backend processes of a server (of one of its models, or of one version of it, if named)."""
     try:
         children = psutil.Process(server_pid).children(recursive=True) if server_pid is not None else []
     except psutil.NoSuchProcess:
         return []
-    return [child for child in children if _is_stub(child, model)]
+    return [child for child in children if _is_stub(child, model, version)]
 
 
-def _is_stub(process: psutil.Process, model: str | None) -> bool:
+def _is_stub(process: psutil.Process, model: str | None, version: int | None = None) -> bool:
     arguments = _arguments(process)
     if len(arguments) < 3 or Path(arguments[0]).name != STUB:
         return False
-    return model is None or model in Path(arguments[1]).parts
+    # its second argument is REPOSITORY/MODEL/VERSION/model.py
+    *_, its_model, its_version, _ = ("", "", *Path(arguments[1]).parts)
+    return model in (None, its_model) and (version is None or str(version) == its_version)
 
 
 def _arguments(process: psutil.Process) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +12,7 @@ from orchestrator.models import Entry, ModelsError, Version, parameters
 
 FORMAT = 1
 BACKEND = "inflight"
+CHUNK_BYTES = 1 << 20
 REQUIRED_FILES = ("model.onnx", "tokenizer.json")
 # The tensor contract: docs/protocol.md.
 INPUTS = {
@@ -30,7 +31,11 @@ ENCODER_OUTPUTS: dict[str | None, dict[str, str]] = {
     "embeddings": {"embedding": "TYPE_FP32", **_OF_ENCODERS},
     "sentiment_analysis": {"scores": "TYPE_FP32", "label": "TYPE_STRING", **_OF_ENCODERS},
 }
-_RANGES = {"slots": (1, 1024), "prefill_chunk": (1, 65_536), "max_queue": (1, 100_000), "threads": (0, 1024)}
+_RANGES = {
+    "slots": (1, 1024), "prefill_chunk": (1, 65_536), "max_queue": (1, 100_000), "threads": (0, 1024),
+    "gpu_memory_limit_mb": (0, 1 << 24),
+}  # fmt: skip
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def problems(entry: Entry, version: Version | None = None) -> list[str]:
@@ -38,15 +43,11 @@ def problems(entry: Entry, version: Version | None = None) -> list[str]:
     version = version or entry.newest
     if version.manifest is None:
         return [f"{version.folder / 'manifest.json'} cannot be read: {version.fault}"]
-    found = [*_manifest(entry, version, version.manifest), *_files(version.folder, version.manifest)]
-    try:
-        config = entry.config()
-    except ModelsError as error:
-        return [*found, str(error)]
-    return [*found, *(f"{entry.config_path}: {what}" for what in _config(entry, config, version.manifest))]
+    manifest = version.manifest
+    return [*of_manifest(entry, version, manifest), *of_files(version.folder, manifest), *of_config(entry, manifest)]
 
 
-def _manifest(entry: Entry, version: Version, manifest: Mapping[str, Any]) -> list[str]:
+def of_manifest(entry: Entry, version: Version, manifest: Mapping[str, Any]) -> list[str]:
     path = version.folder / "manifest.json"
     found = []
     if manifest.get("format") != FORMAT:
@@ -57,7 +58,13 @@ def _manifest(entry: Entry, version: Version, manifest: Mapping[str, Any]) -> li
     return found
 
 
-def _files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def of_files(
+    folder: Path, manifest: Mapping[str, Any], advance: Callable[[int], object] = lambda count: None
+) -> list[str]:
+    """What is damaged, missing or there without being listed. `advance` is told of the bytes that have been hashed.
+
+    `generated` in a manifest names the files and folders that a backend makes by itself beside the listed ones.
+    """
     files = manifest.get("files")
     if not isinstance(files, dict):
         return [f"{folder / 'manifest.json'} lists no files"]
@@ -72,14 +79,43 @@ def _files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             continue
         expected = facts.get("sha256") if isinstance(facts, dict) else None
         try:
-            with (folder / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = _sha256(folder / name, advance)
         except OSError as error:
             found.append(f"{folder / name} cannot be read: {error.strerror}")
             continue
         if digest != expected:
             found.append(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
-    return found
+    generated = manifest.get("generated")
+    known = {"manifest.json", *files, *(generated if isinstance(generated, list) else ())}
+    return found + [f"{folder / name} is not in the manifest" for name in _present(folder) if not _among(name, known)]
+
+
+def _sha256(path: Path, advance: Callable[[int], object]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(CHUNK_BYTES):
+            digest.update(data)
+            advance(len(data))
+    return digest.hexdigest()
+
+
+def _present(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def _among(name: str, known: Collection[str]) -> bool:
+    """Whether a file or one of the folders that it lies in is known."""
+    path = PurePosixPath(name)
+    return any(str(one) in known for one in (path, *path.parents))
+
+
+def of_config(entry: Entry, manifest: Mapping[str, Any]) -> list[str]:
+    """Whether config.pbtxt can be read, and agrees with the manifest and with what its backend can do."""
+    try:
+        config = entry.config()
+    except ModelsError as error:
+        return [str(error)]
+    return [f"{entry.config_path}: {what}" for what in _config(entry, config, manifest)]
 
 
 def _config(entry: Entry, config: pbtxt.Message, manifest: Mapping[str, Any]) -> list[str]:
@@ -127,6 +163,8 @@ def _parameters(given: Mapping[str, str], manifest: Mapping[str, Any]) -> list[s
     for key, expected in (("task", manifest.get("task")), ("precision", manifest.get("precision")), ("chat", chat)):
         if key in given and given[key] != expected:
             found.append(f"parameter {key} is {given[key]!r}, the manifest says {expected!r}")
+    if given.get("device", "auto") not in DEVICES:
+        found.append(f"parameter device is {given['device']!r} and must be one of {', '.join(DEVICES)}")
     graph = manifest.get("graph")
     length = graph.get("max_len") if isinstance(graph, dict) else None
     ranges = _RANGES | ({"max_len": (1, length)} if isinstance(length, int) else {})

@@ -41,8 +41,9 @@ _ENCODER_BEAT = {
 class Heartbeat:
     """What the stub process says of itself. `step_age_s`: age of the engine's step in progress, seconds.
 
-    `digest` names the entry that it has loaded; empty where the backend does not say. `device` is where it runs (cpu,
-    cuda or tensorrt; empty where it does not say), `fallback` whether that is the CPU because its device failed.
+    `digest` names the entry that it has loaded; empty where the backend does not say. `version` is Triton's word.
+    `device` is where it runs (cpu, cuda or tensorrt; empty where it does not say), `fallback` whether that is the CPU
+    because its device failed.
     """
 
     running: int
@@ -53,6 +54,7 @@ class Heartbeat:
     digest: str = ""
     device: str = ""
     fallback: bool = False
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class Triton:
             await self.model_ready(model)
             return None
         answer = await self._call("POST", self._model_path(model, "infer"), _ENCODER_BEAT, stall_s)
-        return _beat(model, lambda: next(row["data"] for row in answer["outputs"] if row["name"] == HEARTBEAT))
+        return _beat(model, answer, lambda: next(row["data"] for row in answer["outputs"] if row["name"] == HEARTBEAT))
 
     async def heartbeat(self, model: str) -> Heartbeat:
         """Ask a generation model's stub process how it is. Raises TruthGPTError when it does not answer properly in
@@ -198,7 +200,7 @@ class Triton:
         answer = await self._call(
             "POST", self._model_path(model, "generate"), {"text_input": "", "parameters": {"heartbeat": True}}
         )
-        return _beat(model, lambda: answer["text_output"])
+        return _beat(model, answer, lambda: answer["text_output"])
 
     async def prompt(self, request: GenerateRequest, timeout_s: float) -> Prompt:
         """Ask the model's tokenizer about a prompt. Raises InvalidRequest, UpstreamUnavailable, UpstreamError."""
@@ -269,14 +271,6 @@ class Triton:
         """Triton's JSON about a model; see infer.describe()."""
         return await describe(self.fetch, model, version, what, self._deadlines.heartbeat_s)
 
-    async def load(self, model: str, timeout_s: float) -> None:
-        """Load or reload a model. Raises UpstreamError with Triton's reason when it does not load."""
-        await self._call("POST", f"v2/repository/models/{quote(model, safe='')}/load", {}, timeout_s)
-
-    async def unload(self, model: str, timeout_s: float) -> None:
-        """Unload a model; Triton returns before its running requests have ended."""
-        await self._call("POST", f"v2/repository/models/{quote(model, safe='')}/unload", {}, timeout_s)
-
     @staticmethod
     @lru_cache(maxsize=1024)
     def _model_path(model: str, what: str) -> str:
@@ -331,7 +325,7 @@ def _operation(backend: object, task: str, outputs: Collection[str]) -> str:
     return operation if {output, "num_input_tokens"} <= {*outputs} else "infer"
 
 
-def _beat(model: str, read: Callable[[], Any]) -> Heartbeat:
+def _beat(model: str, answer: Mapping[str, Any], read: Callable[[], Any]) -> Heartbeat:
     """The heartbeat in an answer. Raises UpstreamError."""
     try:
         beat = orjson.loads(scalar(read()))
@@ -344,6 +338,7 @@ def _beat(model: str, read: Callable[[], Any]) -> Heartbeat:
             digest=str(beat.get("digest", "")),
             device=str(beat.get("device", "")),
             fallback=bool(beat.get("fallback", False)),
+            version=str(answer.get("model_version", "")),
         )
     except (KeyError, TypeError, ValueError, StopIteration) as error:
         raise UpstreamError(f"the heartbeat of {model} makes no sense") from error

@@ -103,7 +103,8 @@ def _chunk(event: bytes) -> Chunk:
         if reason is not None and reason not in FINISH_REASONS:
             raise ValueError(f"finish_reason {reason!r}")
         tokens, prompt_tokens = scalar(given("num_output_tokens", 0)), scalar(given("num_input_tokens", 0))
-        return Chunk(str(scalar(fields["text_output"])), int(tokens), int(prompt_tokens), reason)
+        version = str(given("model_version", ""))
+        return Chunk(str(scalar(fields["text_output"])), int(tokens), int(prompt_tokens), reason, version=version)
     except (KeyError, TypeError, ValueError) as error:
         raise UpstreamError("a chunk of Triton's stream makes no sense") from error
 

@@ -195,7 +195,7 @@ class FakeTriton:
             if self.beat_error is not None:
                 return 400, {"error": self.beat_error}
             said = self.beat if b'"heartbeat"' in body else self._inspect(json.loads(body))
-            return 200, {"model_name": "m", "model_version": "1", "text_output": json.dumps(said)}
+            return 200, {"model_name": "m", "model_version": self.version, "text_output": json.dumps(said)}
         if path.endswith(("/load", "/unload")):
             name = path.split("/")[-2]
             if name not in self.models:

@@ -43,6 +43,7 @@ class Upstream:
     error: Exception | None = None
     fallback: str | None = None
     finish: str | None = "stop"
+    version: str = "1"
     calls: int = 0
     closed: int = 0
 
@@ -60,7 +61,7 @@ class Upstream:
                 if index == 1:
                     await self.rest.wait()
                 await asyncio.sleep(self.pause_s)
-                put(Chunk(word, 1, 3, None))
+                put(Chunk(word, 1, 3, None, version=self.version))
             if self.error is not None:
                 raise self.error
             put(Chunk("", 0, 3, self.finish))

@@ -171,6 +171,15 @@ def test_models_are_apart_and_a_heartbeat_shortens_the_wait() -> None:
     assert those.states() == {"m": CLOSED}
 
 
+def test_what_was_unloaded_begins_anew() -> None:
+    """The breaker of a model that is not served any more is closed; one that nobody asked for gets none."""
+    those = breakers(Clock(), threshold=1)
+    ask(those, UpstreamUnavailable())
+    those.forget("m")
+    those.forget("n")
+    assert those.states() == {"m": CLOSED}
+
+
 @given(st.lists(st.sampled_from(["fail", "succeed", "leave", "alive", "pass", "half_open"]), max_size=60))
 def test_the_machine_never_locks_a_model_out(steps: list[str]) -> None:
     """Whatever happens, after the longest wait and the probe's end a request may pass, and at most one probes."""

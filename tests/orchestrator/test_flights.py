@@ -459,3 +459,13 @@ async def test_redis_is_lost_in_the_middle(fresh: RealRedis, lost: str, started:
             fresh.start()
         assert await asyncio.gather(*readers, *newcomers) == [ANSWER] * 4
         assert upstream.calls == (1 if started else 2)
+
+
+async def test_an_answer_of_another_version_is_not_stored(one: Replica) -> None:
+    """A model that was reloaded after the look-up answers its caller, and never under the old version's key."""
+    one.upstream.go().version = "2"
+    assert await one.ask() == ANSWER
+    assert await stored(one) == [] and await locks(one) == []
+    one.upstream.version = "1"
+    assert await one.ask() == ANSWER
+    assert len(await stored(one)) == 1

@@ -128,17 +128,19 @@ async def test_unknown_models_are_looked_up_at_most_once_a_second(health: Health
     assert fake.calls.count("POST /v2/repository/index") <= calls + 1
 
 
-async def test_unloading_and_removal(health: Health, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model being reloaded answers 503, not 404; one that left the repository, or stays unloaded, is gone."""
+async def test_healing_and_removal(health: Health, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model being healed answers 503, not 404; one that left the repository, or stays unloaded, is gone."""
     monkeypatch.setattr("orchestrator.health.INDEX_INTERVAL_S", 0.05)
     monkeypatch.setattr("orchestrator.health.FORGET_S", 0.3)
     fake.models["other"] = "READY"
     await ready(health, "m")
     await until(lambda: len(health.served()) == 2)
     await asyncio.sleep(2.1)  # the watch still sleeps its first long interval
+    fake.beat_error = "Stub process 'm' is not healthy."
+    await until(lambda: not health.ready)
     fake.models["m"] = "UNAVAILABLE"
     fake.beat_error = "Request for unknown model: 'm' is not found"
-    await until(lambda: not health.ready)
+    await asyncio.sleep(0.1)
     with pytest.raises(UpstreamUnavailable):
         await ready(health, "m")
     fake.models["m"], fake.beat_error, fake.parameters["chat"] = "READY", None, "false"
@@ -150,6 +152,56 @@ async def test_unloading_and_removal(health: Health, fake: FakeTriton, monkeypat
     await until(lambda: not health.served())
     with pytest.raises(ModelNotFound):
         await ready(health, "m")
+
+
+async def test_an_unloaded_model_is_gone_at_once_and_its_streams_may_end(fake: FakeTriton) -> None:
+    """A model that answered until it was unloaded is 404 by its next heartbeat; its streams get the time to drain."""
+    triton = Triton(fake.url, Deadlines(heartbeat_s=0.3))
+    health = Health(triton, interval_s=0.03, engine_stall_s=5.0, drain_s=0.5)
+    gone: list[str] = []
+    health.on_gone.append(gone.append)
+    task = asyncio.create_task(health.run())
+    await ready(health, "m")
+    with health.attend("m") as stream:
+        fake.models["m"], fake.beat_error = "UNLOADING", "Request for unknown model: 'm' has no available versions"
+        await until(lambda: not health.served())
+        with pytest.raises(ModelNotFound):
+            await ready(health, "m")
+        assert stream.error is None
+        await until(lambda: stream.error is not None)
+    assert "unloaded" in str(stream.error) and gone == ["m"]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await triton.close()
+
+
+async def test_a_model_loaded_beside_others_takes_no_readiness_away(health: Health, fake: FakeTriton) -> None:
+    """It counts from its first heartbeat on, good or bad."""
+    await ready(health, "m")
+    await asyncio.sleep(1.0)
+    fake.models["new"] = "READY"
+    unready = []
+    await asyncio.gather(health.find("new"), until(lambda: unready.append(not health.ready) or health.serves("new")))
+    assert not any(unready) and len(health.served()) == 2
+    fake.beat_error = "Stub process is not healthy"
+    await until(lambda: not health.ready)
+
+
+async def test_version_and_digest_change_in_one_step(health: Health, fake: FakeTriton) -> None:
+    """What the cache's key is made of never has one version's number and another's digest."""
+    fake.beat["digest"] = "first"
+    await ready(health, "m")
+    await until(lambda: health.served()[0].model.digest == "first")
+    seen = set()
+
+    def moved() -> bool:
+        model = health.served()[0].model
+        seen.add((model.version, model.digest))
+        return model.digest == "second"
+
+    fake.beat["digest"], fake.version = "second", "2"
+    await until(moved)
+    assert seen <= {("1", "first"), ("2", "second")} and health.ready
 
 
 async def test_triton_away_is_not_a_missing_model() -> None:

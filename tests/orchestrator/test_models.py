@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -151,3 +152,24 @@ def test_remove_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(ModelsError, match="could not be removed"):
         models.remove(tmp_path, models.get(tmp_path, "a"))
     assert models.get(tmp_path, "a").newest.number == 1
+
+
+def test_further_models_are_served_beside_the_first() -> None:
+    """Each once, in order, without the one that is served anyway; one that is not exported is refused by its name."""
+    given = settings("a", TRUTHGPT_MODELS="b,a,c,b")
+    assert models.choose(given, ["a", "b", "c"]).further == ("b", "c")
+    with pytest.raises(ModelsError, match="the model c .*TRUTHGPT_MODELS.* is not in"):
+        models.choose(given, ["a", "b"])
+    assert models.choose(settings("a"), ["a"]).further == ()
+
+
+def test_a_pinned_configuration_names_one_version(tmp_path: Path) -> None:
+    """What the file says, with a policy for one version, and the digest is that of the manifest's bytes."""
+    make(tmp_path, "a", 1, 2)
+    entry = models.get(tmp_path, "a")
+    assert entry.pinned(1) == {
+        "parameters": {"slots": {"string_value": "4"}},
+        "version_policy": {"specific": {"versions": [1]}},
+    }
+    data = (tmp_path / "a" / "2" / "manifest.json").read_bytes()
+    assert entry.newest.digest == hashlib.sha256(data).hexdigest()[:32]

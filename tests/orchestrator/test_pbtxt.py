@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import model_config_pb2
@@ -95,3 +95,33 @@ def test_our_own_config_means_the_same_to_protobuf() -> None:
     assert [row["name"][0] for row in ours["input"]] == [tensor.name for tensor in theirs.input]
     assert [row["dims"] for row in ours["output"]] == [list(tensor.dims) for tensor in theirs.output]
     assert json.dumps(ours["backend"]) == json.dumps([theirs.backend])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        CONFIG.format(name="demo") + 'parameters { key: "slots" value { string_value: "4" } }',
+        """name: "e" max_batch_size: 64
+        dynamic_batching { preferred_batch_size: [8, 16] preferred_batch_size: 32 max_queue_delay_microseconds: 1000
+          default_queue_policy { max_queue_size: 256 timeout_action: REJECT }
+          priority_queue_policy { key: 1 value { max_queue_size: 2 allow_timeout_override: true } } }
+        model_warmup { name: "w" batch_size: 1
+          inputs { key: "t" value { data_type: TYPE_STRING dims: 1 zero_data: true } } }
+        instance_group { count: 2 kind: KIND_GPU gpus: 0 }
+        version_policy { latest { num_versions: 2 } }
+        optimization { cuda { graphs: true graph_spec { batch_size: 1 input { key: "a" value { dim: [1, 2] } }
+          graph_lower_bound { batch_size: 1 input { key: "a" value { dim: 1 } } } } }
+          execution_accelerators { gpu_execution_accelerator { name: "tensorrt"
+            parameters { key: "precision_mode" value: "FP16" } } } }
+        metric_tags { key: "team" value: "a" } input { name: "x" data_type: TYPE_FP32 dims: 1 optional: 1 }""",
+        """name: "s" sequence_batching { direct { minimum_slot_utilization: 0.5 } control_input { name: "START"
+          control { kind: CONTROL_SEQUENCE_START int32_false_true: 0 int32_false_true: 1 } }
+          state { input_name: "a" output_name: "b" data_type: TYPE_INT32 dims: -1 } }""",
+        """name: "n" ensemble_scheduling { step { model_name: "a" model_version: -1
+          input_map { key: "i" value: "j" } output_map { key: "o" value: "p" } } }""",
+    ],
+)
+def test_a_config_for_triton_means_what_the_file_means(source: str) -> None:
+    """As JSON, which Triton's load takes, the configuration is the message that protobuf reads from the text."""
+    made = json_format.Parse(json.dumps(pbtxt.model_config(pbtxt.parse(source))), model_config_pb2.ModelConfig())
+    assert made == text_format.Parse(source, model_config_pb2.ModelConfig())

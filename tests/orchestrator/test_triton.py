@@ -289,17 +289,12 @@ async def test_lists_of_one_are_scalars(triton: Triton, fake: FakeTriton) -> Non
 
 async def test_heartbeat_index_and_config(triton: Triton, fake: FakeTriton) -> None:
     """The unary calls return typed values; of several versions the ready one counts."""
-    assert await triton.heartbeat("m") == Heartbeat(0, 0, 4, 0.0, False)
+    assert await triton.heartbeat("m") == Heartbeat(0, 0, 4, 0.0, False, version="1")
     fake.beat |= {"device": "cpu", "fallback": True}
-    assert await triton.heartbeat("m") == Heartbeat(0, 0, 4, 0.0, False, device="cpu", fallback=True)
+    assert await triton.heartbeat("m") == Heartbeat(0, 0, 4, 0.0, False, device="cpu", fallback=True, version="1")
     assert await triton.index() == {"m": ("1", "READY")}
     config = await triton.model_config("m")
     assert (config.task, config.chat, config.max_len) == ("text_generation", True, 64)
-    await triton.load("m", 1.0)
-    await triton.unload("m", 1.0)
-    assert fake.calls[-2:] == ["POST /v2/repository/models/m/load", "POST /v2/repository/models/m/unload"]
-    with pytest.raises(UpstreamError, match="failed to load 'x'"):
-        await triton.load("x", 1.0)
 
 
 async def test_heartbeat_faults(triton: Triton, fake: FakeTriton) -> None:

@@ -1,0 +1,101 @@
+"""Which models of a home are to be served, and in which version: a file that outlives a crash of Triton.
+
+The supervisor writes it when it starts, `truthgpt models load|unload|reload` change it, and after a restart of Triton
+the supervisor loads what it says. Whoever changes it holds a lock, so that two operators do not work at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+POLL_S = 0.1
+
+
+class Busy(Exception):
+    """Somebody else is loading or unloading models; `hint` says what to do."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def path(home: Path) -> Path:
+    return home / "models.json"
+
+
+def read(home: Path) -> dict[str, int]:
+    """Model -> version, in the order in which they were loaded; empty where there is no such file."""
+    try:
+        found = json.loads(path(home).read_text(encoding="utf-8"))
+        return {str(name): int(version) for name, version in found["models"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def write(home: Path, models: Mapping[str, int]) -> None:
+    """Replace the file in one step."""
+    handle, name = tempfile.mkstemp(dir=home, prefix="models-")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump({"models": dict(models)}, file, indent=1)
+    os.replace(name, path(home))
+
+
+def clear(home: Path) -> None:
+    path(home).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def changing(home: Path, model: str, wait_s: float) -> Iterator[None]:
+    """Hold the lock while a model is loaded or unloaded. Raises Busy when somebody else does for all of `wait_s`."""
+    deadline = time.monotonic() + wait_s
+    with _lock_path(home).open("a+", encoding="utf-8") as file:
+        while not _try(file.fileno()):
+            if time.monotonic() >= deadline:
+                raise Busy(f"another command is {_told(home) or 'changing what is loaded'}", "wait until it has ended")
+            time.sleep(POLL_S)
+        file.truncate(0)
+        file.write(json.dumps({"model": model, "pid": os.getpid()}))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def changed_now(home: Path) -> str | None:
+    """The model that somebody is loading or unloading at this moment."""
+    try:
+        with _lock_path(home).open("r", encoding="utf-8") as file:
+            if _try(file.fileno()):
+                return None
+            return str(json.loads(file.read())["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _told(home: Path) -> str:
+    """What the holder of the lock is doing."""
+    try:
+        holder = json.loads(_lock_path(home).read_text(encoding="utf-8"))
+        return f"working on {holder['model']} (process {holder['pid']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _lock_path(home: Path) -> Path:
+    return home / "models.lock"
+
+
+def _try(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,285 @@
+"""Loading, reloading and unloading models of a running stack, without a failed request.
+
+A version is verified before Triton hears of it. A new version comes up beside the old one, takes over in one step, and
+the old one goes when what runs on it has ended; one that does not come up leaves the old one as it was. What is loaded
+is noted in the model set of the home, by which the supervisor brings it back after a crash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from orchestrator import models
+from orchestrator.client import GatewayClient, GatewayError
+from orchestrator.errors import TruthGPTError, UpstreamError
+from orchestrator.local import modelset, state, tritonserver
+from orchestrator.models import Entry, Version
+from orchestrator.ops import verification
+from orchestrator.ops.verification import Advance
+from orchestrator.settings import Settings
+from orchestrator.triton import Deadlines, Repository, Row, Triton
+
+POLL_S = 0.1
+GATEWAY_S = 10.0
+CUT_OFF_S = 4.0  # what the gateway has told to end needs this long at most
+UNDO_S = 10.0
+
+
+class ControlError(Exception):
+    """What was asked was not done; `hint` says what to do."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command has done. `before`: the version that was served until then. `changed`: whether anything was.
+
+    `draining`: versions that still answer what had begun. `noticed`: every gateway process serves, or refuses, it now.
+    """
+
+    name: str
+    version: int | None
+    before: int | None
+    changed: bool = True
+    draining: tuple[int, ...] = ()
+    noticed: bool = True
+
+
+class Control:
+    """The models of one running stack. `say` is told of each step, `advance` of the bytes that were verified.
+
+    `timeout_s` bounds waiting for another operator, and loading, each.
+    """
+
+    def __init__(
+        self, settings: Settings, found: state.State, timeout_s: float, say: Callable[[str], None] = lambda text: None,
+        advance: Advance = lambda count: None,
+    ) -> None:  # fmt: skip
+        self._settings, self._found, self._timeout_s = settings, found, timeout_s
+        self._home, self._say, self._advance = settings.home.resolve(), say, advance
+        self._triton: Triton
+        self._repository: Repository
+
+    def load(self, name: str, number: int | None = None) -> Outcome:
+        """Serve a version of a model that is not served yet. One that is served already is left as it is."""
+        entry = models.get(self._settings.model_repository, name)
+        version = entry.newest if number is None else entry.version(number)
+        with modelset.changing(self._home, name, self._timeout_s):
+            return asyncio.run(self._load(entry, version, asked=number))
+
+    def reload(self, name: str, number: int | None = None) -> Outcome:
+        """Move a served model to another version, the newest unless one is named, or to a changed config.pbtxt."""
+        entry = models.get(self._settings.model_repository, name)
+        version = entry.newest if number is None else entry.version(number)
+        with modelset.changing(self._home, name, self._timeout_s):
+            return asyncio.run(self._reload(entry, version))
+
+    def unload(self, name: str) -> Outcome:
+        """Stop serving a model. What runs on it may end for up to `drain_s` seconds."""
+        with modelset.changing(self._home, name, self._timeout_s):
+            return asyncio.run(self._unload(name))
+
+    async def _load(self, entry: Entry, version: Version, asked: int | None) -> Outcome:
+        async with self._connected():
+            served = await self._served(entry.name)
+            if served is not None:
+                if asked not in (None, served):
+                    raise ControlError(
+                        f"{entry.name} is already served in version {served}",
+                        f"`truthgpt models reload {entry.name} --version {asked}` moves it to version {asked}",
+                    )
+                self._note(entry.name, served)
+                return Outcome(entry.name, served, served, changed=False)
+            self._verify(entry, version)
+            await self._bring_up(entry, version, None)
+            return Outcome(entry.name, version.number, None, noticed=await self._noticed(version))
+
+    async def _reload(self, entry: Entry, version: Version) -> Outcome:
+        name = entry.name
+        async with self._connected():
+            served = await self._served(name)
+            if served is None:
+                raise ControlError(f"{name} is not loaded", f"`truthgpt models load {name}` loads it")
+            self._verify(entry, version)
+            before = await self._instances(name, version.number) if served == version.number else None
+            await self._bring_up(entry, version, served)
+            if before is not None and before == await self._instances(name, version.number):
+                return Outcome(name, version.number, served, changed=False)
+            noticed = await self._noticed(version)
+            self._say(f"letting version {served} end what runs on it")
+            draining = await self._gone(name, version.number, self._settings.drain_s)
+            tritonserver.sweep(self._found.shm_prefix, kill=False)
+            return Outcome(name, version.number, served, draining=draining, noticed=noticed)
+
+    async def _unload(self, name: str) -> Outcome:
+        async with self._connected():
+            rows = [row for row in await self._rows(name) if row.occupied]
+            known = name in modelset.read(self._home)
+            if not rows and not known:
+                models.get(self._settings.model_repository, name)  # a name that nobody knows is an error
+                return Outcome(name, None, None, changed=False)
+            before = next((int(row.version) for row in rows if row.state == "READY"), None)
+            modelset.write(self._home, {k: v for k, v in modelset.read(self._home).items() if k != name})
+            self._say(f"unloading {name}")
+            try:
+                await self._repository.unload(name, self._timeout_s)
+            except TruthGPTError as error:
+                raise ControlError(f"{name} could not be unloaded: {error}", "see triton.log") from error
+            noticed = await self._settled(name, lambda row: row is None)
+            self._say("letting it end what runs on it")
+            draining = await self._gone(name, None, self._settings.drain_s + CUT_OFF_S)
+            if draining:  # a stub that is stopped or hangs ends by no other means
+                for stub in tritonserver.stubs(self._found.processes.get("triton"), name):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        stub.kill()
+                        stub.wait(CUT_OFF_S)
+            tritonserver.sweep(self._found.shm_prefix, kill=False)
+            return Outcome(name, None, before, draining=draining, noticed=noticed)
+
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator[None]:
+        self._triton = Triton(self._found.triton_http, Deadlines(heartbeat_s=self._settings.heartbeat_timeout_s))
+        self._repository = Repository(self._triton, self._found.triton_grpc)
+        try:
+            yield
+        finally:
+            await self._triton.close()
+
+    def _verify(self, entry: Entry, version: Version) -> None:
+        """Raises ControlError when anything is wrong, before Triton has heard of it."""
+        self._say(f"verifying {entry.name} version {version.number}")
+        verdict = verification.verify(entry, version, self._advance)
+        if not verdict.ok:
+            raise ControlError(
+                f"{entry.name} version {version.number} is not loaded: "
+                + "; ".join(text for _, text in verdict.problems),
+                f"export {entry.name} again, or choose an intact version: `truthgpt models verify {entry.name} --all`",
+            )
+
+    async def _bring_up(self, entry: Entry, version: Version, served: int | None) -> None:
+        """Load a version and wait until it answers; what did not come up leaves no trace. Raises ControlError."""
+        name, number = entry.name, version.number
+        self._say(f"loading {name} version {number}")
+        try:
+            await self._repository.load(name, self._timeout_s, entry.pinned(number))
+            await self._answering(version)
+        except BaseException as error:
+            undone = await self._undo(entry, served)
+            if not isinstance(error, TruthGPTError):
+                raise
+            rest = f"version {served} goes on serving; " if served is not None and undone else ""
+            log = self._settings.home / "logs" / "triton.log"
+            message = f"{name} version {number} did not load: {_reason(error)}"
+            raise ControlError(message, f"{rest}the whole log is {log}") from error
+        self._note(name, number)
+
+    async def _answering(self, version: Version) -> None:
+        """Wait until what answers is this version. Raises TruthGPTError when it does not in time."""
+        deadline, digest = time.monotonic() + self._timeout_s, version.digest
+        while True:
+            beat = await self._repository.beat(version.name, self._settings.engine_stall_s)
+            if beat is None or beat.digest in ("", digest):
+                return
+            if time.monotonic() > deadline:
+                raise UpstreamError(f"the entry that answers is {beat.digest}, not {digest}")
+            await asyncio.sleep(POLL_S)
+
+    async def _undo(self, entry: Entry, served: int | None) -> bool:
+        """Bring back what was served before, also where this command was interrupted; whether that is so."""
+        try:
+            async with asyncio.timeout(UNDO_S):
+                if served is None:
+                    await self._repository.unload(entry.name, UNDO_S)
+                elif await self._served(entry.name) != served:
+                    await self._repository.load(entry.name, UNDO_S, entry.pinned(served))
+        except (TruthGPTError, TimeoutError, models.ModelsError) as error:
+            self._say(f"{entry.name} could not be brought back: {error}")
+            return False
+        tritonserver.sweep(self._found.shm_prefix, kill=False)
+        return True
+
+    def _note(self, name: str, version: int) -> None:
+        modelset.write(self._home, modelset.read(self._home) | {name: version})
+
+    async def _rows(self, name: str) -> list[Row]:
+        try:
+            return await self._repository.rows(name)
+        except TruthGPTError as error:
+            hint = "it is started again by itself: try again in a moment; `truthgpt status` shows it"
+            raise ControlError(f"Triton does not answer: {error}", hint) from error
+
+    async def _served(self, name: str) -> int | None:
+        """The version that new requests go to."""
+        ready = [int(row.version) for row in await self._rows(name) if row.state == "READY"]
+        return max(ready, default=None)
+
+    async def _instances(self, name: str, version: int) -> set[int]:
+        return {stub.pid for stub in tritonserver.stubs(self._found.processes.get("triton"), name, version)}
+
+    async def _gone(self, name: str, kept: int | None, within_s: float) -> tuple[int, ...]:
+        """Wait until every version but `kept` has ended; those that have not within the time."""
+        deadline, seen = time.monotonic() + within_s, set[int]()
+        while True:
+            left = []
+            for row in await self._rows(name):
+                if not row.occupied or int(row.version) == kept:
+                    continue
+                # Triton says UNLOADING for ever of one whose stub was killed
+                if await self._instances(name, int(row.version)):
+                    seen.add(int(row.version))
+                elif int(row.version) in seen:
+                    continue
+                left.append(int(row.version))
+            if not left or time.monotonic() > deadline:
+                return tuple(left)
+            await asyncio.sleep(POLL_S)
+
+    async def _noticed(self, version: Version) -> bool:
+        def serves(row: dict[str, Any] | None) -> bool:
+            return row is not None and row.get("ready") is True and row.get("version") == str(version.number)
+
+        return await self._settled(version.name, serves)
+
+    async def _settled(self, name: str, holds: Callable[[dict[str, Any] | None], bool]) -> bool:
+        """Wait until the gateway's row of a model is as it should be, in every worker; False when it is not in time.
+
+        Any worker may answer, and each asks Triton once in an interval: it has to hold for so long.
+        """
+        settings = self._settings
+        each_s = settings.heartbeat_interval_s + settings.heartbeat_timeout_s if settings.workers > 1 else 0.0
+        since, deadline = math.inf, time.monotonic() + GATEWAY_S + each_s
+        while time.monotonic() < deadline:
+            try:
+                rows = await asyncio.to_thread(GatewayClient(self._found.http, GATEWAY_S).health)
+            except GatewayError:
+                rows = {}
+            given = rows.get("models")
+            row = next((row for row in given or () if row.get("name") == name), None)
+            if given is None or not holds(row):
+                since = math.inf
+            else:
+                since = min(since, time.monotonic())
+                if time.monotonic() - since >= each_s:
+                    return True
+            await asyncio.sleep(POLL_S)
+        return False
+
+
+def _reason(error: TruthGPTError) -> str:
+    """What the backend said, without Triton's wrapping and the backend's traceback."""
+    text = str(error).partition("\n\nAt:")[0]
+    for mark in ("TritonModelException: ", "state: Internal: ", "state: "):
+        if mark in text:
+            return text.partition(mark)[2].strip()
+    return text.strip()
