@@ -10,6 +10,8 @@ from typing import Any
 
 from export.chat import chat_template
 from export.decoder import trace
+from export.encoder_config import EncoderServing
+from export.encoder_source import encoder_task
 from export.loading import limit, load_model
 from export.manifest import TASK, Serving, config_pbtxt, write_manifest
 from export.optimize import optimize, save
@@ -33,7 +35,10 @@ Progress = Callable[[str, float | str], None]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export, how, and to where. ``max_len`` None: the model's positions, at most 2048."""
+    """What to export, how, and to where. ``max_len`` None: the model's positions, at most 2048.
+
+    ``serving`` is for decoders, ``serve_with`` ("backend" | "native") and ``encoder_serving`` for encoders.
+    """
 
     model: str
     repository: Path
@@ -43,6 +48,9 @@ class ExportOptions:
     max_len: int | None = None
     revision: str | None = None
     serving: Serving = field(default_factory=Serving)
+    task: str = "auto"
+    serve_with: str = "backend"
+    encoder_serving: EncoderServing = field(default_factory=EncoderServing)
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,12 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     progress("load", 0.0)
     repository = Repository(options.repository.expanduser().absolute())
     repository.require_writable()
-    source = resolve(options.model, options.revision, lambda text: progress("load", text))
+    source = resolve(options.model, options.revision, lambda text: progress("load", text), options.task)
+    task = encoder_task(source, options.task)
+    if task is not None:
+        from export.encoder_pipeline import export_encoder
+
+        return export_encoder(source, task, options, repository, name, progress)
     max_len = limit(source, options.max_len)
     with repository.staging(name) as staging:
         repository.require_space(space_needed(source, options.precision))
