@@ -2,7 +2,8 @@
 
     python -m benchmarks.encoder [--clients 16] [--requests 256] [--rounds 5] [--precisions fp32,int8]
 
-E: 256 different texts, 4 to 40 words, half of them queries of at most 12; C clients in a closed loop, one text a request.
+E: 256 different texts, 4 to 40 words, half of them queries of at most 12; C clients in a closed loop, one text a
+request.
 Ours are HTTP clients of Triton (KServe v2, binary answers) on the same cores as the server. transformers runs in this
 process, without any protocol: once as naive serving does, one forward a request, and once as offline work, all texts
 known beforehand, sorted by length and cut into the static batches that are fastest for it. Engines take turns within a
@@ -125,7 +126,7 @@ class Ours:
 
 
 async def measure(engines: list[Any], texts: list[str], clients: int, rounds: int) -> list[dict[str, Any]]:
-    """Texts/s of every engine in each round, the engines taking turns, and its largest difference from the first one."""
+    """Texts/s of every engine in each round, taking turns, and its largest difference from the first one's answers."""
     truth = await engines[0].run(texts, clients)
     rows = []
     for engine in engines:  # also the warm-up: allocations, page faults, first-use code

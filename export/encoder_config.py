@@ -27,7 +27,8 @@ def encoder_pbtxt(
 ) -> str:
     """The entry that clients ask: texts in, embeddings [``width``] or scores [``width``] out.
 
-    ``instances`` above 1 is for entries whose graph runs elsewhere: their instances tokenise side by side.
+    ``instances`` above 1 is for entries whose graph runs elsewhere: their instances tokenise side by side, and they are
+    not warmed up, for while a server starts no model may ask another. The engine is.
     """
     answer = [("embedding", "TYPE_FP32", width)]
     if task == CLASSIFICATION:
@@ -46,9 +47,7 @@ def encoder_pbtxt(
         _tensors("output", outputs),
         f"instance_group [ {{ kind: KIND_CPU count: {instances} }} ]",
         _batching(serving),
-        "model_warmup [",
-        ",\n".join(warmup),
-        "]",
+        *(["model_warmup [", ",\n".join(warmup), "]"] if instances == 1 else []),
         *(f"parameters {{ key: {quoted(k)} value: {{ string_value: {quoted(v)} }} }}" for k, v in parameters.items()),
     )
 

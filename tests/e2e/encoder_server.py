@@ -22,7 +22,7 @@ from .stack import free_ports, wait_until
 
 # Stands for Triton's ONNX Runtime backend, which the server here does not carry: runs <version>/model.onnx. What it was
 # asked for is written down, one line a batch, so that a test can see how Triton batched.
-ONNXRUNTIME = '''
+ONNXRUNTIME = """
 import json
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class TritonPythonModel:
             answers.append(pb_utils.InferenceResponse([pb_utils.Tensor(self.outputs[0], rows[at:end])]))
             at = end
         return answers
-'''
+"""
 
 
 class Refused(Exception):
@@ -91,7 +91,8 @@ class Server:
         with self.client() as client:
 
             def ready() -> bool:
-                assert self._process.poll() is None, self.log.read_text()[-3000:]
+                log = self.log.read_text()
+                assert self._process.poll() is None and "UNAVAILABLE" not in log, log[-5000:]
                 try:
                     return all(client.is_model_ready(model) for model in models)
                 except OSError:
