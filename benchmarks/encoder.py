@@ -1,6 +1,6 @@
 """Workload E: embeddings/s of all-MiniLM-L6-v2 through Triton, against transformers, in one run.
 
-    python -m benchmarks.encoder [--clients 16] [--requests 256] [--rounds 5] [--precisions fp32,int8]
+    python -m benchmarks.encoder [--clients 16] [--requests 256] [--rounds 5] [--precisions fp32]
 
 E: 256 different texts, 4 to 40 words, half of them queries of at most 12; C clients in a closed loop, one text a
 request.
@@ -200,7 +200,7 @@ def export_minilm(checkpoint: Path, repository: Path, precision: str) -> None:
 @click.option("--clients", default=16, show_default=True)
 @click.option("--requests", default=256, show_default=True, help="Texts, each asked for once a round.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--precisions", default="fp32,int8", show_default=True)
+@click.option("--precisions", default="fp32", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS / "encoder.json", show_default=True)
 def main(clients: int, requests: int, rounds: int, precisions: str, output: Path) -> None:
     """Measure workload E and write the result."""

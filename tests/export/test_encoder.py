@@ -21,6 +21,7 @@ from tests.export.checkpoints import edit_config
 from tests.export.encoder_checkpoints import FAMILIES, PAD, write_encoder, write_sentence_modules
 
 TEXTS = ["Hola, ¿cómo estás?", "", "The weather in the city \U0001f600", "río " * 60, "  Tabs\tand\nlines  ", "COFFEE"]
+pytestmark = pytest.mark.timeout(300)  # tracing on a busy machine
 DEFAULT = ("bert",)  # the others take as long each and run with the slow tests
 
 
