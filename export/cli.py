@@ -34,11 +34,19 @@ Examples:
   truthgpt export ./my-llama --max-len 4096 --slots 8 --json
   truthgpt export ./my-gpt2 --chat-template chat.jinja
   truthgpt export ./my-llama --target tensorrt
+  truthgpt export sentence-transformers/all-MiniLM-L6-v2
 """
 
 
 @click.command("export", epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
+@click.option(
+    "--task",
+    type=click.Choice(["auto", "text_generation", "sentiment_analysis", "embeddings"]),
+    default="auto",
+    show_default=True,
+    help="What the model is served for; auto: what the checkpoint is.",
+)
 @click.option("--name", help="Name in the repository.  [default: the last part of MODEL]")
 @click.option(
     "--precision",
@@ -84,13 +92,28 @@ Examples:
     type=click.IntRange(1, 100_000),
     default=256,
     show_default=True,
-    help="Requests that may wait for a slot.",
+    help="Requests that may wait for a slot or, at an encoder, for a batch.",
+)
+@click.option(
+    "--serve-with",
+    type=click.Choice(["backend", "native"]),
+    default="backend",
+    show_default=True,
+    help="Encoders only. native: Triton's own backend runs and batches the graph, ours only tokenises.",
+)
+@click.option(
+    "--max-tokens-per-batch",
+    type=click.IntRange(64, 1_000_000),
+    default=16_384,
+    show_default=True,
+    help="Encoders only: tokens of one run, padding included.",
 )
 @click.option("--revision", help="Commit, branch or tag, for a model from the Hub.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
 def export_command(
     model: str,
+    task: str,
     name: str | None,
     precision: str | None,
     target: str,
@@ -100,6 +123,8 @@ def export_command(
     slots: int,
     prefill_chunk: int,
     max_queue: int,
+    serve_with: str,
+    max_tokens_per_batch: int,
     revision: str | None,
     as_json: bool,
     debug: bool,
@@ -107,13 +132,15 @@ def export_command(
     """Export MODEL into the model repository, verified against transformers.
 
     MODEL is a local folder in the Hugging Face format or an id on the Hub. The next version is published only
-    if its logits and greedy tokens are those of transformers; otherwise nothing is written.
+    if its logits and greedy tokens (an encoder's embeddings or logits) are those of transformers; otherwise nothing is
+    written.
     """
     signals = _Signals()
     with signals.caught(), _reported(debug):
         if not debug:
             _quiet_libraries()
         try:
+            from export.encoder_config import EncoderServing
             from export.manifest import Serving
             from export.pipeline import ExportOptions
         except ModuleNotFoundError as error:
@@ -133,6 +160,9 @@ def export_command(
             max_len=max_len,
             revision=revision,
             serving=Serving(slots, prefill_chunk, max_queue),
+            task=task,
+            serve_with=serve_with,
+            encoder_serving=EncoderServing(max_queue, max_tokens_per_batch),
         )
         exported = _run(options, signals, debug)
         if as_json:
@@ -161,8 +191,13 @@ def _run(options: ExportOptions, signals: _Signals, debug: bool) -> Exported:
 
 def _summary(exported: Exported) -> str:
     parity = exported.parity
-    return (
-        f"{exported.name} version {exported.version} ({exported.precision}) published in {exported.path}\n"
+    published = f"{exported.name} version {exported.version} ({exported.precision}) published in {exported.path}\n"
+    if exported.task != "text_generation":
+        return published + (
+            f"{exported.task}: max |difference| {parity['max_abs_diff']:.1e}, "
+            f"relative {parity['rms_over_std']:.1e}, batch effect {parity['batch_effect']:.1e}"
+        )
+    return published + (
         f"max |logit difference| {parity['max_abs_logit_diff']:.1e}, relative {parity['rms_over_std']:.1e}, "
         f"greedy agreement {parity['greedy_agreement']:.1%}, batch effect {parity['batch_effect']:.1e}"
     )

@@ -175,7 +175,7 @@ def trace(model: PreTrainedModel, layout: Layout, max_len: int, standard_operato
     dynamic: Any = ({0: rows, 1: seq}, {0: rows, 1: seq}, {0: rows}, {}, {0: rows}, [{0: rows}] * (2 * count))
     kinds = [f"{kind}_{index}" for index in range(count) for kind in ("key", "value")]
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             exported = torch.export.export(
                 SlotDecoder(model, layout, standard_operators).eval(), arguments, dynamic_shapes=dynamic, strict=False
             )
@@ -216,7 +216,7 @@ def cache_shapes(graph: ir.Model) -> dict[str, list[int]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the tracer's chatter (missing torchvision, deprecations in torch itself) off the terminal."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

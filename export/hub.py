@@ -50,6 +50,8 @@ def fetch(model: str, revision: str | None, check: Callable[[Path, str], None], 
     try:
         # By the revision asked for, not by its commit: only so does the cache remember which commit that is.
         config = Path(hf_hub_download(model, "config.json", revision=revision))
+        if any(file.rfilename == "modules.json" for file in info.siblings or ()):
+            hf_hub_download(model, "modules.json", revision=revision)  # it says that this is an embedding model
         check(config.parent, config.parent.name)
         say(f"downloading {model}")
         return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -13,14 +15,16 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_leng
 _HINT = "Download or copy the checkpoint again, completely."
 
 
-def load_model(source: Source) -> PreTrainedModel:
-    """The model in evaluation mode, float32, with transformers' plainest attention.
+def load_model(source: Source, auto: Any = AutoModelForCausalLM, unused: str = "") -> PreTrainedModel:
+    """The model in evaluation mode, float32, with transformers' plainest attention, loaded by one of its Auto classes.
+
+    Weights whose names begin with ``unused`` (if given) may be missing: nothing that is exported reads them.
 
     Raises:
         SourceError: weights are missing, damaged or of other shapes than the configuration says.
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             source.path,
             dtype=torch.float32,
             attn_implementation="eager",
@@ -33,6 +37,7 @@ def load_model(source: Source) -> PreTrainedModel:
         raise SourceError(f"{source.id} cannot be loaded: {_summary(error)}", _HINT) from error
     for key, what in (("missing_keys", "lacks the weight"), ("mismatched_keys", "has another shape for the weight")):
         names = sorted(str(name) for name in report.get(key) or ())
+        names = [name for name in names if not (unused and name.startswith(unused))]
         if names:
             raise SourceError(f"{source.id} {what} {names[0]} ({len(names)} in all).", _HINT)
     model.eval()

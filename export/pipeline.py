@@ -11,6 +11,8 @@ from typing import Any
 from export import tensorrt
 from export.chat import chat_template
 from export.decoder import cache_shapes, trace
+from export.encoder_config import EncoderServing
+from export.encoder_source import encoder_task
 from export.loading import limit, load_model
 from export.manifest import TASK, Serving, config_pbtxt, write_manifest
 from export.optimize import optimize, save
@@ -39,6 +41,7 @@ class ExportOptions:
 
     ``target`` tensorrt: a graph for ONNX Runtime's TensorRT provider, verified in fp32 on this machine; ``precision``
     is then the engine's.
+    ``serving`` is for decoders, ``serve_with`` ("backend" | "native") and ``encoder_serving`` for encoders.
     """
 
     model: str
@@ -50,6 +53,9 @@ class ExportOptions:
     revision: str | None = None
     target: str = "onnx"
     serving: Serving = field(default_factory=Serving)
+    task: str = "auto"
+    serve_with: str = "backend"
+    encoder_serving: EncoderServing = field(default_factory=EncoderServing)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,12 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     repository = Repository(options.repository.expanduser().absolute())
     repository.require_writable()
     precision = graph_precision(options)
-    source = resolve(options.model, options.revision, lambda text: progress("load", text))
+    source = resolve(options.model, options.revision, lambda text: progress("load", text), options.task)
+    task = encoder_task(source, options.task)
+    if task is not None:
+        from export.encoder_pipeline import export_encoder
+
+        return export_encoder(source, task, options, repository, name, progress)
     max_len = limit(source, options.max_len)
     with repository.staging(name) as staging:
         repository.require_space(space_needed(source, precision))

@@ -73,33 +73,42 @@ class Source:
         return digest.hexdigest()
 
 
-def resolve(model: str, revision: str | None = None, say: Callable[[str], None] = lambda text: None) -> Source:
+def resolve(
+    model: str,
+    revision: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    task: str = "auto",
+) -> Source:
     """The checkpoint named by a folder or a Hub id, checked by its configuration.
 
     Raises:
         SourceError: no such folder or id, no network, pickled or missing weights, a configuration that cannot be read.
-        UnsupportedModel: not a causal language model.
+        UnsupportedModel: neither a causal language model nor an encoder that can be served as ``task``.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise SourceError("--revision is for models from the Hub, but a local folder was given.", "Leave it out.")
         source = Source(model, folder.resolve(), None)
-        check_config(source)
+        check_config(source, task)
     elif _looks_local(model) or not _HUB_ID.fullmatch(model):
         raise SourceError(f"There is no folder {model}.", _LOCAL_HINT)
     else:
         from export.hub import fetch
 
-        folder = fetch(model, revision, lambda path, commit: check_config(Source(model, path, commit)), say)
+        folder = fetch(model, revision, lambda path, commit: check_config(Source(model, path, commit), task), say)
         source = Source(model, folder, folder.name)
-        check_config(source)
+        check_config(source, task)
     _ = source.weights  # refuses pickles and missing shards
     return source
 
 
-def check_config(source: Source) -> None:
-    """Refuse what is not a decoder, needs code of its own or is quantised already, by ``config.json`` alone."""
+def check_config(source: Source, task: str = "auto") -> None:
+    """Refuse what cannot be exported, needs code of its own or is quantised already, by its configuration alone."""
+    from export.encoder_source import encoder_task
+
+    if encoder_task(source, task) is not None:
+        return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = source.config

@@ -53,13 +53,13 @@ class Entry:
 
 def load(folder: Path, parameters: Mapping[str, str]) -> Entry:
     """Read one version folder. `parameters` are config.pbtxt's. Raises EntryError; every file's SHA-256 is checked."""
-    manifest = _manifest(folder)
-    _check_files(folder, manifest)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
     try:
         graph, tokens = manifest["graph"], manifest["tokens"]
         shape = Graph(int(graph["max_len"]), int(graph["vocab_size"]), str(graph.get("kv_dtype") or "float32"))
         template = manifest.get("chat_template")
-        default = _integer(parameters, "default_max_tokens", 0, 10_000_000, 0)
+        default = integer(parameters, "default_max_tokens", 0, 10_000_000, 0)
         return Entry(
             folder=folder,
             digest=hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:32],
@@ -68,14 +68,14 @@ def load(folder: Path, parameters: Mapping[str, str]) -> Entry:
             bos_token=str(tokens.get("bos_token") or ""),
             eos_token=str(tokens.get("eos_token") or ""),
             chat_template=(folder / template).read_text(encoding="utf-8") if template else None,
-            slots=_integer(parameters, "slots", 1, 1024, 16),
-            prefill_chunk=_integer(parameters, "prefill_chunk", 1, 65_536, 128),
-            max_queue=_integer(parameters, "max_queue", 1, 100_000, 256),
-            threads=_integer(parameters, "threads", 0, 1024, 0),
+            slots=integer(parameters, "slots", 1, 1024, 16),
+            prefill_chunk=integer(parameters, "prefill_chunk", 1, 65_536, 128),
+            max_queue=integer(parameters, "max_queue", 1, 100_000, 256),
+            threads=integer(parameters, "threads", 0, 1024, 0),
             default_max_tokens=default or None,
-            step_delay_s=_integer(parameters, "step_delay_ms", 0, 60_000, 0) / 1000,
+            step_delay_s=integer(parameters, "step_delay_ms", 0, 60_000, 0) / 1000,
             device=_choice(parameters, "device", DEVICES),
-            gpu_memory_limit_mb=_integer(parameters, "gpu_memory_limit_mb", 0, 1 << 24, 0),
+            gpu_memory_limit_mb=integer(parameters, "gpu_memory_limit_mb", 0, 1 << 24, 0),
         )
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise EntryError(
@@ -83,7 +83,8 @@ def load(folder: Path, parameters: Mapping[str, str]) -> Entry:
         ) from error
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A version folder's manifest.json. Raises EntryError unless it is of this format."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -96,7 +97,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare every file with the SHA-256 that the manifest names. Raises EntryError."""
     for name, facts in dict(manifest.get("files") or {}).items():
         path = folder / name
         try:
@@ -108,7 +110,8 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise EntryError(f"{path} is damaged: its SHA-256 is not the manifest's; export the model again")
 
 
-def _integer(parameters: Mapping[str, str], name: str, low: int, high: int, default: int) -> int:
+def integer(parameters: Mapping[str, str], name: str, low: int, high: int, default: int) -> int:
+    """One of config.pbtxt's parameters. Raises EntryError naming it and its limits."""
     raw = parameters.get(name) or str(default)
     try:
         value = int(raw)

@@ -101,12 +101,12 @@ def prepare_backends(installation: Installation, home: Path) -> Path:
     """A backend directory with Triton's Python backend, this Python's stub, and ours. Copies: Triton refuses links
     that lead out of it.
     """
-    ours = Path(__file__).resolve().parents[2] / "backends" / "inflight"
+    ours = sorted(path.parent for path in (Path(__file__).resolve().parents[2] / "backends").glob("*/model.py"))
     wheel = installation.root / "backends" / "python"
     folder = home / "triton" / "backends"
     copies = {
         "python": [wheel / "libtriton_python.so", wheel / "triton_python_backend_utils.py", installation.stub],
-        "inflight": sorted(ours.glob("*.py")),
+        **{backend.name: sorted(backend.glob("*.py")) for backend in ours},
     }
     for name, sources in copies.items():
         fresh = folder / f".{name}-{os.getpid()}"

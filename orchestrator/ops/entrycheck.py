@@ -26,6 +26,7 @@ OUTPUTS = {
 }  # fmt: skip
 ENCODER = "encoder"  # the backend of models that embed or classify, whose texts Triton itself batches
 ENCODER_INPUTS = {"text_input": "TYPE_STRING"}
+NATIVE = ("onnxruntime", "tensorrt")  # Triton's own backends, which run an encoder's graph for the entry in front
 _OF_ENCODERS = {"num_input_tokens": "TYPE_UINT32", "heartbeat": "TYPE_STRING"}
 ENCODER_OUTPUTS: dict[str | None, dict[str, str]] = {
     "embeddings": {"embedding": "TYPE_FP32", **_OF_ENCODERS},
@@ -68,7 +69,7 @@ def of_files(
     files = manifest.get("files")
     if not isinstance(files, dict):
         return [f"{folder / 'manifest.json'} lists no files"]
-    missing = [name for name in REQUIRED_FILES if name not in files]
+    missing = [name for name in _required(manifest) if name not in files]
     found = [f"{folder / 'manifest.json'} does not list {name}" for name in missing]
     template = manifest.get("chat_template")
     if template is not None and template not in files:
@@ -88,6 +89,12 @@ def of_files(
     generated = manifest.get("generated")
     known = {"manifest.json", *files, *(generated if isinstance(generated, list) else ())}
     return found + [f"{folder / name} is not in the manifest" for name in _present(folder) if not _among(name, known)]
+
+
+def _required(manifest: Mapping[str, Any]) -> list[str]:
+    # An encoder that Triton itself runs is two entries: one has the graph, the other, which it serves, the tokenizer.
+    spared = {"model.onnx": manifest.get("served_by"), "tokenizer.json": manifest.get("graph_only")}
+    return [name for name in REQUIRED_FILES if not spared[name]]
 
 
 def _sha256(path: Path, advance: Callable[[int], object]) -> str:
@@ -119,8 +126,11 @@ def of_config(entry: Entry, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _config(entry: Entry, config: pbtxt.Message, manifest: Mapping[str, Any]) -> list[str]:
-    if _last(config, "backend", None) == ENCODER:
+    backend = _last(config, "backend", None)
+    if backend == ENCODER:
         return _encoder_config(entry, config, manifest)
+    if backend in NATIVE:  # its tensors are the graph's, which Triton checks
+        return [] if _last(config, "name", entry.name) == entry.name else [f"name must be {entry.name!r}"]
     found = []
     for key, expected in (("name", entry.name), ("backend", BACKEND), ("max_batch_size", 0)):
         value = _last(config, key, entry.name if key == "name" else None)

@@ -115,7 +115,7 @@ def test_unknown_folder(tmp_path: Path, model: str) -> None:
     ("changes", "word"),
     [
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "not a causal language model (BertForMaskedLM)"),
-        ({"architectures": ["GPT2ForSequenceClassification"]}, "not a causal language model"),
+        ({"architectures": ["GPT2ForTokenClassification"]}, "not a causal language model"),
         ({"model_type": "t5", "is_encoder_decoder": True, "architectures": None}, "sequence-to-sequence"),
         ({"model_type": "mystery", "architectures": ["MysteryForCausalLM"]}, "mystery"),
         ({"model_type": "mystery", "architectures": None, "auto_map": {"AutoConfig": "x.Y"}}, "code of its own"),

@@ -1,0 +1,270 @@
+"""The export of an encoder, straight down like a decoder's: load -> trace -> optimise -> quantise -> verify -> publish.
+
+Served by the backend (the default) an export is one entry. Served natively it is two of the same graph: NAME tokenises
+and answers, NAME--engine is the graph alone, run and batched by Triton's own backend. The engine is published first, so
+whoever finds NAME finds its engine too.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import normalizers
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from export.encoder import input_names, trace, with_head
+from export.encoder_config import encoder_pbtxt, engine_pbtxt
+from export.encoder_source import CLASSIFICATION, SentenceSettings, head_files, sentence_settings
+from export.encoder_verify import EncoderReference, EncoderRuntime, lengths_to_check, run_reference, verify
+from export.errors import SourceError, UnsupportedModel
+from export.loading import load_model
+from export.manifest import sha256, write_manifest
+from export.optimize import optimize, save
+from export.probe import architecture
+from export.quantize import quantize_int8
+from export.reference import make_prompts
+from export.repository import CONFIG, Repository, Staging, translated
+from export.source import Source
+from export.tokenizer import SAMPLE, load_tokenizer, write_tokenizer
+
+if TYPE_CHECKING:
+    from export.pipeline import Exported, ExportOptions, Progress
+
+DEFAULT_MAX_LEN = 2048
+NATIVE_INSTANCES = 4  # each asks the engine once at a time, and the engine batches what they ask
+
+
+@dataclass(frozen=True)
+class EncoderDraft:
+    """What is known once the artefact is on disk."""
+
+    family: str
+    names: tuple[str, ...]
+    output: str
+    width: int
+    max_len: int
+    pad: int
+    settings: SentenceSettings
+    classes: dict[str, Any]
+    references: list[EncoderReference]
+
+
+def export_encoder(
+    source: Source, task: str, options: ExportOptions, repository: Repository, name: str, progress: Progress
+) -> Exported:
+    """Export and publish; see `export.pipeline.export_model`."""
+    from export.pipeline import Exported, space_needed
+
+    engine_name = f"{name}--engine" if options.serve_with == "native" else None
+    with ExitStack() as stack:
+        staging = stack.enter_context(repository.staging(name))
+        engine = stack.enter_context(repository.staging(engine_name)) if engine_name else None
+        repository.require_space(space_needed(source, options.precision))
+        folder = (engine or staging).folder
+        draft = build(source, task, options, folder, staging.folder, progress)
+        progress("verify", 0.0)
+        runtime = EncoderRuntime(folder / "model.onnx", draft.pad)
+        parity = verify(
+            runtime, draft.references, draft.output, options.precision, lambda done: progress("verify", done)
+        )
+        progress("publish", 0.0)
+        with translated(options.repository):
+            describe(source, task, options, draft, staging, engine, parity)
+        if engine is not None:
+            repository.publish(engine, lambda text: progress("publish", text))
+        path = repository.publish(staging, lambda text: progress("publish", text))
+    progress("publish", 1.0)
+    return Exported(name, str(staging.version), path, options.precision, parity, task)
+
+
+def build(
+    source: Source, task: str, options: ExportOptions, folder: Path, front: Path, progress: Progress
+) -> EncoderDraft:
+    """Load, trace, optimise and quantise; leaves the model in ``folder`` and the tokenizer in ``front``."""
+    settings = sentence_settings(source) if task != CLASSIFICATION else SentenceSettings()
+    tokenizer = load_tokenizer(source)
+    if settings.lower_case:
+        lower_case(tokenizer)
+    auto = AutoModelForSequenceClassification if task == CLASSIFICATION else AutoModel
+    # The pooler of BERT and its like is no part of an embedding; checkpoints of other heads come without it.
+    model = load_model(source, auto, unused="" if task == CLASSIFICATION else "pooler.")
+    model.config.use_cache = False
+    max_len = max_length(source, model, tokenizer, settings, options.max_len)
+    pad = pad_token(model, tokenizer)
+    names = input_names(model, tokenizer.model_input_names)
+    module = with_head(model, task, source, settings)
+    progress("load", 0.3)
+    references = run_reference(
+        module, texts(model, tokenizer, max_len, pad), len(names), lambda done: progress("load", 0.3 + 0.7 * done)
+    )
+    progress("trace", 0.0)
+    graph = trace(module, names, architecture(model))
+    progress("optimise", 0.0)
+    optimize(graph)
+    if options.precision == "int8":
+        progress("quantise", 0.0)
+        quantize_int8(graph)
+    with translated(options.repository):
+        save(graph, folder)
+        write_tokenizer(tokenizer, front / "tokenizer.json")
+    return EncoderDraft(
+        family=architecture(model),
+        names=names,
+        output=str(module.output),
+        width=len(references[0].output),
+        max_len=max_len,
+        pad=pad,
+        settings=settings,
+        classes=classes(model, module, len(references[0].output)) if task == CLASSIFICATION else {},
+        references=references,
+    )
+
+
+def describe(
+    source: Source,
+    task: str,
+    options: ExportOptions,
+    draft: EncoderDraft,
+    staging: Staging,
+    engine: Staging | None,
+    parity: dict[str, Any],
+) -> None:
+    """Write manifest.json and config.pbtxt of the entry, and of its engine where it has one."""
+    settings, serving = draft.settings, options.encoder_serving
+    facts = {
+        "task": task,
+        "architecture": draft.family,
+        "precision": options.precision,
+        "target": "onnx",
+        "source": {
+            "id": source.id,
+            "revision": source.revision,
+            "sha256": source.sha256(),
+            "modules": {str(path.relative_to(source.path)): sha256(path) for path in head_files(source, settings)},
+        },
+        "graph": {"inputs": list(draft.names), "output": draft.output, "width": draft.width, "max_len": draft.max_len},
+        "limits": {"max_len": draft.max_len},
+        "parity": parity,
+    }
+    parameters = {
+        "task": task,
+        "max_len": str(draft.max_len),
+        "precision": options.precision,
+        "device": "auto",
+        "threads": "0",
+        "max_tokens_per_batch": str(serving.max_tokens_per_batch),
+    }
+    if task == CLASSIFICATION:
+        facts["classes"] = draft.classes
+        parameters["labels"] = json.dumps(draft.classes["labels"], ensure_ascii=False)
+        parameters["problem"] = draft.classes["problem"]
+    else:
+        head = ["normalize" if layer is None else f"dense {layer.activation}" for layer in settings.head]
+        facts["embedding"] = {"pooling": list(settings.pooling), "head": head, "normalized": settings.normalized}
+        parameters["dim"] = str(draft.width)
+        parameters["normalized"] = str(settings.normalized).lower()
+    front = {**facts, "tokens": {"pad": draft.pad}, "text": {"prompt": settings.prompt, "prompts": settings.prompts}}
+    if engine is not None:
+        write_manifest(
+            engine.folder, {"name": engine.name, "version": str(engine.version), "graph_only": True, **facts}
+        )
+        config = engine_pbtxt(engine.name, "onnxruntime", draft.names, draft.output, draft.width, serving)
+        (engine.model / CONFIG).write_text(config, encoding="utf-8")
+        front["served_by"] = {
+            "name": engine.name,
+            "version": engine.version,
+            "manifest_sha256": sha256(engine.folder / "manifest.json"),
+        }
+        parameters["engine"] = engine.name
+    write_manifest(staging.folder, {"name": staging.name, "version": str(staging.version), **front})
+    instances = 1 if engine is None else NATIVE_INSTANCES
+    config = encoder_pbtxt(staging.name, task, draft.width, parameters, serving, instances)
+    (staging.model / CONFIG).write_text(config, encoding="utf-8")
+
+
+def lower_case(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lower-case texts first, as sentence-transformers does where a checkpoint's settings say so, in place."""
+    backend = tokenizer.backend_tokenizer
+    former = backend.normalizer
+    parts = [former] if former is not None else []
+    if isinstance(former, normalizers.Sequence):
+        parts = [former[index] for index in range(len(former))]
+    if not any(isinstance(part, normalizers.Lowercase) for part in parts):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
+
+
+def max_length(
+    source: Source,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SentenceSettings,
+    asked: int | None,
+) -> int:
+    """Tokens of the longest text: ``asked``, or what the checkpoint says up to 2048 unless it says so for sentences.
+
+    Raises:
+        UnsupportedModel: ``asked`` is beyond the model's positions, or nothing says how long texts may be.
+    """
+    positions = positions_of(model)
+    if asked is not None:
+        if positions is not None and asked > positions:
+            raise UnsupportedModel(
+                f"--max-len {asked} is beyond the {positions} positions of {source.id}.", f"Give at most {positions}."
+            )
+        return asked
+    stated = settings.max_tokens or min(int(tokenizer.model_max_length), DEFAULT_MAX_LEN)
+    if positions is None and tokenizer.model_max_length > 1_000_000 and settings.max_tokens is None:
+        raise UnsupportedModel(f"{source.id} does not say how long its texts may be.", "Give --max-len.")
+    return min(stated, positions) if positions is not None else stated
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Positions that a text can use. RoBERTa and its kin number theirs from behind the padding token's."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return int(positions - table.padding_idx - 1)
+    return positions
+
+
+def pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills short rows: the model's, for some tell positions or the last token by it; else any."""
+    for given in (model.config.get_text_config().pad_token_id, tokenizer.pad_token_id):
+        if isinstance(given, int) and given >= 0:
+            return given
+    return 0
+
+
+def texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_len: int, pad: int) -> list[tuple[int, ...]]:
+    """Token ids to compare by: real and random ones of many lengths, and one text as the tokenizer frames it."""
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    text = [token for token in tokenizer.encode(SAMPLE) if token < vocab_size and token != pad]
+    other = next(token for token in range(vocab_size) if token != pad)
+    made = make_prompts(lengths_to_check(max_len), vocab_size, text)
+    framed = [tuple(text)] if len(text) <= max_len else []
+    return [tuple(other if token == pad else token for token in ids) for ids in made] + framed
+
+
+def classes(model: PreTrainedModel, module: nn.Module, width: int) -> dict[str, Any]:
+    """Labels in the order of the logits, and how logits become scores.
+
+    Raises:
+        SourceError: the configuration names other labels than the head has outputs.
+    """
+    names = {int(index): str(label) for index, label in (model.config.id2label or {}).items()}
+    if sorted(names) != list(range(width)):
+        raise SourceError(f"config.json names {len(names)} labels (id2label), but the head has {width} outputs.")
+    kinds = {
+        "regression": "regression",
+        "single_label_classification": "single_label",
+        "multi_label_classification": "multi_label",
+    }
+    problem = kinds.get(str(model.config.problem_type)) or ("regression" if width == 1 else "single_label")
+    return {"labels": [names[index] for index in range(width)], "problem": problem}
