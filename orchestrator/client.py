@@ -107,16 +107,23 @@ class GatewayClient:
         finally:
             exchange.close()
 
+    def ask(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole answer of an endpoint that does not stream. Raises GatewayError."""
+        return self._exchange("POST", path, json.dumps(body, ensure_ascii=False).encode())
+
     def _get(self, path: str) -> dict[str, Any]:
+        return self._exchange("GET", path, None)
+
+    def _exchange(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
         exchange = _Exchange(self, time.monotonic() + self._timeout_s)
         try:
-            response = exchange.send("GET", path, None)
-            body = exchange.body()
+            response = exchange.send(method, path, body)
+            data = exchange.body()
         finally:
             exchange.close()
-        answer = _json(body)
+        answer = _json(data)
         if response.status != 200:
-            raise _refusal(response.status, body, self.url, response.getheader("retry-after"))
+            raise _refusal(response.status, data, self.url, response.getheader("retry-after"))
         if not isinstance(answer, dict):
             raise _nonsense(self.url)
         return answer

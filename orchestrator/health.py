@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.domain import Model
 from orchestrator.errors import ModelNotFound, Overloaded, TruthGPTError, UpstreamUnavailable
-from orchestrator.triton import Attendance, Heartbeat, ModelConfig, Triton
+from orchestrator.triton import Attendance, Heartbeat, ModelConfig, Triton, is_engine
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +180,8 @@ class Health:
         self.triton_up = True
         now, others = time.monotonic(), bool(self._served)
         for name, (version, state) in index.items():
+            if is_engine(name, index):  # nobody asks it but the model in front of it
+                continue
             known = self._served.get(name)
             if state == "READY" and known is None:
                 model = Model(name, version, int(time.time()), ready=False)

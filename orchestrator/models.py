@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,15 @@ class ModelsError(Exception):
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What a natively served encoder's manifest says of the entry that has its graph, which is loaded before it."""
+
+    name: str
+    number: int
+    sha256: str  # of that version's manifest.json
+
+
+@dataclass(frozen=True)
 class Version:
     """One version folder. `manifest` is None when manifest.json cannot be read; `fault` then says why."""
 
@@ -49,6 +58,23 @@ class Version:
         """A text of the manifest, such as its task or precision; None when it is not there."""
         value = (self.manifest or {}).get(key)
         return value if isinstance(value, str) else None
+
+    @property
+    def graph_only(self) -> bool:
+        """Whether this is the graph of another entry, which Triton runs for it: nobody asks it by itself."""
+        return bool((self.manifest or {}).get("graph_only"))
+
+    @property
+    def engine(self) -> Engine | None:
+        """The entry that has its graph; None when it has its own. Raises ModelsError when what is said is no name."""
+        said = (self.manifest or {}).get("served_by")
+        if not said:
+            return None
+        try:
+            return Engine(str(said["name"]), int(said["version"]), str(said["manifest_sha256"]))
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"{self.folder / 'manifest.json'} does not say which entry has its graph"
+            raise ModelsError(message, f"export {self.name} again") from error
 
     @property
     def digest(self) -> str:
@@ -83,13 +109,15 @@ class Entry:
         except (OSError, ValueError) as error:
             raise ModelsError(f"{self.config_path} cannot be read: {error}", "export the model again") from error
 
-    def pinned(self, number: int) -> dict[str, Any]:
-        """config.pbtxt as Triton's `load` takes it, by which this version is served and no other. Raises ModelsError.
+    def pinned(self, *numbers: int) -> dict[str, Any]:
+        """config.pbtxt as Triton's `load` takes it, by which these versions are served and no other.
+
+        Raises ModelsError.
 
         What was checked is what is loaded, although an export may publish a newer version meanwhile.
         """
         config = pbtxt.model_config(self.config())
-        return config | {"version_policy": {"specific": {"versions": [number]}}}
+        return config | {"version_policy": {"specific": {"versions": [*numbers]}}}
 
     def version(self, number: int) -> Version:
         """One version. Raises ModelsError."""
@@ -136,6 +164,31 @@ def get(repository: Path, name: str) -> Entry:
     raise ModelsError(f"there is no model {name} in {repository}", hint)
 
 
+def engine_of(repository: Path, version: Version) -> tuple[Entry, Version] | None:
+    """The entry and version that has the graph of a version; None when it has its own. Raises ModelsError."""
+    said = version.engine
+    if said is None:
+        return None
+    try:
+        entry = get(repository, said.name)
+        return entry, entry.version(said.number)
+    except ModelsError as error:
+        what = f"{version.name} version {version.number} needs {said.name} version {said.number}"
+        hint = f"copy it there, too, or export {version.name} again with --serve-with native"
+        raise ModelsError(f"{what}: {error}", hint) from error
+
+
+def with_engines(repository: Path, wanted: Mapping[str, int]) -> dict[str, int]:
+    """Model -> version of what has to be loaded so that these are served, in that order. Raises ModelsError."""
+    found: dict[str, int] = {}
+    for name, number in wanted.items():
+        engine = engine_of(repository, get(repository, name).version(number))
+        if engine is not None:
+            found[engine[0].name] = engine[1].number
+        found[name] = number
+    return found
+
+
 def _entry(folder: Path) -> Entry:
     # A number as Triton takes it: no sign, no leading zero, at least 1.
     numbers = sorted((int(p.name) for p in folder.iterdir() if re.fullmatch(r"[1-9][0-9]{0,17}", p.name)), reverse=True)
@@ -180,6 +233,17 @@ def choose(settings: Settings, names: Sequence[str]) -> Choice:
             raise ModelsError(message, f"export it first: {_how_to(name)}")
     choice = _default(settings, names)
     return replace(choice, further=tuple(name for name in further if name != choice.model))
+
+
+def choice(settings: Settings) -> Choice:
+    """What `truthgpt up` serves of the repository of the settings. Raises ModelsError."""
+    entries = read(settings.model_repository)
+    graphs = {entry.name for entry in entries if entry.newest.graph_only}
+    for name in (settings.model, *(settings.models or "").split(",")):
+        if name in graphs:
+            message = f"{name} is the graph of another model and is not served by itself"
+            raise ModelsError(message, "name the model that it belongs to; its graph is loaded with it")
+    return choose(settings, [entry.name for entry in entries if entry.name not in graphs])
 
 
 def _default(settings: Settings, names: Sequence[str]) -> Choice:

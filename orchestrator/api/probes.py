@@ -53,7 +53,8 @@ class Probes:
         for served in gateway.served:
             model, beat = served.model, served.beat
             row: dict[str, object] = {"name": model.name, "version": model.version, "ready": model.ready}
-            row |= {"reason": served.reason or None, "task": model.task, "chat": model.chat, "max_len": model.max_len}
+            row |= {"reason": served.reason or None, "task": model.task, "operation": model.operation}
+            row |= {"chat": model.chat, "max_len": model.max_len}
             if beat is not None:
                 row |= {"running": beat.running, "waiting": beat.waiting, "slots": beat.slots}
                 row |= {"busy": beat.busy, "step_age_s": beat.step_age_s}

@@ -32,18 +32,44 @@ class Question:
         return "/v1/chat/completions", {**body, "messages": [*system, {"role": "user", "content": self.prompt}]}
 
 
-def has_chat(client: GatewayClient, model: str) -> bool:
-    """Whether the model has a chat template. A server that is not ours and does not say is taken to have one."""
+@dataclass(frozen=True)
+class Kind:
+    """What a model is for (`operation`: generate, embed, classify or infer), and whether it has a chat template."""
+
+    operation: str = "generate"
+    chat: bool = True
+
+
+# What asks an encoder for one text: path, and how an answer reads
+ENCODERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "embed": ("/v1/embeddings", lambda row: f"{len(row['embedding'])} numbers, beginning {row['embedding'][:3]}"),
+    "classify": ("/v1/classify", lambda row: f"{row['label']} ({row['score']:.2f})"),
+}
+
+
+def kind_of(client: GatewayClient, model: str) -> Kind:
+    """What a model is for. A server that is not ours and does not say is taken to have a chat. Raises GatewayError."""
     try:
         models = client.health().get("models")
     except GatewayError as error:
         if error.status is None:
             raise
-        return True
+        return Kind()
     for row in models if isinstance(models, list) else []:
         if isinstance(row, dict) and row.get("name") == model:
-            return bool(row.get("chat"))
-    return True
+            return Kind(str(row.get("operation") or "generate"), bool(row.get("chat")))
+    return Kind()
+
+
+def encode(client: GatewayClient, model: str, operation: str, text: str) -> str:
+    """What an encoder makes of a text, in words. Raises GatewayError."""
+    path, words = ENCODERS[operation]
+    answer = client.ask(path, {"model": model, "input": text})
+    try:
+        return words(answer["data"][0])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        hint = "check that this is the URL of a TruthGPT gateway"
+        raise GatewayError(f"the answer of {client.url} makes no sense", hint) from error
 
 
 def ask(client: GatewayClient, question: Question, show: Callable[[str], None] | None = None) -> Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator import engines
 from orchestrator.models import Version
 
 
@@ -14,10 +15,14 @@ def lines(version: Version, manifest: Mapping[str, Any], parameters: Mapping[str
         ("state", state),
         ("task", f"{manifest.get('task')}, {_apis(manifest)}"),
         ("model", f"{manifest.get('architecture')}, {manifest.get('precision')}{_shape(_part(manifest, 'graph'))}"),
+        ("answers", _answers(manifest)),
+        ("precision", _precision(manifest)),
+        ("graph", _graph(manifest)),
+        ("target", _target(version)),
         ("source", _source(_part(manifest, "source"))),
-        ("length", f"{_part(manifest, 'limits').get('max_len', '?')} tokens, prompt and answer together"),
+        ("length", _length(manifest)),
         ("parity", _parity(_part(manifest, "parity"))),
-        ("batching", _batching(parameters)),
+        ("batching", "" if version.graph_only else _batching(manifest, parameters)),
         ("files", _files(_part(manifest, "files"))),
         ("exported", _exported(manifest)),
         ("path", str(version.folder)),
@@ -32,7 +37,70 @@ def _part(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _apis(manifest: Mapping[str, Any]) -> str:
+    if manifest.get("graph_only"):
+        return "asked by another entry only"
+    if _encodes(manifest):
+        return f"asked at /v1/{'classify' if 'classes' in manifest else 'embeddings'}"
     return "chat and completions" if manifest.get("chat_template") else "completions only"
+
+
+def _encodes(manifest: Mapping[str, Any]) -> bool:
+    return "embedding" in manifest or "classes" in manifest
+
+
+def _answers(manifest: Mapping[str, Any]) -> str:
+    """What an encoder makes of a text."""
+    classes, embedding = _part(manifest, "classes"), _part(manifest, "embedding")
+    if classes:
+        problems = {"multi_label": "each by itself", "regression": "a number as it is", "single_label": "one of them"}
+        labels = ", ".join(str(label) for label in classes.get("labels", ()))
+        return f"{labels} ({problems.get(str(classes.get('problem')), classes.get('problem'))})"
+    if not embedding:
+        return ""
+    head = [f"{' and '.join(embedding.get('pooling', ())) or 'no'} pooling", *map(str, embedding.get("head", ()))]
+    length = ", of length 1" if embedding.get("normalized") else ""
+    return f"{_part(manifest, 'graph').get('width', '?')} numbers{length} ({', '.join(head)})"
+
+
+def _precision(manifest: Mapping[str, Any]) -> str:
+    """What a number format does not say by its name; empty where there is nothing."""
+    parts, layers, quantization = [], manifest.get("fp32_layers"), _part(manifest, "quantization")
+    if isinstance(layers, list) and layers:
+        parts.append(f"{len(layers)} layers stay fp32: {', '.join(str(layer) for layer in layers)}")
+    if quantization.get("bits"):
+        calibrated = "calibrated by a text" if quantization.get("calibration") else "not calibrated"
+        parts.append(f"weights of {quantization['bits']} bits, {calibrated}")
+    if "allowed_drift" in quantization:
+        parts.append(f"published up to a drift of {float(quantization['allowed_drift']):.0%}")
+    return "; ".join(parts)
+
+
+def _graph(manifest: Mapping[str, Any]) -> str:
+    served_by = _part(manifest, "served_by")
+    if manifest.get("graph_only"):
+        return "this is it alone, run by Triton itself for the entry in front, with which it is loaded"
+    return f"{served_by.get('name')} version {served_by.get('version')}, run by Triton itself" if served_by else ""
+
+
+def _target(version: Version) -> str:
+    """For whom an entry was made, and the engine that it has; empty for ONNX Runtime."""
+    target = version.fact("target")
+    try:
+        found = engines.engine_of(version)
+    except engines.ForeignEngine as error:
+        return f"{target}, {error}"
+    if target in (None, "onnx") and found is None:
+        return ""
+    if found is None:
+        return f"{target}, its engine is built by the first load"
+    made = ", ".join(f"{name} {found[0][name]}" for name in ("tensorrt", "onnxruntime") if name in found[0])
+    capability = found[0].get("compute_capability", "unknown")
+    return f"{target}, engine for {found[0].get('gpu')} (compute capability {capability}) made by {made or 'unknown'}"
+
+
+def _length(manifest: Mapping[str, Any]) -> str:
+    what = "a text" if _encodes(manifest) else "prompt and answer together"
+    return f"{_part(manifest, 'limits').get('max_len', '?')} tokens, {what}"
 
 
 def _shape(graph: Mapping[str, Any]) -> str:
@@ -52,6 +120,8 @@ def _parity(parity: Mapping[str, Any]) -> str:
     parts = []
     if "max_abs_logit_diff" in parity:
         parts.append(f"logits differ from transformers' by at most {_number(parity['max_abs_logit_diff'])}")
+    if parity.get("max_abs_diff") is not None:
+        parts.append(f"numbers differ from transformers' by at most {_number(parity['max_abs_diff'])}")
     if "rms_over_std" in parity:
         parts.append(f"by {_number(parity['rms_over_std'])} of their spread on average")
     if "greedy_agreement" in parity:
@@ -61,7 +131,10 @@ def _parity(parity: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _batching(parameters: Mapping[str, str]) -> str:
+def _batching(manifest: Mapping[str, Any], parameters: Mapping[str, str]) -> str:
+    if _encodes(manifest):
+        tokens = parameters.get("max_tokens_per_batch") or "16384"
+        return f"texts of all requests together, up to {tokens} tokens a run, padding included (config.pbtxt)"
     slots, queue = parameters.get("slots") or "16", parameters.get("max_queue") or "256"
     chunk = parameters.get("prefill_chunk") or "128"
     threads = parameters.get("threads") or "0"

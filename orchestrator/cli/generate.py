@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from orchestrator.cli.base import Command, CommandError, json_option, print_json
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
+    from orchestrator.cli.ask import Kind
     from orchestrator.client import Answer, GatewayClient
 
 _EPILOG = """\b
@@ -55,7 +57,11 @@ def generate(
 
     text = _read() if prompt == "-" else _checked(prompt)
     client, model = _target(settings, url, model, timeout_s)
-    chat = not raw and ask.has_chat(client, model)
+    kind = ask.kind_of(client, model)
+    if kind.operation != "generate":
+        what = {"embed": "makes embeddings", "classify": "classifies texts"}.get(kind.operation, "is of another kind")
+        raise CommandError(f"{model} does not generate text, it {what}", _instead(client, model, kind))
+    chat = not raw and kind.chat
     if system is not None and not chat:
         raise CommandError(f"{model} has no chat template, so --system means nothing to it", "leave --system out")
     given = {name: value for name, value in sampling.items() if value is not None and value != ()}
@@ -88,6 +94,17 @@ def _target(
             raise CommandError(f"{url} serves no model", "`truthgpt models list` shows what could be served")
         model = served[0]
     return client, model
+
+
+def _instead(client: GatewayClient, model: str, kind: Kind) -> str:
+    """How to ask a model that does not generate."""
+    from orchestrator.cli import ask
+
+    if kind.operation not in ask.ENCODERS:
+        return f"ask it with a KServe client at {client.url}/v2/models/{model}/infer, or name another with --model"
+    path, _ = ask.ENCODERS[kind.operation]
+    body = json.dumps({"model": model, "input": ["…"]}, ensure_ascii=False)
+    return f"curl {client.url}{path} -H 'content-type: application/json' -d '{body}'; or name another with --model"
 
 
 def _read() -> str:

@@ -47,8 +47,9 @@ def list_models(settings: Settings, as_json: bool) -> None:
     rows = []
     for entry in repository.read(settings.model_repository):
         for version in entry.versions:
-            row = {"name": entry.name, "version": str(version.number), "task": version.fact("task")}
-            rows.append(row | {"precision": version.fact("precision"), "state": _state(version, served)})
+            row: dict[str, object] = {"name": entry.name, "version": str(version.number), "task": version.fact("task")}
+            row |= {"precision": version.fact("precision"), "target": _target(version)}
+            rows.append(row | {"graph_only": version.graph_only, "state": _state(version, served)})
     if as_json:
         print_json(rows)
     elif not rows:
@@ -58,10 +59,11 @@ def list_models(settings: Settings, as_json: bool) -> None:
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False)
-        for title in ("NAME", "VERSION", "TASK", "PRECISION", "STATE"):
+        for title in ("NAME", "VERSION", "TASK", "PRECISION", "TARGET", "STATE"):
             table.add_column(title, overflow="fold")
         for row in rows:
-            table.add_row(*(value or "?" for value in row.values()))
+            row["task"] = "graph only" if row.pop("graph_only") else row["task"]
+            table.add_row(*(str(value or "?") for value in row.values()))
         Console(markup=False, highlight=False).print(table)
 
 
@@ -174,6 +176,11 @@ def _served(settings: Settings) -> dict[tuple[str, str], str]:
     for row in stack.report(settings)["models"]:
         states[(str(row.get("name")), str(row.get("version")))] = str(row["state"])
     return states
+
+
+def _target(version: Version) -> str | None:
+    """What runs it: onnx or tensorrt; of a manifest from before there was a choice, onnx."""
+    return None if version.manifest is None else version.fact("target") or "onnx"
 
 
 def _state(version: Version, served: dict[tuple[str, str], str]) -> str:

@@ -44,11 +44,18 @@ def _show(found: dict[str, Any]) -> None:
     grpc = f", gRPC {found['grpc']}" if found["grpc"] else ""
     click.echo(f"{word}, up for {_duration(found['uptime_s'])}, {found['http']}{grpc} (process {found['pid']})")
     for row in found["models"]:
+        what = {"embed": ", embeds", "classify": ", classifies", "infer": ", infers"}.get(row.get("operation"), "")
         load = f", {row['running']} running, {row['waiting']} waiting, {row['slots']} slots" if "slots" in row else ""
-        click.echo(f"  model   {row['name']} version {row['version']}: {row['state']}{load}")
+        click.echo(f"  model   {row['name']} version {row['version']}: {row['state']}{what}{_device(row)}{load}")
     for name in ("triton", "redis"):
         up = {True: "up", False: "away", None: "unknown"}[found[name]["up"]]
         click.echo(f"  {name:<7} {up}, {found[name]['url']}")
+
+
+def _device(row: dict[str, Any]) -> str:
+    if row.get("fallback"):
+        return ", on the CPU because its device failed"
+    return f", on {row['device']}" if row.get("device") not in (None, "cpu") else ""
 
 
 def _duration(seconds: float) -> str:

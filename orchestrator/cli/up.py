@@ -19,7 +19,7 @@ Examples:
 
 @click.command("up", cls=Command, epilog=_EPILOG, short_help="Start the stack and serve until Ctrl-C.")
 @click.option("--detach", "-d", is_flag=True, help="Return when the stack is ready and leave it running.")
-@click.option("--hello", is_flag=True, help="Send one prompt when ready and show the streamed answer.")
+@click.option("--hello", is_flag=True, help="Send one text when ready and show the answer.")
 @click.option("--background", is_flag=True, hidden=True)
 @json_option
 @settings_options(
@@ -47,7 +47,7 @@ def up(settings: Settings, detach: bool, hello: bool, background: bool, as_json:
             f"a stack is already running from {settings.home} (process {found.pid}, {found.http})",
             f"`truthgpt status{stack.flags(settings)}` shows it, `truthgpt down{stack.flags(settings)}` stops it",
         )
-    choice = models.choose(settings, [entry.name for entry in models.read(settings.model_repository)])
+    choice = models.choice(settings)
     if choice.note:
         click.echo(choice.note, err=True)
     if choice.export_demo:

@@ -29,6 +29,11 @@ TruthGPT serves {model}.
   logs        {logs}
 
 {first_key}Try next, in another shell:
+{examples}
+To stop: {stop}
+"""
+_EXAMPLES = {
+    "generate": """\
 {command} generate "What is TruthGPT?"{flags}
 
 curl -N {http}/v1/chat/completions -H 'content-type: application/json' \\{curl_key}
@@ -40,9 +45,32 @@ client = OpenAI(base_url="{http}/v1", api_key={api_key})
 messages = [{{"role": "user", "content": "Tell me about TruthGPT"}}]
 for chunk in client.chat.completions.create(model="{model}", messages=messages, stream=True):
     print(chunk.choices[0].delta.content or "", end="", flush=True)
+""",
+    "embed": """\
+curl {http}/v1/embeddings -H 'content-type: application/json' \\{curl_key}
+  -d '{{"model": "{model}", "input": ["Hola, ¿cómo estás?", "How are you?"]}}'
 
-To stop: {stop}
-"""
+Or in Python:
+{import_os}from openai import OpenAI
+client = OpenAI(base_url="{http}/v1", api_key={api_key})
+answer = client.embeddings.create(model="{model}", input=["Hola, ¿cómo estás?", "How are you?"])
+print([len(row.embedding) for row in answer.data])
+""",
+    "classify": """\
+curl {http}/v1/classify -H 'content-type: application/json' \\{curl_key}
+  -d '{{"model": "{model}", "input": ["Hola, ¿cómo estás?", "How are you?"]}}'
+
+Or in Python:
+{import_os}from openai import OpenAI
+client = OpenAI(base_url="{http}/v1", api_key={api_key})
+body = {{"model": "{model}", "input": ["Hola, ¿cómo estás?", "How are you?"]}}
+for row in client.post("/classify", cast_to=object, body=body)["data"]:
+    print(row["label"], row["score"])
+""",
+    "infer": """\
+curl {http}/v2/models/{model}{only_key}
+""",
+}
 _FIRST_KEY = """\
 Every request needs an API key. Make the first one, and set it as the command says:
 {command} keys create --tenant NAME{flags}
@@ -56,6 +84,10 @@ def present(settings: Settings, found: State, as_json: bool, hello: bool, detach
     if as_json:
         print_json(stack.addresses(found))
         return answered
+    try:
+        kind = ask.kind_of(GatewayClient(found.http, stack.ASK_S, settings.api_key), found.model)
+    except GatewayError:  # it was there a moment ago: what was asked for is told all the same
+        kind = ask.Kind()
     flags = stack.flags(settings)
     command = _command()
     down = f"{command} down{flags}"
@@ -68,8 +100,10 @@ def present(settings: Settings, found: State, as_json: bool, hello: bool, detach
         "curl_key": '\n  -H "authorization: Bearer $TRUTHGPT_API_KEY" \\' if keys else "",
         "import_os": "import os\n" if keys else "",
         "api_key": 'os.environ["TRUTHGPT_API_KEY"]' if keys else '"none"',
+        "only_key": ' -H "authorization: Bearer $TRUTHGPT_API_KEY"' if keys else "",
     }  # fmt: skip
-    click.echo(_TEXT.format(**facts), nl=False)
+    examples = _EXAMPLES.get(kind.operation, _EXAMPLES["infer"]).format(**facts)
+    click.echo(_TEXT.format(**facts, examples=examples), nl=False)
     return answered
 
 
@@ -91,9 +125,18 @@ def _greet(settings: Settings, found: State, show: bool) -> bool:
         return True
     try:
         client = GatewayClient(found.http, HELLO_TIMEOUT_S, settings.api_key)
-        question = ask.Question(HELLO, found.model, chat=ask.has_chat(client, found.model), max_tokens=HELLO_TOKENS)
+        kind = ask.kind_of(client, found.model)
+        if kind.operation not in ("generate", *ask.ENCODERS):
+            click.echo(f"no text was sent: {found.model} takes none", err=True)
+            return True
         if show:
             click.echo(f"> {HELLO}")
+        if kind.operation in ask.ENCODERS:
+            said = ask.encode(client, found.model, kind.operation, HELLO)
+            if show:
+                click.echo(f"{said}\n")
+            return True
+        question = ask.Question(HELLO, found.model, kind.chat, max_tokens=HELLO_TOKENS)
         ask.ask(client, question, (lambda text: click.echo(text, nl=False)) if show else None)
         if show:
             click.echo("\n")

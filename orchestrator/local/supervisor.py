@@ -27,6 +27,7 @@ GATEWAY_SILENT_S = 10.0
 GATEWAY_END_S = 8.0  # more than its parent process waits for its workers once they have drained
 LOGS_S = 5.0
 LOGS_FAILED_S = 300.0
+ENGINE_VERSIONS = 2  # that the config.pbtxt of a graph alone has loaded: the entry in front is switched after it
 
 Report = Callable[[str], None]
 
@@ -89,10 +90,11 @@ class Supervisor:
             url = self._redis.url
         self._redis_url = url
         newest = {name: models.get(self._settings.model_repository, name).newest.number for name in self._served}
-        modelset.write(self._home, newest)
+        wanted = models.with_engines(self._settings.model_repository, newest)
+        modelset.write(self._home, wanted)
         self._report(f"starting Triton with {', '.join(self._served)}")
         await self._start_triton()
-        for name in self._served:
+        for name in wanted:
             if not await self._model_loads(name):
                 return False
         await self._note_versions()
@@ -102,10 +104,11 @@ class Supervisor:
 
     async def _note_versions(self) -> None:
         """What was loaded is what comes back after a crash, even if an export has published a newer version since."""
-        with contextlib.suppress(TruthGPTError):
+        with contextlib.suppress(TruthGPTError, models.ModelsError):
             index = await self._triton.index()
             loaded = {name: int(index[name][0]) for name in self._served if name in index}
-            modelset.write(self._home, modelset.read(self._home) | loaded)
+            wanted = models.with_engines(self._settings.model_repository, loaded)
+            modelset.write(self._home, modelset.read(self._home) | wanted)
 
     async def _model_loads(self, name: str) -> bool:
         """Wait until a model answers. A server that crashes meanwhile gets a second attempt, no third.
@@ -137,9 +140,12 @@ class Supervisor:
         The others are loaded by the model watch, which can name a version.
         """
         wanted = modelset.read(self._home)
-        newest = {entry.name: entry.newest.number for entry in models.read(self._settings.model_repository)}
-        by_itself = [name for name, version in wanted.items() if newest.get(name) == version]
-        argv = tritonserver.command(self._installation, self._settings, by_itself)
+        by_itself = {
+            entry.name: entry.versions[: ENGINE_VERSIONS if entry.newest.graph_only else 1]
+            for entry in models.read(self._settings.model_repository)
+        }
+        names = [name for name, number in wanted.items() if number in {v.number for v in by_itself.get(name, ())}]
+        argv = tritonserver.command(self._installation, self._settings, names)
         env = tritonserver.environment(self._installation)
         self._children["triton"] = await Child.start("triton", argv, env, self._logs / "triton.log")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import subprocess
 import time
@@ -11,7 +12,7 @@ from orchestrator import engines, models
 from orchestrator.client import GatewayClient, GatewayError
 from orchestrator.local import redisserver, state, tritonserver
 from orchestrator.local.process import alive
-from orchestrator.ops import entrycheck
+from orchestrator.ops import entrycheck, verification
 from orchestrator.ops.finding import Deployment, Finding
 from orchestrator.ops.keyring import Keyring
 from orchestrator.ops.redis import NoRedis, connect
@@ -70,7 +71,7 @@ def check_entry(deployment: Deployment) -> Finding:
         entry = models.get(deployment.settings.model_repository, choice.model)
     except models.ModelsError as error:
         return Finding("entry", False, str(error), error.hint)
-    found = entrycheck.problems(entry)
+    found = [*entrycheck.problems(entry), *_of_graph(entry)]
     if found:
         hint = f"export {entry.name} again, or go back with `truthgpt models remove {entry.name} --version N`"
         return Finding("entry", False, "; ".join(found), hint)
@@ -82,6 +83,15 @@ def check_entry(deployment: Deployment) -> Finding:
         detail += f", but it was verified with onnxruntime {made_with} and {have} is installed"
         return Finding("entry", True, detail, f"export {entry.name} again to verify it with this version")
     return Finding("entry", True, detail)
+
+
+def _of_graph(entry: models.Entry) -> list[str]:
+    """What is wrong with the entry that has a model's graph, where that is another one."""
+    found = verification.check_graph(entry, entry.newest, lambda count: None)
+    with contextlib.suppress(models.ModelsError):  # it has just been told
+        graph = models.engine_of(entry.folder.parent, entry.newest)
+        found += entrycheck.problems(*graph) if graph is not None else []
+    return found
 
 
 def check_engine(deployment: Deployment) -> Finding:

@@ -57,4 +57,4 @@ class Deployment:
         """The model that is served, or would be by `truthgpt up`. Raises ModelsError."""
         if self.stack is not None:
             return models.Choice(self.stack.model)
-        return models.choose(self.settings, [entry.name for entry in models.read(self.settings.model_repository)])
+        return models.choice(self.settings)

@@ -3,6 +3,9 @@
 A version is verified before Triton hears of it. A new version comes up beside the old one, takes over in one step, and
 the old one goes when what runs on it has ended; one that does not come up leaves the old one as it was. What is loaded
 is noted in the model set of the home, by which the supervisor brings it back after a crash.
+
+A natively served encoder is two entries: its graph is loaded before it and unloaded after it, and while one version
+follows another both have their graph.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from orchestrator.ops import verification
 from orchestrator.ops.verification import Advance
 from orchestrator.settings import Settings
 from orchestrator.triton import Deadlines, Repository, Row, Triton
+from orchestrator.triton.repository import ENGINE
 
 POLL_S = 0.1
 GATEWAY_S = 10.0
@@ -73,20 +77,21 @@ class Control:
 
     def load(self, name: str, number: int | None = None) -> Outcome:
         """Serve a version of a model that is not served yet. One that is served already is left as it is."""
-        entry = models.get(self._settings.model_repository, name)
-        version = entry.newest if number is None else entry.version(number)
+        entry, version = self._chosen(name, number)
         with modelset.changing(self._home, name, self._timeout_s):
             return asyncio.run(self._load(entry, version, asked=number))
 
     def reload(self, name: str, number: int | None = None) -> Outcome:
         """Move a served model to another version, the newest unless one is named, or to a changed config.pbtxt."""
-        entry = models.get(self._settings.model_repository, name)
-        version = entry.newest if number is None else entry.version(number)
+        entry, version = self._chosen(name, number)
         with modelset.changing(self._home, name, self._timeout_s):
             return asyncio.run(self._reload(entry, version))
 
     def unload(self, name: str) -> Outcome:
         """Stop serving a model. What runs on it may end for up to `drain_s` seconds."""
+        for other, number in modelset.read(self._home).items():
+            if self._engine_name(other, number) == name:
+                raise ControlError(f"{name} is the graph of {other}, which is served", _of_graph("unload", other))
         with modelset.changing(self._home, name, self._timeout_s):
             return asyncio.run(self._unload(name))
 
@@ -99,10 +104,12 @@ class Control:
                         f"{entry.name} is already served in version {served}",
                         f"`truthgpt models reload {entry.name} --version {asked}` moves it to version {asked}",
                     )
-                self._note(entry.name, served)
+                serving = next((one for one in entry.versions if one.number == served), version)
+                self._note(entry.name, served, models.engine_of(self._settings.model_repository, serving))
                 return Outcome(entry.name, served, served, changed=False)
             self._verify(entry, version)
             await self._bring_up(entry, version, None)
+            await self._trim(None, version)
             return Outcome(entry.name, version.number, None, noticed=await self._noticed(version))
 
     async def _reload(self, entry: Entry, version: Version) -> Outcome:
@@ -119,6 +126,7 @@ class Control:
             noticed = await self._noticed(version)
             self._say(f"letting version {served} end what runs on it")
             draining = await self._gone(name, version.number, self._settings.drain_s)
+            await self._trim(self._engine_name(name, served), version)
             tritonserver.sweep(self._found.shm_prefix, kill=False)
             return Outcome(name, version.number, served, draining=draining, noticed=noticed)
 
@@ -130,22 +138,49 @@ class Control:
                 models.get(self._settings.model_repository, name)  # a name that nobody knows is an error
                 return Outcome(name, None, None, changed=False)
             before = next((int(row.version) for row in rows if row.state == "READY"), None)
-            modelset.write(self._home, {k: v for k, v in modelset.read(self._home).items() if k != name})
-            self._say(f"unloading {name}")
-            try:
-                await self._repository.unload(name, self._timeout_s)
-            except TruthGPTError as error:
-                raise ControlError(f"{name} could not be unloaded: {error}", "see triton.log") from error
+            wanted = modelset.read(self._home)
+            engine = self._engine_name(name, before or wanted.get(name))
+            modelset.write(self._home, {k: v for k, v in wanted.items() if k not in (name, engine)})
+            draining = await self._end(name)
             noticed = await self._settled(name, lambda row: row is None)
-            self._say("letting it end what runs on it")
-            draining = await self._gone(name, None, self._settings.drain_s + CUT_OFF_S)
-            if draining:  # a stub that is stopped or hangs ends by no other means
-                for stub in tritonserver.stubs(self._found.processes.get("triton"), name):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        stub.kill()
-                        stub.wait(CUT_OFF_S)
+            if engine is not None:
+                await self._end(engine)
             tritonserver.sweep(self._found.shm_prefix, kill=False)
             return Outcome(name, None, before, draining=draining, noticed=noticed)
+
+    async def _end(self, name: str) -> tuple[int, ...]:
+        """Unload a model; the versions whose processes had to be ended."""
+        self._say(f"unloading {name}")
+        try:
+            await self._repository.unload(name, self._timeout_s)
+        except TruthGPTError as error:
+            raise ControlError(f"{name} could not be unloaded: {error}", "see triton.log") from error
+        self._say("letting it end what runs on it")
+        draining = await self._gone(name, None, self._settings.drain_s + CUT_OFF_S)
+        if draining:  # a stub that is stopped or hangs ends by no other means
+            for stub in tritonserver.stubs(self._found.processes.get("triton"), name):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    stub.kill()
+                    stub.wait(CUT_OFF_S)
+        return draining
+
+    def _chosen(self, name: str, number: int | None) -> tuple[Entry, Version]:
+        """What is to be loaded. Raises ModelsError, or ControlError for a graph that belongs to another model."""
+        entry = models.get(self._settings.model_repository, name)
+        version = entry.newest if number is None else entry.version(number)
+        if version.graph_only:
+            message = f"{name} is the graph of another model and comes and goes with it"
+            raise ControlError(message, _of_graph("load", name.removesuffix(ENGINE)))
+        return entry, version
+
+    def _engine_name(self, name: str, number: int | None) -> str | None:
+        """The entry that has the graph of a version, as far as that can still be found out."""
+        try:
+            entry = models.get(self._settings.model_repository, name)
+            engine = (entry.newest if number is None else entry.version(number)).engine
+        except models.ModelsError:  # it was removed while it was served
+            return name + ENGINE if name + ENGINE in modelset.read(self._home) else None
+        return engine.name if engine is not None else None
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:
@@ -166,23 +201,49 @@ class Control:
                 + "; ".join(text for _, text in verdict.problems),
                 f"export {entry.name} again, or choose an intact version: `truthgpt models verify {entry.name} --all`",
             )
+        engine = models.engine_of(self._settings.model_repository, version)
+        if engine is not None:
+            self._verify(*engine)
 
     async def _bring_up(self, entry: Entry, version: Version, served: int | None) -> None:
         """Load a version and wait until it answers; what did not come up leaves no trace. Raises ControlError."""
         name, number = entry.name, version.number
-        self._say(f"loading {name} version {number}")
+        engine = models.engine_of(self._settings.model_repository, version)
+        had = await self._ready(engine[0].name) if engine is not None else set()
         try:
+            if engine is not None:  # beside the one that is served, which the model in front asks until it is replaced
+                self._say(f"loading {engine[0].name} version {engine[1].number}")
+                await self._load_versions(engine[0], {*had, engine[1].number}, self._timeout_s)
+            self._say(f"loading {name} version {number}")
             await self._repository.load(name, self._timeout_s, entry.pinned(number))
             await self._answering(version)
         except BaseException as error:
             undone = await self._undo(entry, served)
+            if engine is not None:
+                undone = await self._undo_engine(engine[0], had) and undone
             if not isinstance(error, TruthGPTError):
                 raise
             rest = f"version {served} goes on serving; " if served is not None and undone else ""
             log = self._settings.home / "logs" / "triton.log"
             message = f"{name} version {number} did not load: {_reason(error)}"
             raise ControlError(message, f"{rest}the whole log is {log}") from error
-        self._note(name, number)
+        self._note(name, number, engine)
+
+    async def _load_versions(self, entry: Entry, numbers: set[int], within_s: float) -> None:
+        """Have these versions of a graph loaded, as far as they are still in the repository. Raises TruthGPTError."""
+        there = numbers & {version.number for version in entry.versions}
+        await self._repository.load(entry.name, within_s, entry.pinned(*sorted(there)))
+
+    async def _trim(self, former: str | None, version: Version) -> None:
+        """Leave of the graphs those that the version that is served now needs."""
+        engine = models.engine_of(self._settings.model_repository, version)
+        try:
+            if former is not None and (engine is None or engine[0].name != former):
+                await self._end(former)
+            if engine is not None and await self._ready(engine[0].name) != {engine[1].number}:
+                await self._load_versions(engine[0], {engine[1].number}, self._timeout_s)
+        except (TruthGPTError, ControlError) as error:  # it takes memory and does no harm
+            self._say(f"what the former version needed is still loaded: {error}")
 
     async def _answering(self, version: Version) -> None:
         """Wait until what answers is this version. Raises TruthGPTError when it does not in time."""
@@ -209,8 +270,24 @@ class Control:
         tritonserver.sweep(self._found.shm_prefix, kill=False)
         return True
 
-    def _note(self, name: str, version: int) -> None:
-        modelset.write(self._home, modelset.read(self._home) | {name: version})
+    async def _undo_engine(self, entry: Entry, had: set[int]) -> bool:
+        try:
+            async with asyncio.timeout(UNDO_S):
+                if had:
+                    await self._load_versions(entry, had, UNDO_S)
+                else:
+                    await self._repository.unload(entry.name, UNDO_S)
+        except (TruthGPTError, TimeoutError, models.ModelsError) as error:
+            self._say(f"{entry.name} could not be brought back: {error}")
+            return False
+        return True
+
+    def _note(self, name: str, version: int, engine: tuple[Entry, Version] | None = None) -> None:
+        wanted = modelset.read(self._home)
+        former = self._engine_name(name, wanted.get(name))
+        kept = {k: v for k, v in wanted.items() if k not in (name, former)}
+        own = {engine[0].name: engine[1].number} if engine is not None else {}
+        modelset.write(self._home, kept | own | {name: version})
 
     async def _rows(self, name: str) -> list[Row]:
         try:
@@ -221,8 +298,10 @@ class Control:
 
     async def _served(self, name: str) -> int | None:
         """The version that new requests go to."""
-        ready = [int(row.version) for row in await self._rows(name) if row.state == "READY"]
-        return max(ready, default=None)
+        return max(await self._ready(name), default=None)
+
+    async def _ready(self, name: str) -> set[int]:
+        return {int(row.version) for row in await self._rows(name) if row.state == "READY"}
 
     async def _instances(self, name: str, version: int) -> set[int]:
         return {stub.pid for stub in tritonserver.stubs(self._found.processes.get("triton"), name, version)}
@@ -274,6 +353,10 @@ class Control:
                     return True
             await asyncio.sleep(POLL_S)
         return False
+
+
+def _of_graph(verb: str, model: str) -> str:
+    return f"`truthgpt models {verb} {model}` does both"
 
 
 def _reason(error: TruthGPTError) -> str:

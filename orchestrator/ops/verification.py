@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import engines
-from orchestrator.models import Entry, Version
+from orchestrator.models import Entry, ModelsError, Version, engine_of
 from orchestrator.ops import entrycheck
 
 Advance = Callable[[int], object]  # is told how many more bytes have been read
@@ -59,11 +59,24 @@ def check_engine(entry: Entry, version: Version, advance: Advance) -> list[str]:
     return []
 
 
+def check_graph(entry: Entry, version: Version, advance: Advance) -> list[str]:
+    """The entry that has its graph, where that is another one, is the one that it was exported with."""
+    try:
+        found = engine_of(entry.folder.parent, version)
+        if found is None or version.engine is None or version.engine.sha256.startswith(found[1].digest):
+            return []
+    except ModelsError as error:
+        return [str(error)]
+    path = found[1].folder / "manifest.json"
+    return [f"{path} is not the one that {version.name} version {version.number} was exported with"]
+
+
 CHECKS: dict[str, Check] = {
     "manifest": check_manifest,
     "files": check_files,
     "config": check_config,
     "engine": check_engine,
+    "graph": check_graph,
 }
 
 

@@ -5,6 +5,9 @@ brings up the new version beside the old one, moves new requests over in one ste
 on it before it goes; no request fails in between. A load that fails leaves the old version as it was. `unload` refuses
 new requests at once, returns, and lets running ones end.
 
+A model named X--engine beside one named X is the graph of X alone, as `truthgpt export --serve-with native` makes the
+two: it is loaded before X and unloaded after it, and no caller ever sees it.
+
 Over HTTP a load keeps a thread of Triton's HTTP server until it has ended, and every stream whose connection belongs to
 that thread, often all of them, stands still for so long: a load goes over gRPC, which disturbs none (tried).
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
@@ -27,6 +30,7 @@ from orchestrator.triton.wire import Reply, decode, error_of
 
 READY, LOADING, UNLOADING, UNAVAILABLE = "READY", "LOADING", "UNLOADING", "UNAVAILABLE"
 INDEX_S = 5.0
+ENGINE = "--engine"
 LOAD_METHOD = "/inference.GRPCInferenceService/RepositoryModelLoad"
 
 
@@ -43,6 +47,11 @@ class Row:
     def occupied(self) -> bool:
         """Whether the version takes memory."""
         return self.state in (READY, LOADING, UNLOADING)
+
+
+def is_engine(name: str, names: Container[str]) -> bool:
+    """Whether a model is the graph of another one of those names."""
+    return name.endswith(ENGINE) and name.removesuffix(ENGINE) in names
 
 
 class Repository:
@@ -71,10 +80,19 @@ class Repository:
     async def forward(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> Reply:
-        """An exchange of the admin edge as Triton answers it, a load over gRPC. Raises TruthGPTError."""
-        asked = re.fullmatch(r"/v2/repository/models/([^/]+)/load", path)
+        """An exchange of the admin edge as Triton answers it, a load over gRPC. Raises TruthGPTError.
+
+        The graph of a model comes and goes with it.
+        """
+        asked = re.fullmatch(r"/v2/repository/models/([^/]+)/(load|unload)", path)
         if asked is None or method != "POST":
             return await self._triton.fetch(method, path, body, headers, timeout_s)
+        model = unquote(asked[1])
+        if asked[2] == "unload":
+            reply = await self._triton.fetch(method, path, body, headers, timeout_s)
+            if reply.status == 200 and any(row.occupied for row in await self.rows(model + ENGINE)):
+                await self.unload(model + ENGINE, timeout_s)
+            return reply
         try:
             given = (orjson.loads(body) if body else {}).get("parameters", {})
             parameters = {
@@ -84,7 +102,9 @@ class Repository:
         except (ValueError, TypeError, AttributeError):
             return Reply(400, {}, orjson.dumps({"error": "the parameters of a load are texts by name"}))
         try:
-            await self._load(unquote(asked[1]), parameters, timeout_s)
+            if await self.rows(model + ENGINE):
+                await self._load(model + ENGINE, {}, timeout_s)
+            await self._load(model, parameters, timeout_s)
         except UpstreamError as error:
             return Reply(400, {}, orjson.dumps({"error": str(error)}))
         return Reply(200, {}, b"")

@@ -41,7 +41,8 @@ class _Server(ThreadingHTTPServer):
 
 
 class Gateway:
-    """Serves `health` and `models`, and answers completions with `events`, `pause_s` apart; keeps what was asked.
+    """Serves `health` and `models`, and answers completions with `events`, `pause_s` apart, or all with `answer`; keeps
+    what was asked.
 
     With `cut_off` the connection is lost after the last event. `credentials` has the Authorization of each request.
     """
@@ -57,6 +58,7 @@ class Gateway:
         self.stall_s = 0.0
         self.status, self.body, self.headers = 200, b"", {}  # type: int, bytes, dict[str, str]
         self.events: list[bytes] = list(ANSWER)
+        self.answer: dict[str, Any] | None = None
         self.pause_s = 0.0
         self.cut_off = False
         self.whole_event_a_chunk = True
@@ -114,6 +116,8 @@ class Gateway:
                     self.end_headers()
                     self.wfile.write(gateway.body)
                     return
+                if gateway.answer is not None:
+                    return self._json(200, gateway.answer)
                 self.send_response(200)
                 self.send_header("content-type", "text/event-stream; charset=utf-8")
                 self.send_header("transfer-encoding", "chunked")

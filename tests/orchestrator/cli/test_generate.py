@@ -158,3 +158,18 @@ def test_a_refused_key_says_how_to_make_one(place: Any, gateway: Any) -> None:
     place.set(API_KEY="tg_\n\u00f1")
     stderr = place.refused("generate", "Hola")
     assert "characters that no key has" in stderr and "\u00f1" not in stderr and gateway.asked == []
+
+
+@pytest.mark.parametrize(
+    ("operation", "path"),
+    [("embed", "/v1/embeddings"), ("classify", "/v1/classify"), ("infer", "/v2/models/demo/infer")],
+)
+def test_a_model_that_does_not_generate_is_refused_with_what_asks_it(
+    place: Any, gateway: Any, operation: str, path: str
+) -> None:
+    """Nothing is sent; the hint has the endpoint that takes texts for this model."""
+    gateway.row["operation"] = operation
+    for raw in ((), ("--raw",)):
+        told = place.refused("generate", "Hola", *raw)
+        assert "demo does not generate text" in told and f"{gateway.url}{path}" in told
+    assert gateway.asked == []

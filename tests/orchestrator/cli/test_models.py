@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -22,7 +23,8 @@ def test_list_has_the_promised_keys(place: Any) -> None:
     place.export("other")
     rows = place.json("models", "list")
     assert rows[0] == {
-        "name": "demo", "version": "2", "task": "text_generation", "precision": "fp32", "state": "NOT_LOADED",
+        "name": "demo", "version": "2", "task": "text_generation", "precision": "fp32", "target": "onnx",
+        "graph_only": False, "state": "NOT_LOADED",
     }  # fmt: skip
     assert [(row["name"], row["version"]) for row in rows] == [("demo", "2"), ("demo", "1"), ("other", "1")]
     shown = place.run("models", "list").stdout
@@ -66,6 +68,61 @@ def test_show_explains_manifest_and_batching(place: Any) -> None:
     assert document["manifest"]["graph"]["max_len"] == 4096 and document["parameters"]["slots"] == "4"
     assert "no version 9" in place.refused("models", "show", "demo", "--version", "9")
     assert "hint: it has demo" in place.refused("models", "show", "nope")
+
+
+def write_manifest(place: Any, name: str, **changes: Any) -> None:
+    path = place.repository / name / "1" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+ENCODER = {"graph": {"width": 384}, "limits": {"max_len": 256}, "parity": {"max_abs_diff": 2e-7, "batch_effect": 1e-7}}
+SHOWN: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "embeddings": (
+        {**ENCODER, "embedding": {"pooling": ["mean"], "head": ["normalize"], "normalized": True}},
+        ["asked at /v1/embeddings", "384 numbers, of length 1 (mean pooling, normalize)", "256 tokens, a text",
+         "numbers differ from transformers' by at most 2.0e-07", "up to 16384 tokens a run"],
+    ),
+    "classes": (
+        {**ENCODER, "classes": {"labels": ["malo", "bueno"], "problem": "multi_label"}},
+        ["asked at /v1/classify", "malo, bueno (each by itself)"],
+    ),
+    "front": (
+        {"served_by": {"name": "demo--engine", "version": 3, "manifest_sha256": "0" * 64}},
+        ["demo--engine version 3, run by Triton itself"],
+    ),
+    "graph": ({"graph_only": True}, ["asked by another entry only", "for the entry in front"]),
+    "fp16": ({"precision": "fp16", "fp32_layers": [3, 11]}, ["2 layers stay fp32: 3, 11"]),
+    "int4": (
+        {"precision": "int4", "quantization": {"bits": 4, "calibration": {"tokens": 9}, "allowed_drift": 0.3}},
+        ["weights of 4 bits, calibrated by a text; published up to a drift of 30%"],
+    ),
+    "tensorrt": ({"target": "tensorrt"}, ["tensorrt, its engine is built by the first load"]),
+    "engine": (
+        {"target": "tensorrt", "engine": {"gpu": "NVIDIA L4", "compute_capability": "8.9", "tensorrt": "10.13.3"}},
+        ["tensorrt, engine for NVIDIA L4 (compute capability 8.9) made by tensorrt 10.13.3"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SHOWN)
+def test_show_says_what_an_entry_is_for(place: Any, kind: str) -> None:
+    """What an encoder makes, whose graph is whose, what a precision hides, and which GPU an engine is for."""
+    place.export()
+    changes, told = SHOWN[kind]
+    write_manifest(place, "demo", **changes)
+    shown = place.run("models", "show", "demo").stdout
+    assert [text for text in told if text not in shown] == [], shown
+
+
+def test_list_tells_graphs_and_engines_apart(place: Any) -> None:
+    """A graph that another entry is in front of is no model of its own, and an entry for TensorRT says so."""
+    place.export("fast")
+    place.export("mood--engine")
+    write_manifest(place, "fast", target="tensorrt")
+    write_manifest(place, "mood--engine", graph_only=True)
+    facts = [(row["name"], row["target"], row["graph_only"]) for row in place.json("models", "list")]
+    assert facts == [("fast", "tensorrt", False), ("mood--engine", "onnx", True)]
+    assert "graph only" in place.run("models", "list").stdout
 
 
 @pytest.mark.parametrize("name", ["../demo", ".staging", "demo/1", "", "."])

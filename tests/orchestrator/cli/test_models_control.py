@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,37 @@ def test_remove_refuses_the_version_that_is_to_be_served(place: Any) -> None:
     modelset.write(place.home, {"demo": 2})
     assert "models unload demo" in place.refused("models", "remove", "demo", "--version", "2", "--yes")
     assert place.run("models", "remove", "demo", "--version", "3", "--yes").exit_code == 0
+
+
+def export_pair(place: Any) -> Path:
+    """`mood`, whose graph is `mood--engine`; the manifest of the latter."""
+    graph = place.export("mood--engine") / "1" / "manifest.json"
+    graph.write_text(json.dumps({**json.loads(graph.read_text()), "graph_only": True}))
+    front = place.export("mood") / "1" / "manifest.json"
+    digest = hashlib.sha256(graph.read_bytes()).hexdigest()
+    served_by = {"name": "mood--engine", "version": 1, "manifest_sha256": digest}
+    front.write_text(json.dumps({**json.loads(front.read_text()), "served_by": served_by}))
+    return Path(graph)
+
+
+def test_a_model_is_verified_with_its_graph(place: Any) -> None:
+    """A graph that is another one than it was exported with, or that is missing, is named; nothing is loaded then."""
+    manifest = export_pair(place)
+    assert all(row["ok"] for row in place.json("models", "verify"))
+    manifest.write_text(manifest.read_text() + " ")
+    rows = json.loads(place.run("models", "verify", "mood", "--json").stdout)
+    assert "not the one that mood version 1 was exported with" in rows[0]["problems"][0]["message"]
+    shutil.rmtree(manifest.parents[1])
+    rows = json.loads(place.run("models", "verify", "mood", "--json").stdout)
+    assert [row["check"] for row in rows[0]["problems"]] == ["graph"]
+    assert "mood version 1 needs mood--engine version 1" in rows[0]["problems"][0]["message"]
+
+
+def test_a_graph_is_not_loaded_or_unloaded_by_itself(place: Any) -> None:
+    """Whoever names it is told the command for the model that it belongs to."""
+    export_pair(place)
+    write_state(place.home, "http://127.0.0.1:1")
+    for verb in ("load", "reload"):
+        assert "models load mood" in place.refused("models", verb, "mood--engine")
+    modelset.write(place.home, {"mood--engine": 1, "mood": 1})
+    assert "the graph of mood, which is served" in place.refused("models", "unload", "mood--engine")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator import models
 from orchestrator.cli import demo, launch, welcome
 from orchestrator.client import GatewayClient
 from orchestrator.local import state, tritonserver
@@ -197,7 +198,7 @@ def test_the_python_that_is_shown_runs(place: Any, ready: Any, capsys: pytest.Ca
     gateway.events[-2] = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": null}]}\n\n'
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "¡Hola, mundo!"), done.stderr
-    assert gateway.credentials == ["Bearer tg_one"]
+    assert gateway.credentials[-1] == "Bearer tg_one" and len(gateway.asked) == 1
 
 
 def test_the_curl_that_is_shown_is_a_request_that_the_gateway_takes(
@@ -287,3 +288,57 @@ def test_the_greeting_gives_up_on_a_stalled_gateway(
     assert not welcome.present(Settings.load(), found, as_json=True, hello=True, detached=True)
     assert "did not answer in time" in capsys.readouterr().err
     assert GatewayClient(gateway.url).live() and threading.active_count() < 50
+
+
+ENCODERS = {
+    "embed": ("/v1/embeddings", {"embedding": [0.5, 0.25, 1.0, 2.0]}, "4 numbers, beginning [0.5, 0.25, 1.0]", "[4]"),
+    "classify": ("/v1/classify", {"label": "bueno", "score": 0.75}, "bueno (0.75)", "bueno 0.75"),
+}
+
+
+@pytest.mark.parametrize("operation", ENCODERS)
+def test_an_encoder_is_greeted_and_shown_as_one(
+    place: Any, ready: Any, capsys: pytest.CaptureFixture[str], operation: str
+) -> None:
+    """--hello asks its own endpoint; curl's body and the Python that are shown are what the gateway takes of it."""
+    gateway, found = ready
+    path, row, said, printed = ENCODERS[operation]
+    gateway.row["operation"], gateway.answer = operation, {"object": "list", "data": [{"index": 0, **row}]}
+    assert welcome.present(Settings.load(), found, as_json=False, hello=True, detached=True)
+    output = capsys.readouterr().out
+    assert gateway.asked == [(path, {"model": "demo", "input": "Hola, ¿cómo estás?"})]
+    assert output.startswith(f"> Hola, ¿cómo estás?\n{said}\n") and "chat" not in output and "generate" not in output
+    assert f"curl {gateway.url}{path}" in output
+    assert json.loads(output.split("-d '")[1].split("'\n")[0])["model"] == "demo"
+    code = output.split("Or in Python:\n")[1].split("\n\nTo stop")[0]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, printed), done.stderr
+    assert gateway.asked[1][0] == path
+
+
+def test_a_model_that_takes_no_text_is_not_greeted(
+    place: Any, ready: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of another backend is shown with its KServe address, and --hello says that nothing was sent."""
+    gateway, found = ready
+    gateway.row["operation"] = "infer"
+    assert welcome.present(Settings.load(), found, as_json=False, hello=True, detached=True)
+    output = capsys.readouterr()
+    assert gateway.asked == [] and "takes none" in output.err and f"curl {gateway.url}/v2/models/demo\n" in output.out
+
+
+def test_an_answer_to_the_greeting_that_makes_no_sense_is_told(place: Any, ready: Any) -> None:
+    """An encoder that answers without vectors has not answered."""
+    gateway, found = ready
+    gateway.row["operation"], gateway.answer = "embed", {"data": []}
+    assert not welcome.present(Settings.load(), found, as_json=True, hello=True, detached=True)
+
+
+def test_a_graph_is_not_served_by_itself(place: Any) -> None:
+    """`up` neither chooses the graph of another model by itself nor takes it where it is named."""
+    place.export("mood")
+    path = place.export("mood--engine") / "1" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "graph_only": True}))
+    assert "is the graph of another model" in place.refused("up", "--model", "mood--engine")
+    assert "is the graph of another model" in place.refused("up", "--models", "mood--engine")
+    assert models.choice(Settings.load()).model == "mood"
