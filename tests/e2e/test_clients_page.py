@@ -19,7 +19,9 @@ from .refusing import RETRY_AFTER_S, Refusing
 from .stack import Stack
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "clients.md"
-VARIABLES, *EXAMPLES = examples(PAGE)
+VARIABLES, *EVERY = examples(PAGE)
+ENCODERS = [each for each in EVERY if each.heading == "Embeddings and classes"]  # run by test_encoders.py
+EXAMPLES = [each for each in EVERY if each not in ENCODERS]
 CURL, CURL_STREAM, CURL_ERROR = (each for each in EXAMPLES if each.heading == "curl")
 TRITON = {"tritonclient.http", "tritonclient.grpc", "tritonclient.grpc.aio"}
 NEEDS = {"console": "curl", "javascript": "node"}
@@ -70,11 +72,12 @@ def check(example: Example, stack: Stack, expected: int, retries: bool) -> list[
 def test_every_example_is_run_by_a_test_here() -> None:
     """No heading is without an expectation, and the variables set at the top are those of the tests."""
     assert {each.heading for each in EXAMPLES} == {*RETRIED, *WHOLE, "curl"}
+    assert [each.kind for each in ENCODERS] == ["console", "console", "python"]
     names = re.findall(r"^export (\w+)=(\S+)$", VARIABLES.code, re.MULTILINE)
     settings = Settings()
     assert dict(names) == {
         "GATEWAY": f"http://127.0.0.1:{settings.http_port}", "GATEWAY_GRPC": f"127.0.0.1:{settings.grpc_port}",
-        "TRUTHGPT_API_KEY": "tg_...", "MODEL": "demo",
+        "TRUTHGPT_API_KEY": "tg_...", "MODEL": "demo", "EMBEDDER": "minilm", "CLASSIFIER": "sentiment",
     }  # fmt: skip
     assert {kind for kind in (each.kind for each in EXAMPLES)} == {"console", "python", "javascript"}
 

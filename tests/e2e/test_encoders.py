@@ -1,14 +1,21 @@
-"""Encoders behind the gateway in the real Triton, asked by the clients that people have."""
+"""Encoders as `truthgpt export` makes them, beside a model that generates, asked by the clients that people have."""
 
 from __future__ import annotations
 
+import hashlib
+import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +27,62 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from orchestrator.local import tritonserver
-from tests.encoding import CLASSIFIES, EMBEDS, scores, tokens, vector, write_encoder
+from tests.counting import write_entry
+from tests.encoding import EMBEDS, write_encoder
 
+from .encoder_server import ONNXRUNTIME
 from .stack import Stack, wait_until
+from .test_clients_page import ENCODERS, environ
+
+pytestmark = pytest.mark.timeout(300)  # the first test exports two models
+LABELS = {"id2label": {0: "malo", 1: "bueno"}, "label2id": {"malo": 0, "bueno": 1}}
+TEXTS = [
+    "Hola, ¿cómo estás?",
+    "El modelo aprende palabras del corpus.",
+    "uno",
+    "The quick brown fox",
+    "日本 \U0001f600",
+]
+LONG = "río " * 25_000  # 100,000 characters
+
+
+@dataclass
+class Served(Stack):
+    """`vectors` and `scores` of TEXTS: float32 [5, 32] of the exported file and [5, 2] of transformers."""
+
+    vectors: Any = None
+    scores: Any = None
+    admin: str = ""
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    """A stack of encoders alone; of `narrow` only two requests may wait, and its batches take 0.3 s."""
+def stack() -> Iterator[Served]:
+    """`counting`, and two encoders of tiny checkpoints: `embedder` by our backend, the classifier `mood` natively."""
+    from export.pipeline import ExportOptions, export_model
+    from tests.export import encoder_checkpoints as checkpoints
+    from tests.export.test_encoder import classifier, run_texts
+
     folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
-    write_encoder(folder / "repository", "embedder", EMBEDS)
-    write_encoder(folder / "repository", "classifier", CLASSIFIES)
-    write_encoder(folder / "repository", "narrow", EMBEDS | {"pause_s": "0.3"}, max_queue=2)
-    started = Stack(folder / "home", folder / "repository", model="embedder")
+    repository, sentences, mood = folder / "repository", folder / "sentences", folder / "mood"
+    # Stands for Triton's own backend, which the server here does not carry.
+    backend = folder / "home" / "triton" / "backends" / "onnxruntime"
+    backend.mkdir(parents=True)
+    (backend / "model.py").write_text(ONNXRUNTIME)
+    extra = {"TRUTHGPT_MODELS": "embedder,mood", "TRUTHGPT_LIMIT_PER_DAY": "1000000000"}
+    started = Served(folder / "home", repository, extra=extra)
     try:
+        write_entry(repository, slots=4, max_len=2000, step_delay_ms=5)
+        checkpoints.write_sentence_modules(checkpoints.write_encoder(sentences, num_hidden_layers=1))
+        checkpoints.write_encoder(mood, "bert", "ForSequenceClassification", num_hidden_layers=1, **LABELS)
+        exported = export_model(ExportOptions(str(sentences), repository, "embedder"))
+        export_model(ExportOptions(str(mood), repository, "mood", max_len=48, serve_with="native"))
+        config = repository / "mood" / "config.pbtxt"  # one process that tokenises is enough here
+        config.write_text(re.sub(r"KIND_CPU count: \d+", "KIND_CPU count: 1", config.read_text()))
+        powers = np.exp(classifier(mood, TEXTS, max_len=48))
+        started.vectors, started.scores = run_texts(exported, TEXTS), powers / powers.sum(axis=1, keepdims=True)
         started.start()
         made = started.cli("keys", "create", "--tenant", "ops", "--scope", "admin", "--json")
-        started.extra["admin"] = json.loads(made.stdout)["key"]
-        for model in ("classifier", "narrow"):
-            load(started, model)
+        started.admin = json.loads(made.stdout)["key"]
         yield started
     finally:
         started.stop()
@@ -46,90 +90,214 @@ def stack() -> Iterator[Stack]:
         shutil.rmtree(folder)
 
 
-def load(stack: Stack, model: str) -> None:
-    """Load a model through the admin edge; the gateway sees it."""
-    headers = {"authorization": f"Bearer {stack.extra['admin']}"}
-    path = f"/v2/repository/models/{model}/load"  # 503 while a busy machine keeps Redis from answering
+def control(stack: Served, model: str, verb: str) -> None:
+    """Load or unload a model through the admin edge."""
+    headers = {"authorization": f"Bearer {stack.admin}"}
+    path = f"/v2/repository/models/{model}/{verb}"  # 503 while a busy machine keeps Redis from answering
     wait_until(lambda: stack.request("POST", path, {}, "OPS", headers=headers)[0] == 200, 20, path)
-    wait_until(lambda: ready(stack, model), 10, f"{model} is ready")
+    wait_until(lambda: ready(stack, model) == (verb == "load"), 10, f"{model} {verb}")
 
 
 def ready(stack: Stack, model: str) -> bool:
     return bool(stack.request("GET", f"/v2/models/{model}/ready")[0] == 200)
 
 
+def models(stack: Stack, *arguments: str, code: int = 0) -> Any:
+    """A `truthgpt models` command: its document, or what it says of its failure."""
+    done = stack.cli("models", *arguments, "--json", timeout=100)
+    assert done.returncode == code, done.stdout + done.stderr + stack.logs()
+    return done.stderr if code else json.loads(done.stdout)
+
+
+def states(stack: Stack) -> dict[str, str]:
+    return {f"{row['name']} {row['version']}": row["state"] for row in models(stack, "list")}
+
+
 def api(stack: Stack) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{stack.ports['HTTP']}/v1", api_key="any", max_retries=0)
 
 
-def test_openais_client_embeds(stack: Stack) -> None:
-    """A list of more texts than the model takes at once comes back whole and in order, bit for bit, in both forms."""
-    texts = [f"texto número {i} ¿sí?" for i in range(150)]
+def near(found: Any, expected: Any) -> bool:
+    return bool(np.abs(np.asarray(found, np.float32) - expected).max() <= 1e-5)
+
+
+def embed(stack: Served, at: int) -> str:
+    """Ask for the vector of a text that nobody else asks for at the moment; ok, a status, or what no client may see."""
+    headers = {"cache-control": "no-store"}
+    status, _, body = stack.request(
+        "POST", "/v1/embeddings", {"model": "embedder", "input": TEXTS[at]}, headers=headers
+    )
+    if status != 200:
+        return str(status)
+    return "ok" if near(json.loads(body)["data"][0]["embedding"], stack.vectors[at]) else "another's vector"
+
+
+def classify(stack: Served, at: int) -> str:
+    headers = {"cache-control": "no-store"}
+    status, _, body = stack.request("POST", "/v1/classify", {"model": "mood", "input": TEXTS[at]}, headers=headers)
+    if status != 200:
+        return str(status)
+    return "ok" if near(list(json.loads(body)["data"][0]["scores"].values()), stack.scores[at]) else "another's scores"
+
+
+def generate(stack: Served, at: int) -> str:
+    body = {"model": "counting", "prompt": f"one {at}", "max_tokens": 4, "seed": at, "temperature": 1.0}
+    return "ok" if stack.request("POST", "/v1/completions", body)[0] == 200 else "no completion"
+
+
+class Load:
+    """Three clients, one for each model, each asking one request after another. A context."""
+
+    def __init__(self, stack: Served) -> None:
+        self._stack, self._going = stack, True
+        self.outcomes = {call.__name__: Counter[str]() for call in (embed, classify, generate)}
+        self._threads = [threading.Thread(target=self._client, args=(call,)) for call in (embed, classify, generate)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        self.more()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._going = False
+        for thread in self._threads:
+            thread.join(30)
+
+    def more(self, count: int = 5) -> None:
+        """Wait until each client has had so many further answers."""
+        before = {name: sum(counter.values()) for name, counter in self.outcomes.items()}
+        wait_until(
+            lambda: all(sum(self.outcomes[name].values()) >= had + count for name, had in before.items()),
+            30, "answers go on",
+        )  # fmt: skip
+
+    def _client(self, call: Callable[[Served, int], str]) -> None:
+        asked = 0
+        while self._going:
+            asked += 1
+            try:
+                outcome = call(self._stack, asked % len(TEXTS))
+            except (OSError, http.client.HTTPException) as error:
+                outcome = f"{type(error).__name__}: {error}"
+            self.outcomes[call.__name__][outcome] += 1
+            time.sleep(0.01)  # what is done meanwhile needs the processor, too
+
+
+def test_openais_client_embeds(stack: Served) -> None:
+    """A list of more texts than the model takes at once comes back whole and in order, bit for bit in both forms."""
+    texts = [TEXTS[i % 5] if i < 10 else f"texto número {i} ¿sí?" for i in range(150)]
     with api(stack) as client:
         packed = client.embeddings.create(model="embedder", input=texts)
         plain = client.embeddings.create(model="embedder", input=texts, encoding_format="float")
-        assert [row.embedding for row in packed.data] == [vector(text, 8) for text in texts]
-        assert packed.data == plain.data
-        assert packed.usage.total_tokens == sum(map(tokens, texts))
-        with pytest.raises(openai.BadRequestError, match=r"input\[1\] has 22 tokens; .* at most 16") as bad:
-            client.embeddings.create(model="embedder", input=["a", "b " * 20])
+        assert len(packed.data) == 150 and packed.data == plain.data and packed.usage.total_tokens > 450
+        assert near([row.embedding for row in packed.data[:10]], np.concatenate([stack.vectors] * 2))
+        cut = client.embeddings.create(model="embedder", input=TEXTS, dimensions=8)
+        shorter = stack.vectors[:, :8] / np.linalg.norm(stack.vectors[:, :8], axis=1, keepdims=True)
+        assert near([row.embedding for row in cut.data], shorter)
+        with pytest.raises(openai.BadRequestError, match=r"input\[1\] has \d+ tokens; .* at most 48") as bad:
+            client.embeddings.create(model="embedder", input=["a", "uno " * 60])
         assert bad.value.param == "input[1]"
-        cut = client.embeddings.create(model="embedder", input=["b " * 20], extra_body={"truncate": True})
-        assert cut.usage.prompt_tokens == 16
+        cut = client.embeddings.create(model="embedder", input=["uno " * 60], extra_body={"truncate": True})
+        assert cut.usage.prompt_tokens == 48
 
 
-def test_a_bad_request_harms_no_neighbour(stack: Stack) -> None:
-    """Among many at once that Triton batches together, those that are refused are refused alone."""
-    bodies = [{"model": "embedder", "input": "c " * 30 if i % 5 == 0 else [f"uno {i}", f"dos {i}"]} for i in range(60)]
-    with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda body: stack.request("POST", "/v1/embeddings", body), bodies))
-    for i, (status, _, body) in enumerate(answers):
-        if i % 5 == 0:
-            assert status == 400, body
-        else:
-            assert status == 200, body
-            found = [row["embedding"] for row in json.loads(body)["data"]]
-            assert found == [vector(text, 8) for text in bodies[i]["input"]]
-
-
-def test_classify(stack: Stack) -> None:
-    """Labels and scores are the model's; the same again comes from the cache, over KServe too."""
-    body = {"model": "classifier", "input": ["me gusta mucho"]}
-    status, headers, answer = stack.request("POST", "/v1/classify", body)
-    (row,) = json.loads(answer)["data"]
-    assert (status, row["scores"]) == (
-        200, dict(zip(("negative", "positive"), scores("me gusta mucho", 2), strict=True)),
-    )  # fmt: skip
-    assert row["score"] == max(row["scores"].values()) == row["scores"][row["label"]]
-    tensor = {"name": "text_input", "datatype": "BYTES", "shape": [1, 1], "data": body["input"]}
-    status, again, _ = stack.request("POST", "/v2/models/classifier/infer", {"inputs": [tensor]})
-    assert (status, headers["x-cache"], again["x-cache"]) == (200, "miss", "hit")
+def test_classify(stack: Served) -> None:
+    """Labels and scores are transformers'; the same again comes from the cache, over KServe too, and is counted."""
+    status, headers, answer = stack.request("POST", "/v1/classify", {"model": "mood", "input": TEXTS})
+    rows = json.loads(answer)["data"]
+    assert (status, headers["x-cache"]) == (200, "miss") and "r=" in headers["ratelimit"]
+    assert near([[row["scores"]["malo"], row["scores"]["bueno"]] for row in rows], stack.scores)
+    assert [row["label"] for row in rows] == [["malo", "bueno"][best] for best in stack.scores.argmax(axis=1)]
+    tensor = {"name": "text_input", "datatype": "BYTES", "shape": [5, 1], "data": TEXTS}
+    status, again, _ = stack.request("POST", "/v2/models/mood/infer", {"inputs": [tensor]})
+    assert (status, again["x-cache"]) == (200, "hit")
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_tritons_clients(stack: Stack, protocol: str) -> None:
-    """Rows of texts as binary tensors, and every output as an array."""
-    texts = ["uno", "¿dos?", "three three"]
+def test_tritons_clients(stack: Served, protocol: str) -> None:
+    """Rows of texts as binary tensors, and every output as an array; what is no row of texts is refused."""
     library: Any = tritonclient.http if protocol == "http" else tritonclient.grpc
-    tensor = library.InferInput("text_input", [3, 1], "BYTES")
-    tensor.set_data_from_numpy(np.array([[text.encode()] for text in texts], dtype=object))
+
+    def rows(elements: list[bytes], *shape: int) -> Any:
+        tensor = library.InferInput("text_input", list(shape), "BYTES")
+        tensor.set_data_from_numpy(np.array(elements, dtype=object).reshape(shape))
+        return [tensor]
+
+    texts = [text.encode() for text in TEXTS]
     with library.InferenceServerClient(f"127.0.0.1:{stack.ports['HTTP' if protocol == 'http' else 'GRPC']}") as client:
-        answer = client.infer("embedder", [tensor])
-        assert answer.as_numpy("embedding").tolist() == [vector(text, 8) for text in texts]
-        assert answer.as_numpy("num_input_tokens").tolist() == [[tokens(text)] for text in texts]
-        label = client.infer("classifier", [tensor], outputs=[library.InferRequestedOutput("label")])
-        assert label.as_numpy("label").shape == (3, 1)
-        flat = library.InferInput("text_input", [3], "BYTES")
-        flat.set_data_from_numpy(np.array(texts, dtype=object))
-        with pytest.raises(InferenceServerException, match=r"Expected \[n,1\]"):
-            client.infer("embedder", [flat])
+        answer = client.infer("embedder", rows(texts, 5, 1))
+        assert near(answer.as_numpy("embedding"), stack.vectors)
+        assert (answer.as_numpy("num_input_tokens") > 2).all()
+        label = client.infer("mood", rows(texts, 5, 1), outputs=[library.InferRequestedOutput("label")])
+        assert label.as_numpy("label").shape == (5, 1)
+        numbers = library.InferInput("text_input", [1, 1], "INT32")
+        numbers.set_data_from_numpy(np.zeros((1, 1), np.int32))
+        hostile = [rows(texts, 5), rows(texts[:4], 2, 2), rows([b"\xff\xfe"], 1, 1), [numbers], rows([], 0, 1)]
+        for model in ("embedder", "mood"):
+            for tensors in hostile:
+                with pytest.raises(InferenceServerException, match=r"(?i)text_input"):
+                    client.infer(model, tensors)
+            with pytest.raises(InferenceServerException):
+                client.infer(f"{model}--engine", rows(texts, 5, 1))
 
 
-def test_batches(stack: Stack, tmp_path: Path) -> None:
+HOSTILE: list[Any] = [
+    {"input": []}, {"input": [""]}, {"input": LONG}, {"input": ["uno", LONG]}, {"input": 5}, {"input": [[1, 2]]},
+    {"input": ["uno"] * 2049}, {"input": None}, {"input": "uno", "truncate": "yes"}, {"input": ["uno", 7]},
+]  # fmt: skip
+TENSORS = [
+    {"datatype": "BYTES", "shape": [2, 2], "data": ["a", "b", "c", "d"]},
+    {"datatype": "BYTES", "shape": [1, 1], "data": [LONG]},
+    {"datatype": "INT32", "shape": [1, 1], "data": [1]}, {"datatype": "BYTES", "shape": [0, 1], "data": []},
+    {"datatype": "BYTES", "shape": [1], "data": ["a"]}, {"datatype": "BYTES", "shape": [2, 1], "data": ["a"]},
+]  # fmt: skip
+
+
+def test_hostile_requests_harm_no_neighbour(stack: Served) -> None:
+    """Whatever is asked at every endpoint among many good requests, it alone is refused, as its own fault."""
+    asked: list[tuple[str, bytes]] = []
+    for path, model in (("/v1/embeddings", "embedder"), ("/v1/classify", "mood")):
+        asked += [(path, json.dumps({"model": model, **body}).encode()) for body in HOSTILE]
+        asked += [(path, b'{"model": "%s", "input": "\xff\xfe"}' % model.encode()), (path, b"[]")]
+        infer = f"/v2/models/{model}/infer"
+        asked += [(infer, json.dumps({"inputs": [{"name": "text_input", **tensor}]}).encode()) for tensor in TENSORS]
+        asked += [("/v1/completions", json.dumps({"model": model, "prompt": "a"}).encode())]
+
+    def refused(request: tuple[str, bytes]) -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", stack.ports["HTTP"], timeout=30)
+        try:
+            connection.request("POST", request[0], request[1], {"content-type": "application/json"})
+            answer = connection.getresponse()
+            told = answer.read()
+            return (
+                "ok"
+                if answer.status in (400, 413, 422) and b"error" in told
+                else f"{request}: {answer.status} {told!r}"
+            )
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(16) as pool:
+        good = [pool.submit(call, stack, i % 5) for i in range(40) for call in (embed, classify)]
+        bad = [pool.submit(refused, request) for request in asked]
+        assert Counter(each.result() for each in bad) == {"ok": len(asked)}
+        assert Counter(each.result() for each in good) == {"ok": 80}
+
+
+def test_a_hundred_thousand_characters_can_be_cut(stack: Served) -> None:
+    """Where it is asked for, a text is cut to what the model reads, and its neighbours are whole."""
+    body = {"model": "embedder", "input": [LONG[:16_000], TEXTS[0]], "truncate": True}
+    status, _, answer = stack.request("POST", "/v1/embeddings", body)
+    assert status == 200, answer
+    assert near(json.loads(answer)["data"][1]["embedding"], stack.vectors[0])
+
+
+def test_batches(stack: Served, tmp_path: Path) -> None:
     """`truthgpt batch run` takes both endpoints, and a line that is refused fails alone."""
     lines = [
-        {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"model": "embedder", "input": "uno"}},
-        {"custom_id": "c", "method": "POST", "url": "/v1/classify", "body": {"model": "classifier", "input": ["a"]}},
+        {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"model": "embedder", "input": TEXTS}},
+        {"custom_id": "c", "method": "POST", "url": "/v1/classify", "body": {"model": "mood", "input": TEXTS[:1]}},
         {"custom_id": "x", "method": "POST", "url": "/v1/embeddings", "body": {"model": "embedder", "input": []}},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -139,11 +307,78 @@ def test_batches(stack: Stack, tmp_path: Path) -> None:
     assert (summary["total"], summary["succeeded"], summary["failed"]) == (3, 2, 1)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["response"]["status_code"] for row in rows] == [200, 200, 400]
-    assert rows[0]["response"]["body"]["data"][0]["embedding"] == vector("uno", 8)
+    assert near([row["embedding"] for row in rows[0]["response"]["body"]["data"]], stack.vectors)
 
 
-def test_a_full_queue(stack: Stack) -> None:
+def test_the_graph_of_a_model_is_nobodys(stack: Served) -> None:
+    """The graph of a natively served model is loaded, and no client sees it: it is neither listed nor asked."""
+    listed = [row["id"] for row in json.loads(stack.request("GET", "/v1/models")[2])["data"]]
+    assert sorted(listed) == ["counting", "embedder", "mood"]
+    assert states(stack)["mood--engine 1"] == "READY"
+    assert stack.request("GET", "/v2/models/mood--engine")[0] == 404
+    assert "mood--engine" not in stack.cli("status").stdout
+    assert "is the graph of mood" in models(stack, "unload", "mood--engine", code=1)
+
+
+def test_the_pages_examples(stack: Served) -> None:
+    """docs/clients.md: each example of an encoder, word for word."""
+    given = environ(stack, EMBEDDER="embedder", CLASSIFIER="mood")
+    for example in ENCODERS:
+        done = example.run(given)
+        assert done.returncode == 0, done.stdout + done.stderr
+        expected = "32" if "embeddings" in example.code else ("malo", "bueno")[stack.scores[0].argmax()]
+        assert expected in done.stdout, done.stdout
+
+
+def publish(stack: Served, name: str, **changes: Any) -> None:
+    """Version 2 of a model, as an export of the same weights makes it; `changes` go to its manifest."""
+    folder = stack.repository / name
+    shutil.copytree(folder / "1", folder / ".2")
+    manifest = json.loads((folder / "1" / "manifest.json").read_text()) | {"version": "2", **changes}
+    (folder / ".2" / "manifest.json").write_text(json.dumps(manifest))
+    (folder / ".2").rename(folder / "2")
+
+
+def test_encoders_come_go_and_change_version_under_load(stack: Served) -> None:
+    """Reloads of both kinds fail no request, each version of a native model has its own graph, and one that is unloaded
+    is missing until it is there again, which its neighbours do not notice."""
+    with Load(stack) as load:
+        publish(stack, "embedder")
+        assert models(stack, "reload", "embedder")["version"] == "2"
+        publish(stack, "mood--engine")
+        manifest = (stack.repository / "mood--engine" / "2" / "manifest.json").read_bytes()
+        served_by = {"name": "mood--engine", "version": 2, "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
+        publish(stack, "mood", served_by=served_by)
+        assert models(stack, "reload", "mood")["version"] == "2"
+        load.more()
+        served = {name for name, state in states(stack).items() if state == "READY"}
+        assert served == {"counting 1", "embedder 2", "mood 2", "mood--engine 2"}
+        assert [set(counter) for counter in load.outcomes.values()] == [{"ok"}] * 3, load.outcomes
+
+        models(stack, "unload", "mood")
+        assert {name for name, state in states(stack).items() if state == "READY"} == {"counting 1", "embedder 2"}
+        path = stack.repository / "mood--engine" / "2" / "manifest.json"
+        path.write_text(path.read_text() + " ")
+        assert "not the one that mood version 2 was exported with" in models(stack, "load", "mood", code=1)
+        assert models(stack, "load", "mood", "--version", "1")["state"] == "READY"
+        load.more()
+    assert {"ok", "404"} <= set(load.outcomes["classify"]) <= {"ok", "404", "503"}, load.outcomes
+    assert [set(load.outcomes[name]) for name in ("embed", "generate")] == [{"ok"}] * 2, load.outcomes
+
+
+@pytest.mark.slow
+def test_the_admin_edge_takes_the_graph_along(stack: Served) -> None:
+    """Unloading a native model over KServe unloads its graph, and loading it loads that first."""
+    control(stack, "mood", "unload")
+    wait_until(lambda: not tritonserver.stubs(stack.pid("triton"), "mood--engine"), 10, "its graph is gone")
+    control(stack, "mood", "load")
+    assert classify(stack, 0) == "ok"
+
+
+def test_a_full_queue(stack: Served) -> None:
     """What finds Triton's queue full is 503 queue_full with Retry-After, at once; the model stays ready."""
+    write_encoder(stack.repository, "narrow", EMBEDS | {"pause_s": "0.3"}, max_queue=2)  # one that is slow on purpose
+    control(stack, "narrow", "load")
     with ThreadPoolExecutor(12) as pool:
         bodies = [{"model": "narrow", "input": f"text {i}"} for i in range(12)]
         answers = list(pool.map(lambda body: stack.request("POST", "/v1/embeddings", body), bodies))
@@ -152,17 +387,14 @@ def test_a_full_queue(stack: Stack) -> None:
     for headers, body in refused:
         assert (body["error"]["code"], "retry-after" in headers) == ("queue_full", True), body
     assert ready(stack, "narrow")
+    control(stack, "narrow", "unload")
 
 
-def test_a_dead_process_is_seen(stack: Stack) -> None:
-    """Who asks a model whose process was killed is told 503 at once, and soon it is there again."""
-    (stub,) = tritonserver.stubs(stack.state.processes["triton"], "embedder")
-    os.kill(stub.pid, signal.SIGKILL)
-
-    def asked() -> tuple[int, bool]:
-        headers = {"cache-control": "no-store"}
-        status, told, _ = stack.request("POST", "/v1/embeddings", {"model": "embedder", "input": "a"}, headers=headers)
-        return status, "retry-after" in told
-
-    wait_until(lambda: asked() == (503, True), 10, "it is told")
-    wait_until(lambda: asked() == (200, False), 30, "it was loaded again")
+def test_dead_processes_are_seen(stack: Served) -> None:
+    """Who asks a model whose process was killed is told 503 at once; it is soon there again, and so is a graph."""
+    server = stack.state.processes["triton"]
+    os.kill(tritonserver.stubs(server, "embedder")[0].pid, signal.SIGKILL)
+    wait_until(lambda: embed(stack, 0) == "503", 10, "it is told")
+    os.kill(tritonserver.stubs(server, "mood--engine")[0].pid, signal.SIGKILL)
+    wait_until(lambda: embed(stack, 0) == "ok", 30, "it was loaded again")
+    wait_until(lambda: classify(stack, 0) == "ok", 30, "the graph was loaded again")
