@@ -8,6 +8,7 @@ Files are the only thing that the exporter, the backend and this package share; 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -15,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,17 @@ def with_engines(repository: Path, wanted: Mapping[str, int]) -> dict[str, int]:
         if engine is not None:
             found[engine[0].name] = engine[1].number
         found[name] = number
+    return found
+
+
+def in_front_of(repository: Path, name: str, numbers: Collection[int]) -> list[Version]:
+    """The versions that need one of these versions of a graph. Raises ModelsError."""
+    found = []
+    for entry in read(repository):
+        for version in entry.versions:
+            with contextlib.suppress(ModelsError):  # one that does not say what it needs is served by nobody
+                if version.engine is not None and version.engine.name == name and version.engine.number in numbers:
+                    found.append(version)
     return found
 
 

@@ -12,6 +12,8 @@ from orchestrator.cli.modelverify import verify
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from orchestrator.models import Entry, Version
 
 
@@ -117,22 +119,50 @@ Examples:
 @json_option
 @settings_options("model_repository", "home")
 def remove(settings: Settings, name: str, number: int | None, yes: bool, as_json: bool) -> None:
-    """Remove a model or one of its versions from the repository. What is served is never removed."""
+    """Remove a model or one of its versions from the repository. What is served is never removed.
+
+    The graph of a natively served model, an entry of its own, is removed with it.
+    """
     from orchestrator import models as repository
 
     entry = repository.get(settings.model_repository, name)
     removed = list(entry.versions) if number is None else [entry.version(number)]
     _refuse_served(settings, entry, removed)
+    _refuse_graph(settings, entry, removed)
     what = f"{name} ({', '.join(f'version {version.number}' for version in removed)})"
     if not yes:
         _ask(what)
     paths = repository.remove(settings.model_repository, entry, number)
+    for version in removed:
+        paths += _remove_graph(settings, version)
     if as_json:
         print_json({
             "name": name, "versions": [str(version.number) for version in removed], "paths": [str(p) for p in paths],
         })  # fmt: skip
     else:
         click.echo(f"removed {what}")
+
+
+def _refuse_graph(settings: Settings, entry: Entry, removed: list[Version]) -> None:
+    from orchestrator import models as repository
+
+    numbers = {version.number for version in removed}
+    for front in repository.in_front_of(settings.model_repository, entry.name, numbers):
+        message = f"{entry.name} is the graph of {front.name} version {front.number}"
+        raise CommandError(message, f"`truthgpt models remove {front.name}` removes both")
+
+
+def _remove_graph(settings: Settings, version: Version) -> list[Path]:
+    """Remove what was the graph of a version that is gone, unless another version has it, too."""
+    from orchestrator import models as repository
+
+    try:
+        found = repository.engine_of(settings.model_repository, version)
+    except repository.ModelsError:  # there is nothing to remove
+        found = None
+    if found is None or repository.in_front_of(settings.model_repository, found[0].name, [found[1].number]):
+        return []
+    return repository.remove(settings.model_repository, found[0], found[1].number)
 
 
 def _ask(what: str) -> None:

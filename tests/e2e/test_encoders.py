@@ -330,25 +330,29 @@ def test_the_pages_examples(stack: Served) -> None:
         assert expected in done.stdout, done.stdout
 
 
-def publish(stack: Served, name: str, **changes: Any) -> None:
-    """Version 2 of a model, as an export of the same weights makes it; `changes` go to its manifest."""
-    folder = stack.repository / name
-    shutil.copytree(folder / "1", folder / ".2")
-    manifest = json.loads((folder / "1" / "manifest.json").read_text()) | {"version": "2", **changes}
-    (folder / ".2" / "manifest.json").write_text(json.dumps(manifest))
-    (folder / ".2").rename(folder / "2")
+def publish(stack: Served, name: str, number: int, **changes: Any) -> None:
+    """A version of a model, as an export of the same weights makes it; `changes` go to its manifest."""
+    folder, fresh = stack.repository / name, stack.repository / name / f".{number}"
+    shutil.copytree(folder / "1", fresh)
+    manifest = json.loads((fresh / "manifest.json").read_text()) | {"version": str(number), **changes}
+    (fresh / "manifest.json").write_text(json.dumps(manifest))
+    fresh.rename(folder / str(number))
+
+
+def graph_of(stack: Served, number: int) -> dict[str, Any]:
+    """What the manifest of `mood` says of a version of its graph."""
+    manifest = (stack.repository / "mood--engine" / str(number) / "manifest.json").read_bytes()
+    return {"name": "mood--engine", "version": number, "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
 
 
 def test_encoders_come_go_and_change_version_under_load(stack: Served) -> None:
     """Reloads of both kinds fail no request, each version of a native model has its own graph, and one that is unloaded
     is missing until it is there again, which its neighbours do not notice."""
     with Load(stack) as load:
-        publish(stack, "embedder")
+        publish(stack, "embedder", 2)
         assert models(stack, "reload", "embedder")["version"] == "2"
-        publish(stack, "mood--engine")
-        manifest = (stack.repository / "mood--engine" / "2" / "manifest.json").read_bytes()
-        served_by = {"name": "mood--engine", "version": 2, "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
-        publish(stack, "mood", served_by=served_by)
+        publish(stack, "mood--engine", 2)
+        publish(stack, "mood", 2, served_by=graph_of(stack, 2))
         assert models(stack, "reload", "mood")["version"] == "2"
         load.more()
         served = {name for name, state in states(stack).items() if state == "READY"}
@@ -364,6 +368,31 @@ def test_encoders_come_go_and_change_version_under_load(stack: Served) -> None:
         load.more()
     assert {"ok", "404"} <= set(load.outcomes["classify"]) <= {"ok", "404", "503"}, load.outcomes
     assert [set(load.outcomes[name]) for name in ("embed", "generate")] == [{"ok"}] * 2, load.outcomes
+
+
+@pytest.mark.slow
+def test_a_native_model_that_does_not_load_changes_nothing(stack: Served) -> None:
+    """The old version goes on with its own graph, the new one's leaves; a server that crashes comes back with both."""
+    publish(stack, "mood--engine", 3)
+    publish(stack, "mood", 3, served_by=graph_of(stack, 3))
+    broken = stack.repository / "mood" / "3" / "tokenizer.json"
+    broken.write_text("no tokenizer")
+    path = stack.repository / "mood" / "3" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["tokenizer.json"]["sha256"] = hashlib.sha256(broken.read_bytes()).hexdigest()
+    path.write_text(json.dumps(manifest))
+    before = {name for name, state in states(stack).items() if state == "READY"}
+    with Load(stack) as load:
+        assert "goes on serving" in models(stack, "reload", "mood", code=1)
+        load.more()
+    assert [set(counter) for counter in load.outcomes.values()] == [{"ok"}] * 3, load.outcomes
+    assert {name for name, state in states(stack).items() if state == "READY"} == before
+    os.kill(stack.pid("triton"), signal.SIGKILL)
+    wait_until(lambda: classify(stack, 0) != "ok", 10, "it is noticed")
+    wait_until(lambda: classify(stack, 0) == "ok" == embed(stack, 0), 60, "both are back")
+    assert {name for name, state in states(stack).items() if state == "READY"} == before
+    for name in ("mood", "mood--engine"):
+        shutil.rmtree(stack.repository / name / "3")
 
 
 @pytest.mark.slow

@@ -50,6 +50,17 @@ async def test_models_that_are_not_ready_in_the_index_are_not_served(health: Hea
         await ready(health, "never")
 
 
+async def test_the_graph_of_a_model_is_not_served(health: Health, fake: FakeTriton) -> None:
+    """A model named m--engine beside m is nobody's to ask and has no part in readiness; without an m it is a model."""
+    fake.models |= {"m--engine": "READY", "other--engine": "READY"}
+    fake.other_backends |= {"m--engine", "other--engine"}
+    await ready(health, "m")
+    with pytest.raises(ModelNotFound):
+        await health.find("m--engine")
+    assert (await health.find("other--engine")).name == "other--engine"
+    assert [served.model.name for served in health.served()] == ["m", "other--engine"]
+
+
 @pytest.mark.parametrize("fault", ["error", "stopped", "killed", "stalled"])
 async def test_faults_turn_it_unready_and_back(health: Health, fake: FakeTriton, fault: str) -> None:
     """A dead stub, a stopped or killed server and an engine stuck in a step: unready in time, ready again after."""

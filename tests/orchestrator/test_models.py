@@ -173,3 +173,22 @@ def test_a_pinned_configuration_names_one_version(tmp_path: Path) -> None:
     }
     data = (tmp_path / "a" / "2" / "manifest.json").read_bytes()
     assert entry.newest.digest == hashlib.sha256(data).hexdigest()[:32]
+
+
+def test_a_graph_is_loaded_before_its_model(tmp_path: Path) -> None:
+    """In the version that the model's manifest names, whatever is newer; one that is missing or not named is told."""
+    make(tmp_path, "m--engine", 1, 2, manifest='{"graph_only": true}')
+    served_by = {"name": "m--engine", "version": 1, "manifest_sha256": "0" * 64}
+    make(tmp_path, "m", 1, manifest=json.dumps({"served_by": served_by}))
+    make(tmp_path, "m", 2, manifest=json.dumps({"served_by": served_by | {"version": 3}}))
+    make(tmp_path, "m", 3, manifest='{"served_by": {"name": "m--engine"}}')
+    make(tmp_path, "plain", 1)
+    assert list(models.with_engines(tmp_path, {"plain": 1, "m": 1}).items()) == [
+        ("plain", 1), ("m--engine", 1), ("m", 1),
+    ]  # fmt: skip
+    with pytest.raises(ModelsError, match="m version 2 needs m--engine version 3") as missing:
+        models.with_engines(tmp_path, {"m": 2})
+    assert "--serve-with native" in missing.value.hint
+    with pytest.raises(ModelsError, match="does not say which entry has its graph"):
+        models.with_engines(tmp_path, {"m": 3})
+    assert [version.number for version in models.in_front_of(tmp_path, "m--engine", [1])] == [1]

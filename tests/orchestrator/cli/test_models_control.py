@@ -167,3 +167,15 @@ def test_a_graph_is_not_loaded_or_unloaded_by_itself(place: Any) -> None:
         assert "models load mood" in place.refused("models", verb, "mood--engine")
     modelset.write(place.home, {"mood--engine": 1, "mood": 1})
     assert "the graph of mood, which is served" in place.refused("models", "unload", "mood--engine")
+
+
+def test_a_graph_is_removed_with_its_model_only(place: Any) -> None:
+    """It cannot be removed by itself; it goes when no version is left that needs it."""
+    export_pair(place)
+    shutil.copytree(place.repository / "mood" / "1", place.repository / "mood" / "2")
+    path = place.repository / "mood" / "2" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": "2"}))
+    assert "is the graph of mood" in place.refused("models", "remove", "mood--engine", "--yes")
+    assert len(place.json("models", "remove", "mood", "--version", "2", "--yes")["paths"]) == 1
+    assert len(place.json("models", "remove", "mood", "--yes")["paths"]) == 2
+    assert list(place.repository.iterdir()) == []
