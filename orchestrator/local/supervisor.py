@@ -57,14 +57,17 @@ class Supervisor:
     async def run(self, ready: Callable[[state.State], None]) -> None:
         """Start everything, call `ready` once requests can be served, watch until `stop`, then end everything.
 
-        Raises StartError, tritonserver.ServerMissing, state.AlreadyRunning, alias.AliasError, or what Redis's start
-        raises.
+        Raises StartError, tritonserver.ServerMissing, models.ModelsError, state.AlreadyRunning, alias.AliasError, or
+        what Redis's start raises.
         """
         installation = tritonserver.find()
         with state.lock(self._home):
             cleared = preflight.clear_leftovers(self._home)
             preflight.check_ports(self._settings, preflight.GONE_S if cleared else 0.0)
-            for name in self._served:
+            repository = self._settings.model_repository
+            newest = {name: models.get(repository, name).newest.number for name in self._served}
+            self._wanted = models.with_engines(repository, newest)
+            for name in self._wanted:
                 preflight.check_engine(self._settings, name)
             self._triton = Triton(self._triton_url, Deadlines(heartbeat_s=self._settings.heartbeat_timeout_s))
             self._installation = installation
@@ -89,12 +92,10 @@ class Supervisor:
             self._children["redis"] = await self._redis.start(self._logs / "redis.log")
             url = self._redis.url
         self._redis_url = url
-        newest = {name: models.get(self._settings.model_repository, name).newest.number for name in self._served}
-        wanted = models.with_engines(self._settings.model_repository, newest)
-        modelset.write(self._home, wanted)
+        modelset.write(self._home, self._wanted)
         self._report(f"starting Triton with {', '.join(self._served)}")
         await self._start_triton()
-        for name in wanted:
+        for name in self._wanted:
             if not await self._model_loads(name):
                 return False
         await self._note_versions()

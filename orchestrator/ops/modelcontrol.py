@@ -236,13 +236,13 @@ class Control:
 
     async def _trim(self, former: str | None, version: Version) -> None:
         """Leave of the graphs those that the version that is served now needs."""
-        engine = models.engine_of(self._settings.model_repository, version)
         try:
+            engine = models.engine_of(self._settings.model_repository, version)
             if former is not None and (engine is None or engine[0].name != former):
                 await self._end(former)
             if engine is not None and await self._ready(engine[0].name) != {engine[1].number}:
                 await self._load_versions(engine[0], {engine[1].number}, self._timeout_s)
-        except (TruthGPTError, ControlError) as error:  # it takes memory and does no harm
+        except (TruthGPTError, ControlError, models.ModelsError) as error:  # it takes memory and does no harm
             self._say(f"what the former version needed is still loaded: {error}")
 
     async def _answering(self, version: Version) -> None:

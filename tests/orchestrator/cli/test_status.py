@@ -23,6 +23,14 @@ def test_a_ready_stack_is_code_0(place: Any, gateway: Any) -> None:
     assert ", gRPC 127.0.0.1:1 " in shown.stdout
 
 
+def test_what_a_model_is_for_and_where_it_runs_is_said(place: Any, gateway: Any) -> None:
+    """An encoder says what it does, a device that is no CPU its name, and one that was lost that it was."""
+    gateway.row |= {"operation": "embed", "device": "cuda", "fallback": False}
+    assert "demo version 1: READY, embeds, on cuda, 0 running" in place.run("status").stdout
+    gateway.row |= {"operation": "classify", "device": "cpu", "fallback": True}
+    assert "READY, classifies, on the CPU because its device failed" in place.run("status").stdout
+
+
 def test_a_stack_that_is_not_ready_is_code_1(place: Any, gateway: Any) -> None:
     """Not ready: the document is printed all the same, and people read the model's reason."""
     gateway.ready = False
