@@ -31,6 +31,7 @@ _EPILOG = """\b
 Examples:
   truthgpt export ./demo/model --name demo
   truthgpt export microsoft/DialoGPT-small --precision int8
+  truthgpt export ./my-llama --precision int4 --calibrate dialogues.txt
   truthgpt export ./my-llama --max-len 4096 --slots 8 --json
   truthgpt export ./my-gpt2 --chat-template chat.jinja
 """
@@ -41,10 +42,28 @@ Examples:
 @click.option("--name", help="Name in the repository.  [default: the last part of MODEL]")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "int8"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
     default="fp32",
     show_default=True,
-    help="Number format of the weights.",
+    help="Number format of the weights (docs/precisions.md).",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="What the entry is for; auto: an NVIDIA GPU where the server has one.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Text like the model will see, in UTF-8: int8 and int4 round to suit it.",
+)
+@click.option(
+    "--allow-drift",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Publish int4 although it moves the logits by up to this share of their spread.  [default: 0.1]",
 )
 @click.option(
     "--repository",
@@ -87,6 +106,9 @@ def export_command(
     model: str,
     name: str | None,
     precision: str,
+    device: str,
+    calibrate: Path | None,
+    allow_drift: float | None,
     repository: Path,
     chat_template: Path | None,
     max_len: int | None,
@@ -124,6 +146,9 @@ def export_command(
             chat_template=chat_template,
             max_len=max_len,
             revision=revision,
+            device=device,
+            calibrate=calibrate,
+            allow_drift=allow_drift,
             serving=Serving(slots, prefill_chunk, max_queue),
         )
         exported = _run(options, signals, debug)
@@ -153,11 +178,16 @@ def _run(options: ExportOptions, signals: _Signals, debug: bool) -> Exported:
 
 def _summary(exported: Exported) -> str:
     parity = exported.parity
-    return (
-        f"{exported.name} version {exported.version} ({exported.precision}) published in {exported.path}\n"
+    lines = [
+        f"{exported.name} version {exported.version} ({exported.precision}) published in {exported.path}",
         f"max |logit difference| {parity['max_abs_logit_diff']:.1e}, relative {parity['rms_over_std']:.1e}, "
-        f"greedy agreement {parity['greedy_agreement']:.1%}, batch effect {parity['batch_effect']:.1e}"
-    )
+        f"greedy agreement {parity['greedy_agreement']:.1%}, batch effect {parity['batch_effect']:.1e}",
+    ]
+    if exported.precision == "int4":
+        lines.append(f"int4 moves the logits by {parity['rms_over_std']:.1%} of their spread")
+    if exported.fp32_layers:
+        lines.append(f"kept in fp32, because {exported.precision} overflows there: {', '.join(exported.fp32_layers)}")
+    return "\n".join(lines)
 
 
 @contextmanager

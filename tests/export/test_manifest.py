@@ -87,6 +87,7 @@ def test_triton_reads_the_configuration(published_llama: Exported) -> None:
         "prefill_chunk": "16",
         "max_queue": "7",
         "threads": "0",
+        "device": "cpu",
         "default_max_tokens": "",
     }
     required = [tensor.name for tensor in config.input if not tensor.optional]
