@@ -10,6 +10,7 @@
     ├── RateLimited             a limit of the caller is used up; try again after `retry_after_s`
     ├── Unavailable             cannot serve now; try again after `retry_after_s`
     │   ├── Overloaded          the model's queue is full
+    │   ├── OutOfMemory         the model's device had no memory left for this request
     │   ├── GatewayFull         as many requests as this gateway takes are in flight
     │   ├── Draining            this gateway is stopping
     │   ├── KeysUnavailable     the credential cannot be checked: Redis is away
@@ -182,6 +183,20 @@ class Overloaded(Unavailable):
             Text(
                 "The model's queue is full. Please try again shortly.",
                 "La cola del modelo está llena. Inténtelo de nuevo en unos instantes.",
+            ),
+            detail,
+            retry_after_s,
+        )
+
+
+class OutOfMemory(Unavailable):
+    kind = "out_of_memory"
+
+    def __init__(self, detail: str = "", retry_after_s: float = 2.0) -> None:
+        super().__init__(
+            Text(
+                "The model has not enough memory for this request now. Please try again shortly.",
+                "El modelo no tiene memoria suficiente para esta petición. Inténtelo de nuevo en unos instantes.",
             ),
             detail,
             retry_after_s,

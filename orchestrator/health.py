@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 INDEX_INTERVAL_S = 2.0
 ASK_AGAIN_S = 1.0  # an unknown model makes the index be read at once, at most this often
 FORGET_S = 10.0  # a model that left the index's READY rows but is still in it is being reloaded: 503, not 404
+ON_CPU = "ready, on the CPU: its device failed; reload the model once that is mended"
 FRESH_S = 0.5  # twice the longest silence of a live stream
 
 
@@ -42,6 +43,16 @@ class Served:
     gone_at: float | None = None
     attending: set[Attendance] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
+
+    @property
+    def fallback(self) -> bool:
+        """Whether it runs on the CPU because its device failed."""
+        return self.beat is not None and self.beat.fallback
+
+    @property
+    def detail(self) -> str:
+        """One line for people: ready or why not, and what is not as it should be."""
+        return self.reason or (ON_CPU if self.fallback else "ready")
 
 
 class Attending:
@@ -187,7 +198,9 @@ class Health:
             if not served.configured:
                 await self._configure(served)
             if served.model.generates:
-                served.beat = await self._triton.heartbeat(served.model.name)
+                fell_back, served.beat = served.fallback, await self._triton.heartbeat(served.model.name)
+                if served.fallback and not fell_back:
+                    log.warning("%s runs on the CPU: its device failed", served.model.name)
                 digest = served.beat.digest or served.model.digest
                 if digest != served.model.digest:  # another entry than the one whose parameters were read
                     await self._configure(served)

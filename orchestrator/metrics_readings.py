@@ -30,10 +30,14 @@ def readings(gateway: Gateway, limiter: Limiter, store: Store | None) -> dict[st
                 values[served.model.name, "waiting"] = served.beat.waiting
         return values
 
+    def fallbacks() -> Mapping[Labels, float]:
+        return {(s.model.name,): float(s.fallback) for s in gateway.served if s.beat is not None}
+
     return {
         "truthgpt_in_flight": lambda: {(): float(gateway.in_flight)},
         "truthgpt_breaker_state": breakers,
         "truthgpt_model_ready": lambda: {(s.model.name,): float(s.model.ready) for s in gateway.served},
+        "truthgpt_model_fallback": fallbacks,
         "truthgpt_model_requests": model_requests,
         "truthgpt_triton_up": lambda: {(): float(gateway.triton_up)},
         "truthgpt_limit_degraded": lambda: {(): float(gateway.limits_degraded)},

@@ -111,6 +111,8 @@ TABLE: dict[str, Series] = {
                "2 for a minute"),
         _gauge("truthgpt_model_ready", "model", "min", "1 while the model answers every worker's heartbeats.",
                "0 for half a minute"),
+        _gauge("truthgpt_model_fallback", "model", "max",
+               "1 while the model runs on the CPU because its device failed.", "1: mend the device, reload the model"),
         _gauge("truthgpt_model_requests", "model state", "max",
                "Requests in the model's slots (running) and in its queue (waiting).",
                "above 0 for minutes while waiting: scale out"),

@@ -234,8 +234,8 @@ def test_every_command_in_a_block_exists() -> None:
 
 
 def test_lines_fit() -> None:
-    """No line is longer than 140 characters."""
-    assert [line for line in TEXT.splitlines() if len(line) > 140] == []
+    """No line is longer than 140 characters; a row of a table cannot be broken."""
+    assert [line for line in TEXT.splitlines() if len(line) > 140 and not line.startswith("|")] == []
 
 
 @pytest.mark.slow

@@ -1,7 +1,12 @@
-"""The loop: plan -> run -> sample, one iteration a step, on a thread of its own."""
+"""The loop: plan -> run -> sample, one iteration a step, on a thread of its own.
+
+A step that fails for want of memory is made again without the sequence that came last. When the device itself fails,
+the model is opened again on the CPU, and whoever was running goes on there from its tokens.
+"""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,16 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import sampling
-from .errors import DeadlineExceeded, EngineError, Internal, Unavailable
+from .errors import DeadlineExceeded, DeviceLost, EngineError, Internal, OutOfMemory, Unavailable
 from .scheduler import Plan, Scheduler
 from .sequence import Sequence
 
 WAITED_S = 0.02  # who was queued for longer is told when it gets a slot
+REOPEN_S = 60.0  # opening the model again is no stalled step until it takes longer than this
 NONFINITE = "the model produced logits that are not finite (NaN or infinity); the answer stops here"
 
 
 class ModelRunner(Protocol):
-    """What the loop needs of a model; see runner.Runner."""
+    """What the loop needs of a model; see runner.Runner. `device` is where it runs, as the heartbeat says it."""
+
+    device: str
 
     def decode(self, tokens: Ids[int], positions: Ids[int]) -> NDArray[np.float32]: ...
 
@@ -34,16 +42,29 @@ class ModelRunner(Protocol):
 
 @dataclass(frozen=True)
 class Load:
-    """What the engine is doing now. `step_age_s` is the age of the step in progress, 0 when idle."""
+    """What the engine is doing now. `step_age_s` is the age of the step in progress, 0 when idle; `slots` how many
+    may run at once now; `fallback`: it runs on the CPU because its device failed.
+    """
 
     running: int
     waiting: int
     busy: bool
     step_age_s: float
+    slots: int
+    device: str
+    fallback: bool
+
+
+def _tell(line: str) -> None:
+    print(f"inflight: {line}", file=sys.stderr, flush=True)
 
 
 class Engine:
-    """Runs sequences to their end. `submit` may be called from any thread; sinks are called on the engine's."""
+    """Runs sequences to their end. `submit` may be called from any thread; sinks are called on the engine's.
+
+    `reopen` opens the model on the CPU once its device has failed; without it such a failure ends the step's requests
+    as any other does. `fallback`: that has happened already. `tell` gets a line for the log.
+    """
 
     def __init__(
         self,
@@ -51,7 +72,14 @@ class Engine:
         scheduler: Scheduler,
         clock: Callable[[], float] = time.monotonic,
         step_delay_s: float = 0.0,
+        reopen: Callable[[], ModelRunner] | None = None,
+        fallback: bool = False,
+        tell: Callable[[str], None] = _tell,
     ) -> None:
+        self._reopen, self._fallback, self._tell = reopen, fallback, tell
+        self._lost: DeviceLost | None = None  # nothing more is run on the device from here on
+        self._abandoned: ModelRunner | None = None
+        self._dead: Internal | None = None
         self._runner, self._scheduler, self._clock = runner, scheduler, clock
         self._step_delay_s = step_delay_s  # makes a small model as slow as a large one, for tests of load and balance
         self._changed = threading.Condition()
@@ -63,8 +91,12 @@ class Engine:
         self._thread.start()
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises ResourceExhausted when the queue is full, Unavailable once the engine is closing."""
+        """Queue a sequence. Raises ResourceExhausted when the queue is full, Unavailable once the engine is closing,
+        Internal when it can run nowhere any more.
+        """
         with self._changed:
+            if self._dead is not None:
+                raise self._dead
             if self._closing:
                 raise Unavailable("the model is being unloaded")
             sequence.queued_at = self._clock()
@@ -77,11 +109,15 @@ class Engine:
 
     def load(self) -> Load:
         """What it is doing. Raises Internal when its thread has ended."""
+        if self._dead is not None:
+            raise self._dead
         if not self._thread.is_alive():
             raise Internal("the engine's thread has ended")
         began = self._step_began
-        age = 0.0 if began is None else self._clock() - began
-        return Load(len(self._scheduler.active), self._scheduler.waiting, began is not None, age)
+        age = 0.0 if began is None else max(0.0, self._clock() - began)
+        scheduler = self._scheduler
+        running, waiting, slots = len(scheduler.active), scheduler.waiting, scheduler.bound
+        return Load(running, waiting, began is not None, age, slots, self._runner.device, self._fallback)
 
     def close(self, drain_s: float) -> None:
         """Let what was submitted end for up to `drain_s` seconds, then fail the rest and stop the thread."""
@@ -98,6 +134,10 @@ class Engine:
 
     def _loop(self) -> None:
         while True:
+            if self._lost is not None and self._reopen is not None:
+                self._go_on_elsewhere(self._lost, self._reopen)
+                if self._dead is not None:
+                    return
             with self._changed:
                 self._drop_the_gone()
                 plan = self._scheduler.plan()
@@ -112,16 +152,22 @@ class Engine:
             self._tell_admitted(plan, self._step_began)
             if self._step_delay_s:
                 time.sleep(self._step_delay_s)
+            good = True
             if plan.decode:
-                self._decode(plan.decode)
+                good = self._guard(plan.decode, partial(self._decode, plan.decode))
             for chunk in plan.prefill:
-                self._guard((chunk.sequence,), partial(self._prefill, chunk.sequence, chunk.start, chunk.stop))
+                run = partial(self._prefill, chunk.sequence, chunk.start, chunk.stop)
+                good = self._guard((chunk.sequence,), run) and good
+            if good:
+                self._scheduler.grow()
 
     @staticmethod
     def _tell_admitted(plan: Plan, now: float) -> None:
         for chunk in plan.prefill:
-            if chunk.start == 0 and now - chunk.sequence.queued_at >= WAITED_S:
-                chunk.sequence.sink.admitted()
+            sequence = chunk.sequence
+            if not sequence.admitted and now - sequence.queued_at >= WAITED_S:
+                sequence.sink.admitted()
+            sequence.admitted = True
 
     def _drop_the_gone(self) -> None:
         now = self._clock()
@@ -132,7 +178,7 @@ class Engine:
         for sequence in self._scheduler.drop_waiting(gone):
             self._report_late(sequence)
         for sequence in [s for s in self._scheduler.active if gone(s)]:
-            self._scheduler.remove(sequence, self._runner.move)
+            self._remove(sequence)
             self._report_late(sequence)
 
     @staticmethod
@@ -140,30 +186,30 @@ class Engine:
         if not sequence.cancelled:
             sequence.sink.error(DeadlineExceeded(f"the deadline passed after {sequence.generated} tokens"))
 
-    def _decode(self, decode: tuple[Sequence, ...]) -> None:
-        def run() -> None:
-            # Rows are slots. A slot in the range that is still prefilling gets a row too: what it writes at position
-            # `done` is overwritten by that sequence's next chunk.
-            rows = 1 + max(s.slot for s in decode)
-            tokens, positions = [0] * rows, [0] * rows
-            for sequence in self._scheduler.active[:rows]:
-                tokens[sequence.slot] = max(0, sequence.next_token)
-                positions[sequence.slot] = sequence.done
-            logits = self._runner.decode(tokens, positions)
-            for sequence in decode:
-                sequence.done += 1
-            if len(decode) < rows:
-                logits = logits[[s.slot for s in decode]]
-            self._take(decode, logits)
-
-        self._guard(decode, run)
+    def _decode(self, planned: tuple[Sequence, ...]) -> None:
+        decode = tuple(s for s in planned if s.slot >= 0 and not s.prefilling)  # some were shed, or lost their cache
+        if not decode:
+            return
+        # Rows are slots. A slot in the range that is still prefilling gets a row too: what it writes at position
+        # `done` is overwritten by that sequence's next chunk.
+        rows = 1 + max(s.slot for s in decode)
+        tokens, positions = [0] * rows, [0] * rows
+        for sequence in self._scheduler.active[:rows]:
+            tokens[sequence.slot] = max(0, sequence.next_token)
+            positions[sequence.slot] = sequence.done
+        logits = self._runner.decode(tokens, positions)
+        for sequence in decode:
+            sequence.done += 1
+        if len(decode) < rows:
+            logits = logits[[s.slot for s in decode]]
+        self._take(decode, logits)
 
     def _prefill(self, sequence: Sequence, start: int, stop: int) -> None:
-        if sequence.slot < 0:  # failed earlier in this step
+        if sequence.slot < 0 or sequence.done != start:  # failed earlier in this step, or lost its cache
             return
-        logits = self._runner.prefill(sequence.slot, sequence.prompt[start:stop], start)
+        logits = self._runner.prefill(sequence.slot, sequence.tokens[start:stop], start)
         sequence.done = stop
-        if not sequence.prefilling:
+        if not sequence.generated and not sequence.prefilling:
             self._take((sequence,), logits)
 
     def _take(self, sequences: tuple[Sequence, ...], logits: NDArray[np.float32]) -> None:
@@ -179,16 +225,72 @@ class Engine:
                 self._end((sequence,), None)
             sequence.sink.delta(delta)
 
-    def _guard(self, sequences: tuple[Sequence, ...], run: Callable[[], None]) -> None:
+    def _guard(self, sequences: tuple[Sequence, ...], run: Callable[[], None]) -> bool:
+        """Run a part of a step, again after each sequence that was shed; whether it was good at once."""
+        good = True
+        while self._lost is None:
+            try:
+                run()
+                return good
+            except OutOfMemory as error:
+                good = False
+                self._shed(error)
+            except Exception as error:  # one bad step ends its own requests, not the server
+                good = False
+                if isinstance(error, DeviceLost) and self._reopen is not None:
+                    self._lost = error
+                else:
+                    self._end(sequences, Internal(f"the step failed: {type(error).__name__}: {error}"))
+                    return False
+        return False
+
+    def _shed(self, error: OutOfMemory) -> None:
+        with self._changed:
+            newest = self._scheduler.shrink()
+        left = len(self._scheduler.active) - 1
+        self._tell(f"{error}; 1 request was given up, {left} go on, up to {self._scheduler.bound} may run at once")
+        self._end((newest,), error)
+
+    def _go_on_elsewhere(self, error: DeviceLost, reopen: Callable[[], ModelRunner]) -> None:
+        """Open the model on the CPU. Whoever has a slot is prefilled there from its tokens, and goes on behind them."""
+        self._step_began = self._clock() + REOPEN_S
+        running = len(self._scheduler.active)
+        self._tell(f"{error}; the model is opened again on the CPU, where {running} running requests go on")
         try:
-            run()
-        except Exception as error:  # one bad step ends its own requests, not the server
-            self._end(sequences, Internal(f"the step failed: {type(error).__name__}: {error}"))
+            runner = reopen()
+        except Exception as again:
+            self._die(Internal(f"{error}; nor can the model run on the CPU: {again}"))
+            return
+        # It is kept: what a session on a failed device does when it is freed may end the process.
+        self._abandoned, self._runner = self._runner, runner
+        self._lost = self._reopen = None
+        self._fallback = True
+        with self._changed:
+            self._scheduler.restore()
+            self._scheduler.refill(self._scheduler.active)
+
+    def _die(self, error: Internal) -> None:
+        self._tell(str(error))
+        with self._changed:
+            self._dead = error
+            for sequence in (*self._scheduler.active, *self._scheduler.drop_waiting(lambda _: True)):
+                sequence.sink.error(error)
 
     def _end(self, sequences: Iterable[Sequence], error: EngineError | None) -> None:
         with self._changed:
             for sequence in sequences:
                 if sequence.slot >= 0:
-                    self._scheduler.remove(sequence, self._runner.move)
+                    self._remove(sequence)
                     if error is not None:
                         sequence.sink.error(error)
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Free a slot. The sequence that is moved into it is prefilled again if its cache cannot be."""
+        last = self._scheduler.active[-1]
+        try:
+            self._scheduler.remove(sequence, self._runner.move)
+        except Exception as error:
+            if isinstance(error, DeviceLost) and self._reopen is not None:
+                self._lost = self._lost or error
+            self._tell(f"a slot could not be moved: {error}")
+            self._scheduler.refill((last,))

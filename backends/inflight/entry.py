@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+DEVICES = ("auto", "cpu", "cuda")
 
 
 class EntryError(Exception):
@@ -20,15 +21,13 @@ class EntryError(Exception):
 
 @dataclass(frozen=True)
 class Graph:
-    """Shape of the decoder: the cache is float32 [slots, kv_heads, max_len, head_dim] per layer; `max_len` counts
-    positions.
+    """What the engine has to know of the decoder before it is opened; the shapes of the slots are the session's.
+    `max_len` counts positions; `kv_dtype` is float32, float16 or bfloat16.
     """
 
-    layers: int
-    kv_heads: int
-    head_dim: int
     max_len: int
     vocab_size: int
+    kv_dtype: str
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class Entry:
     threads: int
     default_max_tokens: int | None
     step_delay_s: float
+    device: str  # auto, cpu or cuda
+    gpu_memory_limit_mb: int  # of the session's arena, without the slots; 0: no limit
 
 
 def load(folder: Path, parameters: Mapping[str, str]) -> Entry:
@@ -56,7 +57,7 @@ def load(folder: Path, parameters: Mapping[str, str]) -> Entry:
     _check_files(folder, manifest)
     try:
         graph, tokens = manifest["graph"], manifest["tokens"]
-        shape = Graph(*(int(graph[k]) for k in ("layers", "kv_heads", "head_dim", "max_len", "vocab_size")))
+        shape = Graph(int(graph["max_len"]), int(graph["vocab_size"]), str(graph.get("kv_dtype") or "float32"))
         template = manifest.get("chat_template")
         default = _integer(parameters, "default_max_tokens", 0, 10_000_000, 0)
         return Entry(
@@ -73,6 +74,8 @@ def load(folder: Path, parameters: Mapping[str, str]) -> Entry:
             threads=_integer(parameters, "threads", 0, 1024, 0),
             default_max_tokens=default or None,
             step_delay_s=_integer(parameters, "step_delay_ms", 0, 60_000, 0) / 1000,
+            device=_choice(parameters, "device", DEVICES),
+            gpu_memory_limit_mb=_integer(parameters, "gpu_memory_limit_mb", 0, 1 << 24, 0),
         )
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise EntryError(
@@ -113,4 +116,12 @@ def _integer(parameters: Mapping[str, str], name: str, low: int, high: int, defa
         value = low - 1
     if not low <= value <= high:
         raise EntryError(f"config.pbtxt: parameter {name} must be an integer from {low} to {high}, not {raw!r}")
+    return value
+
+
+def _choice(parameters: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
+    """One of `choices`, the first by default."""
+    value = parameters.get(name) or choices[0]
+    if value not in choices:
+        raise EntryError(f"config.pbtxt: parameter {name} must be one of {', '.join(choices)}, not {value!r}")
     return value

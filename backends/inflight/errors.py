@@ -3,9 +3,11 @@
     EngineError
     ├── InvalidArgument     the request can never succeed as it stands
     ├── ResourceExhausted   the waiting queue is full; try again later
+    ├── OutOfMemory         the device has no memory left for this request; try again later
     ├── DeadlineExceeded    the request's own deadline passed
     ├── Unavailable         the engine is stopping
     └── Internal            the model or the engine failed (non-finite logits, a session error)
+        └── DeviceLost      the accelerator failed; the engine goes on on the CPU where it can
 
 Triton carries one string. Its form is `<kind>: <text>`, so that a client behind any of Triton's protocols can tell
 the kinds apart.
@@ -32,6 +34,10 @@ class ResourceExhausted(EngineError):
     kind = "resource_exhausted"
 
 
+class OutOfMemory(EngineError):
+    kind = "out_of_memory"
+
+
 class DeadlineExceeded(EngineError):
     kind = "deadline_exceeded"
 
@@ -42,3 +48,7 @@ class Unavailable(EngineError):
 
 class Internal(EngineError):
     kind = "internal"
+
+
+class DeviceLost(Internal):
+    """Kept inside the engine while it can go on elsewhere; its clients see it as `internal` where it cannot."""

@@ -25,10 +25,10 @@ if not __package__:  # Triton loads this file by path; its folder is a package b
 from . import entry as entries
 from .engine import Engine
 from .errors import EngineError, Internal, InvalidArgument, ResourceExhausted, Unavailable
+from .opening import open_model
 from .outbox import Outbox, Stream
 from .prompt import PromptCodec
 from .request import Prompt, SamplingParams, parse
-from .runner import Runner
 from .scheduler import Scheduler
 from .sequence import Sequence
 
@@ -55,14 +55,19 @@ class TritonPythonModel:
         try:
             self._entry = entries.load(Path(args["model_repository"]) / args["model_version"], parameters)
             self._codec = PromptCodec(self._entry)
-            runner = Runner(
-                self._entry.folder / "model.onnx", self._entry.graph, self._entry.slots, self._entry.threads
-            )
-            runner.prefill(0, [0], 0)  # the first run allocates; a client should not wait for it
+            # KIND_GPU names a device; with KIND_CPU, which every machine can load, it is the first one
+            on_gpu = args.get("model_instance_kind") == "GPU"
+            opened = open_model(self._entry, int(args.get("model_instance_device_id") or 0) if on_gpu else 0)
         except entries.EntryError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         scheduler = Scheduler(self._entry.slots, self._entry.max_queue, self._entry.prefill_chunk)
-        self._engine = Engine(runner, scheduler, step_delay_s=self._entry.step_delay_s)
+        self._engine = Engine(
+            opened.runner,
+            scheduler,
+            step_delay_s=self._entry.step_delay_s,
+            reopen=opened.on_cpu,
+            fallback=opened.fallback,
+        )
         self._outbox = Outbox()
         # Reading a megabyte takes most of a second: in a thread of its own, heartbeats and others are not behind it.
         self._reader = ThreadPoolExecutor(1, "inflight-reader")
@@ -159,9 +164,10 @@ class TritonPythonModel:
 
     def _heartbeat(self) -> str:
         load = self._engine.load()
-        return json.dumps({"running": load.running, "waiting": load.waiting, "slots": self._entry.slots,
+        return json.dumps({"running": load.running, "waiting": load.waiting, "slots": load.slots,
                            "step_age_s": round(load.step_age_s, 3), "busy": load.busy,
-                           "digest": self._entry.digest})  # fmt: skip
+                           "digest": self._entry.digest, "device": load.device,
+                           "fallback": load.fallback})  # fmt: skip
 
 
 def _deadline(params: SamplingParams, wire_timeout_us: Any) -> float:

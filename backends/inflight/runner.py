@@ -1,46 +1,57 @@
 """The ONNX Runtime session and the slot cache it works on in place.
 
-The cache is one float32 array [slots, kv_heads, max_len, head_dim] per layer for keys and one for values. A graph's
-past input and present
-output are bound to the same memory, so nothing is copied: rows 0..n-1 for a decode step, one slot's row for a chunk
-of prefill
-(GroupQueryAttention takes a chunk with past context for one row only).
+The cache is one array [slots, kv_heads, max_len, head_dim] per layer for keys and one for values, of the shapes and
+types that the graph's past inputs have. A graph's past input and present output are bound to the same memory, so
+nothing is copied: rows 0..n-1 for a decode step, one slot's row for a chunk of prefill (GroupQueryAttention takes a
+chunk with past context for one row only).
+
+On a device the weights and the cache stay there; ids, positions and lengths go up with each step and the logits come
+down. `total_sequence_length` stays in the CPU's memory, where GroupQueryAttention reads it on every provider.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Ids
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from .entry import Graph
+from .devices import CPU, Placement, first_line, translate
+from .entry import EntryError
+from .errors import DeviceLost
+from .mover import DeviceMover
+from .slots import Slots, cache_inputs
 
 Logits = NDArray[np.float32]
 
 
 class Runner:
-    """One model's session over `slots` slots. Not thread-safe: the engine's thread is its only caller."""
+    """One model's session over `slots` slots. Not thread-safe: the engine's thread is its only caller.
 
-    def __init__(self, model: Path, graph: Graph, slots: int, threads: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-        self._graph = graph
-        shape = (slots, graph.kv_heads, graph.max_len, graph.head_dim)
-        # np.zeros maps pages on first touch: an idle slot costs no memory.
-        self._cache = {
-            f"{kind}_{i}": np.zeros(shape, np.float32) for i in range(graph.layers) for kind in ("key", "value")
-        }
+    `device` is where it runs. Every method raises OutOfMemory or DeviceLost where that is what the session's error
+    means, else what ONNX Runtime raises; after OutOfMemory the same call may be made again.
+    """
+
+    def __init__(self, model: Path, slots: int, threads: int, placement: Placement) -> None:
+        """Open `model`. Raises EntryError for a graph that this provider or this runner cannot run."""
+        self.device, self._placement = placement.device, placement
+        with self._errors():
+            self._session = _session(model, threads, placement)
+            self._cache = {given.name: Slots(given, slots, placement) for given in cache_inputs(self._session)}
+            on_device = placement.memory != CPU and bool(self._cache)
+            self._mover = DeviceMover(list(self._cache.values()), placement) if on_device else None
+        # What is bound on the CPU is read where it lies; ONNX Runtime copies it to a device when it is bound.
+        self._rebinds = placement.memory != CPU
         self._tokens = np.zeros((slots, 1), np.int64)
         self._positions = np.zeros((slots, 1), np.int64)
         self._lengths = np.zeros(slots, np.int32)
         self._last = np.zeros(slots, np.int64)
         self._total = np.zeros((), np.int32)
-        self._logits = np.zeros((slots, graph.vocab_size), np.float32)
+        self._logits = np.zeros((slots, _vocab_size(self._session)), np.float32)
         self._decode_bindings: dict[int, ort.IOBinding] = {}
         self._prefill_bindings: dict[int, ort.IOBinding] = {}
 
@@ -54,12 +65,15 @@ class Runner:
         self._lengths[:rows] = positions
         self._last[:rows] = 0
         self._total[()] = max(positions) + 1
-        binding = self._decode_bindings.get(rows)
-        if binding is None:
-            binding = self._decode_bindings[rows] = self._bind(0, rows)
-            _input(binding, "input_ids", self._tokens[:rows])
-            _input(binding, "position_ids", self._positions[:rows])
-        self._session.run_with_iobinding(binding)
+        with self._errors():
+            binding = self._decode_bindings.get(rows)
+            fresh = binding is None
+            if binding is None:
+                binding = self._decode_bindings[rows] = self._bind(0, rows)
+            if fresh or self._rebinds:
+                _input(binding, "input_ids", self._tokens[:rows])
+                _input(binding, "position_ids", self._positions[:rows])
+            self._run(binding, rows)
         return self._logits[:rows]
 
     def prefill(self, slot: int, tokens: Ids[int], start: int) -> Logits:
@@ -70,35 +84,86 @@ class Runner:
         self._lengths[0] = start + count - 1
         self._last[0] = count - 1
         self._total[()] = start + count
-        binding = self._prefill_bindings.get(slot)
-        if binding is None:
-            binding = self._prefill_bindings[slot] = self._bind(slot, 1)
-        _input(binding, "input_ids", ids)
-        _input(binding, "position_ids", positions)
-        self._session.run_with_iobinding(binding)
+        with self._errors():
+            binding = self._prefill_bindings.get(slot)
+            if binding is None:
+                binding = self._prefill_bindings[slot] = self._bind(slot, 1)
+            _input(binding, "input_ids", ids)
+            _input(binding, "position_ids", positions)
+            self._run(binding, 1)
         return self._logits[:1]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot's cache to another's."""
+        """Copy the first `length` positions (or more) of one slot's cache to another's."""
+        if self._mover is not None:
+            with self._errors():
+                self._mover.move(source, target)
+            return
         for cache in self._cache.values():
-            cache[target, :, :length] = cache[source, :, :length]
+            cache.array[target, :, :length] = cache.array[source, :, :length]
+
+    def _run(self, binding: ort.IOBinding, rows: int) -> None:
+        if self._rebinds:
+            self._bind_lengths(binding, rows)
+            binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
 
     def _bind(self, first: int, rows: int) -> ort.IOBinding:
         binding = self._session.io_binding()
         for name, cache in self._cache.items():
-            view = cache[first : first + rows]
-            _input(binding, f"past_{name}", view)
-            _output(binding, f"present_{name}", view)
+            cache.bind_input(binding, name, first, rows)
+            cache.bind_output(binding, name.replace("past", "present", 1), first, rows)
+        self._bind_lengths(binding, rows)
+        logits = self._logits[:rows]
+        binding.bind_output("logits", CPU, 0, logits.dtype, logits.shape, logits.ctypes.data)
+        return binding
+
+    def _bind_lengths(self, binding: ort.IOBinding, rows: int) -> None:
         _input(binding, "seqlens_k", self._lengths[:rows])
         _input(binding, "last_index", self._last[:rows])
         _input(binding, "total_sequence_length", self._total)
-        _output(binding, "logits", self._logits[:rows])
-        return binding
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """ONNX Runtime's errors become ours here, once."""
+        try:
+            yield
+        except (EntryError, DeviceLost):
+            raise
+        except Exception as error:
+            ours = translate(error, self._placement)
+            if ours is None:
+                raise
+            raise ours from error
+
+
+def _session(model: Path, threads: int, placement: Placement) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    providers = [(name, dict(given)) for name, given in placement.providers]
+    try:
+        session = ort.InferenceSession(str(model), options, providers=providers)
+    except Exception as error:
+        if translate(error, placement) is not None:
+            raise
+        raise EntryError(
+            f"{model} cannot run on {placement.device}: {first_line(error)}; a bf16 export needs a CUDA device, "
+            "fp32, fp16 and int8 exports run on any"
+        ) from error
+    session.disable_fallback()  # ONNX Runtime's own would run on the CPU in silence
+    wanted = placement.providers[0][0]
+    if wanted not in session.get_providers():  # its libraries were not found: the session was made without it
+        raise DeviceLost(f"ONNX Runtime could not start {wanted}: are CUDA and cuDNN installed in its versions?")
+    return session
+
+
+def _vocab_size(session: ort.InferenceSession) -> int:
+    logits = next((out for out in session.get_outputs() if out.name == "logits"), None)
+    if logits is None or logits.type != "tensor(float)" or not isinstance(logits.shape[-1], int):
+        raise EntryError("model.onnx has no output logits of float32 [rows, vocab]; export the model again")
+    return int(logits.shape[-1])
 
 
 def _input(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-
-def _output(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    binding.bind_input(name, CPU, 0, array.dtype, array.shape, array.ctypes.data)

@@ -33,7 +33,10 @@ class Sink(Protocol):
 
 
 class Sequence:
-    """A prompt on its way through prefill and decode. `done` counts positions that are in the cache."""
+    """A prompt on its way through prefill and decode. `done` counts positions that are in the cache.
+
+    `tokens` are the prompt's and, behind them, those generated so far: all that the cache can be made of again.
+    """
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class Sequence:
         sink: Sink,
         deadline: float,
     ) -> None:
-        self.prompt = prompt
+        self.tokens = [*prompt]
         self.params = params
         self.budget = budget  # how many tokens may be generated
         self.eos = eos
@@ -55,19 +58,27 @@ class Sequence:
         self.random = generator(params.seed)
         self.detokenizer = Detokenizer(decode)
         self.stops = StopFilter(params.stop)
+        self.number = 0  # in order of submission
         self.slot = -1
         self.done = 0
         self.generated = 0
         self.next_token = -1
+        self.admitted = False  # it has had a slot
         self.cancelled = False  # set by any thread, read once a step
 
     @property
     def prefilling(self) -> bool:
-        return self.done < len(self.prompt)
+        return self.done < self.prefill_end
+
+    @property
+    def prefill_end(self) -> int:
+        """How many tokens are prefilled: all but the one that was sampled last, which a decode step feeds."""
+        return len(self.tokens) - (self.generated > 0)
 
     def accept(self, token: int) -> Delta:
         """Take the token that was sampled: the text it makes certain, and whether the answer ends with it."""
         self.next_token = token
+        self.tokens.append(token)
         self.generated += 1
         if token in self.eos:
             return Delta(self._rest(), 1, "stop")

@@ -29,6 +29,7 @@ TABLE: Mapping[type[TruthGPTError], Row] = {
     errors.RateLimited: Row(429, "rate_limit_error", "rate_limit_exceeded"),
     errors.ModelNotFound: Row(404, "invalid_request_error", "model_not_found"),
     errors.Overloaded: Row(503, "service_unavailable_error", "queue_full"),
+    errors.OutOfMemory: Row(503, "service_unavailable_error", "out_of_memory"),
     errors.Unavailable: Row(503, "service_unavailable_error", "unavailable"),
     errors.GatewayFull: Row(503, "service_unavailable_error", "gateway_full"),
     errors.Draining: Row(503, "service_unavailable_error", "draining"),

@@ -21,6 +21,7 @@ TABLE: Mapping[type[TruthGPTError], StatusCode] = {
     errors.RateLimited: StatusCode.RESOURCE_EXHAUSTED,
     errors.ModelNotFound: StatusCode.NOT_FOUND,
     errors.Overloaded: StatusCode.UNAVAILABLE,
+    errors.OutOfMemory: StatusCode.UNAVAILABLE,
     errors.Unavailable: StatusCode.UNAVAILABLE,
     errors.GatewayFull: StatusCode.UNAVAILABLE,
     errors.Draining: StatusCode.UNAVAILABLE,

@@ -41,7 +41,7 @@ class Probes:
             "ready": ready,
             "draining": self._gateway.draining,
             "triton": self._gateway.triton_up,
-            "models": {served.model.name: served.reason or "ready" for served in self._gateway.served},
+            "models": {served.model.name: served.detail for served in self._gateway.served},
             "breakers": self._gateway.breakers,
         }
         await exchange.reply_json(200 if ready else 503, body, () if ready else ((b"retry-after", b"1"),))
@@ -57,6 +57,7 @@ class Probes:
             if beat is not None:
                 row |= {"running": beat.running, "waiting": beat.waiting, "slots": beat.slots}
                 row |= {"busy": beat.busy, "step_age_s": beat.step_age_s}
+                row |= {"device": beat.device or None, "fallback": beat.fallback}
             models.append(row)
         await exchange.reply_json(
             200,

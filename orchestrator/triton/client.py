@@ -32,7 +32,8 @@ OUR_BACKEND = "inflight"
 class Heartbeat:
     """What the stub process says of itself. `step_age_s`: age of the engine's step in progress, seconds.
 
-    `digest` names the entry that it has loaded; empty where the backend does not say.
+    `digest` names the entry that it has loaded; empty where the backend does not say. `device` is where it runs (cpu,
+    cuda or tensorrt; empty where it does not say), `fallback` whether that is the CPU because its device failed.
     """
 
     running: int
@@ -41,6 +42,8 @@ class Heartbeat:
     step_age_s: float
     busy: bool
     digest: str = ""
+    device: str = ""
+    fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ class Triton:
         """Hand the answer's chunks to `put` until the last one, which has a finish reason, or until it wants no more.
 
         A chunk is handed on where its bytes arrive. Cancelling this cancels the request in the backend. Raises
-        InvalidRequest, Overloaded, DeadlineExceeded, UpstreamUnavailable, UpstreamError, Cancelled, or what
-        `attendance.fail()` was given.
+        InvalidRequest, Overloaded, OutOfMemory, DeadlineExceeded, UpstreamUnavailable, UpstreamError, Cancelled, or
+        what `attendance.fail()` was given.
         """
         now = asyncio.get_running_loop().time()
         # from acceptance: a prompt that waited for its turn behind others of its request does not get it anew
@@ -169,6 +172,8 @@ class Triton:
                 step_age_s=float(beat["step_age_s"]),
                 busy=bool(beat["busy"]),
                 digest=str(beat.get("digest", "")),
+                device=str(beat.get("device", "")),
+                fallback=bool(beat.get("fallback", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UpstreamError(f"the heartbeat of {model} makes no sense") from error

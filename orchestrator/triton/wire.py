@@ -15,6 +15,7 @@ from orchestrator.errors import (
     DeadlineExceeded,
     InvalidRequest,
     ModelNotFound,
+    OutOfMemory,
     Overloaded,
     Text,
     TruthGPTError,
@@ -25,7 +26,8 @@ from orchestrator.sse import EventParser
 from orchestrator.triton.connection import Answer
 
 _KIND = re.compile(
-    r"\b(invalid_argument|resource_exhausted|deadline_exceeded|unavailable|internal|cancelled): (.*)", re.DOTALL
+    r"\b(invalid_argument|resource_exhausted|out_of_memory|deadline_exceeded|unavailable|internal|cancelled): (.*)",
+    re.DOTALL,
 )
 _UNKNOWN_MODEL = re.compile(r"unknown model|is not found|no such file|does not exist", re.IGNORECASE)
 _AWAY = re.compile(r"not healthy|not ready|no available versions|unavailable|shutting down", re.IGNORECASE)
@@ -152,6 +154,8 @@ def _of_kind(kind: str, text: str) -> TruthGPTError:
             return InvalidRequest(Text(text, f"El modelo rechazó la petición: {text}"), name[1] if name else None)
         case "resource_exhausted":
             return Overloaded(text)
+        case "out_of_memory":
+            return OutOfMemory(text)
         case "deadline_exceeded":
             return DeadlineExceeded(text)
         case "unavailable":

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Ids
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.inflight.errors import EngineError
+from backends.inflight.errors import DeviceLost, EngineError, OutOfMemory
 from backends.inflight.request import SamplingParams
 from backends.inflight.sequence import Delta, Sequence
 
@@ -30,6 +30,8 @@ def expected(prompt: Ids[int], count: int) -> list[int]:
 
 class FakeRunner:
     """Keeps token ids where a real runner keeps keys and values, with the same slots, moves and garbage rows."""
+
+    device = "cpu"
 
     def __init__(self, slots: int, max_len: int) -> None:
         self.cache = np.full((slots, max_len), -1, np.int64)
@@ -59,6 +61,41 @@ class FakeRunner:
         logits = np.zeros(VOCAB, np.float32)
         logits[next_token([int(t) for t in self.cache[slot, :length]])] = 1.0
         return logits
+
+
+class FaultyRunner(FakeRunner):
+    """One on a device with little memory that may fail for good. Calls are counted over decode, prefill and move."""
+
+    device = "cuda"
+
+    def __init__(self, slots: int, max_len: int) -> None:
+        super().__init__(slots, max_len)
+        self.calls = 0
+        self.short_on: set[int] = set()  # calls for which there is no memory
+        self.capacity = slots  # rows that a decode step has memory for
+        self.lost_on: float = float("inf")  # the call from which on the device is lost
+
+    def decode(self, tokens: Ids[int], positions: Ids[int]) -> NDArray[np.float32]:
+        self._call()
+        if len(tokens) > self.capacity:
+            raise OutOfMemory(f"no memory for {len(tokens)} rows")
+        return super().decode(tokens, positions)
+
+    def prefill(self, slot: int, tokens: Ids[int], start: int) -> NDArray[np.float32]:
+        self._call()
+        return super().prefill(slot, tokens, start)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self._call()
+        super().move(source, target, length)
+
+    def _call(self) -> None:
+        self.calls += 1
+        if self.calls >= self.lost_on:
+            self.cache[:] = -1
+            raise DeviceLost("CUDA failure 700: an illegal memory access was encountered")
+        if self.calls in self.short_on:
+            raise OutOfMemory("no memory now")
 
 
 class Collector:

@@ -87,7 +87,7 @@ def test_chunks_are_cut_at_the_same_places_whatever_the_company(lengths, chunk):
     while any(s.prefilling for s in scheduler.active) or scheduler.waiting:
         plan = scheduler.plan()
         for c in plan.prefill:
-            assert c.start % chunk == 0 and c.stop == min(c.start + chunk, len(c.sequence.prompt))
+            assert c.start % chunk == 0 and c.stop == min(c.start + chunk, len(c.sequence.tokens))
         advance(plan)
 
 

@@ -17,6 +17,7 @@ from orchestrator.errors import (
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
+    OutOfMemory,
     Overloaded,
     Text,
     UpstreamError,
@@ -93,8 +94,8 @@ def test_a_failed_try_opens_it_for_longer() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        InvalidRequest(Text("x", "y")), Overloaded(), DeadlineExceeded(), Cancelled(), asyncio.CancelledError(),
-        GeneratorExit(),
+        InvalidRequest(Text("x", "y")), Overloaded(), OutOfMemory(), DeadlineExceeded(), Cancelled(),
+        asyncio.CancelledError(), GeneratorExit(),
     ],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip

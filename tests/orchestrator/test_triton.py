@@ -20,6 +20,7 @@ from orchestrator.errors import (
     DeadlineExceeded,
     InvalidRequest,
     ModelNotFound,
+    OutOfMemory,
     Overloaded,
     TruthGPTError,
     UpstreamError,
@@ -115,6 +116,7 @@ async def test_connections_are_reused(triton: Triton, fake: FakeTriton) -> None:
     [
         ("invalid_argument: max_tokens is 99; no room", InvalidRequest),
         ("resource_exhausted: the queue is full", Overloaded),
+        ("out_of_memory: the cuda has not enough memory left", OutOfMemory),
         ("deadline_exceeded: too late", DeadlineExceeded),
         ("unavailable: the engine is stopping", UpstreamUnavailable),
         ("internal: NaN", UpstreamError),
@@ -288,6 +290,8 @@ async def test_lists_of_one_are_scalars(triton: Triton, fake: FakeTriton) -> Non
 async def test_heartbeat_index_and_config(triton: Triton, fake: FakeTriton) -> None:
     """The unary calls return typed values; of several versions the ready one counts."""
     assert await triton.heartbeat("m") == Heartbeat(0, 0, 4, 0.0, False)
+    fake.beat |= {"device": "cpu", "fallback": True}
+    assert await triton.heartbeat("m") == Heartbeat(0, 0, 4, 0.0, False, device="cpu", fallback=True)
     assert await triton.index() == {"m": ("1", "READY")}
     config = await triton.model_config("m")
     assert (config.task, config.chat, config.max_len) == ("text_generation", True, 64)

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import cast
+
+import pytest
+
+from orchestrator.limiter import Limiter
+from orchestrator.metrics_readings import readings
+
 from ..conftest import serving, until
 from ..fake_triton import FakeTriton
 
@@ -45,6 +53,24 @@ async def test_one_dead_model_of_two_fails_readiness(fake: FakeTriton) -> None:
     fake.models["other"] = "READY"
     async with serving(fake) as stack:
         assert set((await stack.get("/health/ready"))[1]["models"]) == {"m", "other"}
+
+
+async def test_a_model_that_moved_to_the_cpu_is_ready_and_says_so(
+    fake: FakeTriton, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fallback does not fail readiness: the detail, deep health and the gauge have it, and the log once."""
+    fake.beat |= {"device": "cuda", "fallback": False}
+    async with serving(fake) as stack:
+        gauge = readings(stack.gateway, cast(Limiter, None), None)["truthgpt_model_fallback"]
+        assert (await stack.get("/health/ready"))[1]["models"] == {"m": "ready"} and gauge() == {("m",): 0}
+        fake.beat |= {"device": "cpu", "fallback": True}
+        await until(lambda: gauge() == {("m",): 1})
+        status, body, _ = await stack.get("/health/ready")
+        assert status == 200 and body["models"]["m"].startswith("ready, on the CPU")
+        (model,) = (await stack.get("/health"))[1]["models"]
+        assert (model["device"], model["fallback"], model["ready"]) == ("cpu", True, True)
+        await asyncio.sleep(0.2)  # some heartbeats
+    assert [r.message for r in caplog.records if "CPU" in r.message] == ["m runs on the CPU: its device failed"]
 
 
 async def test_deep_health(fake: FakeTriton) -> None:
