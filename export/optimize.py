@@ -5,6 +5,8 @@ Operator fusion is left to ONNX Runtime when it opens the file: it knows the pro
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,38 @@ from onnxscript.ir.passes import common as passes
 
 # Protobuf stops at 2 GiB; above this the weights go to a file of their own beside the graph.
 EXTERNAL_DATA_BYTES = 1_500_000_000
+_MODULE = "module"
 
 
 def optimize(model: ir.Model) -> None:
     """Tidy the traced graph in place: symbolic dimensions ``rows`` and ``seq``, no trace metadata, no dead nodes."""
     _name_dimensions(model)
     passes.RemoveUnusedNodesPass()(model)
+    for node in model.graph:
+        node.meta[_MODULE] = _module(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
     passes.ClearMetadataAndDocStringPass()(model)
     model.producer_name = "truthgpt"
+
+
+def layer_of(model: ir.Model) -> dict[ir.Node, str]:
+    """The module that each node of an optimised graph belongs to, by the checkpoint's names.
+
+    That is the layer (``transformer.h.3``) where there is one, else the innermost module (``lm_head``). A node that the
+    tracer did not place belongs where its first input was computed.
+    """
+    modules: dict[ir.Node, str] = {}
+    for node in model.graph:
+        producers = [value.producer() for value in node.inputs if value is not None]
+        inherited = next((modules[producer] for producer in producers if producer is not None), "")
+        modules[node] = str(node.meta.get(_MODULE) or inherited)
+    return modules
+
+
+def _module(scopes: str) -> str:
+    # The tracer's list of enclosing modules, outermost first, the node itself last.
+    names = [str(scope) for scope in ast.literal_eval(scopes)[:-1]] if scopes.startswith("[") else []
+    layers = [name for name in names if re.search(r"\.\d+$", name)]
+    return (layers[0] if layers else names[-1] if names else "").removeprefix("model.")
 
 
 def fold_transposed_weights(model: ir.Model) -> None:
@@ -49,6 +75,14 @@ def add_weight(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.Value:
     value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
     model.graph.register_initializer(value)
     return value
+
+
+def array_of(value: ir.Value) -> npt.NDArray[Any]:
+    """A constant's array. Raises ValueError for a value that is computed."""
+    if value.const_value is None:
+        raise ValueError(f"{value.name} is no constant")
+    array: npt.NDArray[Any] = value.const_value.numpy()
+    return array
 
 
 def save(model: ir.Model, folder: Path) -> None:
