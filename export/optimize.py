@@ -5,6 +5,7 @@ Operator fusion is left to ONNX Runtime when it opens the file: it knows the pro
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy.typing as npt
 from onnxscript import ir
 from onnxscript.ir.passes import common as passes
 
-# Protobuf stops at 2 GiB; above this the weights go to a file of their own beside the graph.
-EXTERNAL_DATA_BYTES = 1_500_000_000
+# Above this the weights go to a file of their own beside the graph. Protobuf stops at 2 GiB, and long before that it
+# costs memory: it holds every weight several times while it writes, and ONNX Runtime cannot map what lies inside it.
+EXTERNAL_DATA_BYTES = 64_000_000
+_PAGE = 4096
 
 
 def optimize(model: ir.Model) -> None:
@@ -36,7 +39,7 @@ def fold_transposed_weights(model: ir.Model) -> None:
         if source is None or not source.is_initializer() or source.const_value is None:
             continue
         order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
-        transposed = np.ascontiguousarray(np.transpose(source.const_value.numpy(), order))
+        transposed = np.transpose(source.const_value.numpy(), order)  # a view: copied when it is quantised or written
         folded = add_weight(model, f"{source.name}.transposed", transposed)
         node.outputs[0].replace_all_uses_with(folded)
         model.graph.remove(node, safe=True)
@@ -52,9 +55,24 @@ def add_weight(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.Value:
 
 
 def save(model: ir.Model, folder: Path) -> None:
-    """Write ``model.onnx`` into the folder, with ``model.onnx.data`` beside it when the weights are large."""
+    """Write ``model.onnx`` into the folder, with ``model.onnx.data`` beside it when the weights are large.
+
+    External weights are written one by one and begin on a page, so that whoever opens the file can map them.
+    """
     large = weight_bytes(model) > EXTERNAL_DATA_BYTES
-    ir.save(model, folder / "model.onnx", external_data="model.onnx.data" if large else None)
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data" if large else None, alignment=_PAGE)
+
+
+def drop_weights(model: ir.Model) -> None:
+    """Let go of all weights, for a graph that has been saved.
+
+    The rewriter's rules are global and remember the last graph that they saw, and a graph remembers, as inputs that it
+    once had, the weights that were folded away: without this the checkpoint stays in memory for good.
+    """
+    for value in gc.get_objects():
+        # By its type: isinstance would ask every lazy module for its __class__.
+        if issubclass(type(value), ir.Value) and (value.graph is None or value.graph is model.graph):
+            value.const_value = None
 
 
 def weight_bytes(model: ir.Model) -> int:

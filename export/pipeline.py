@@ -12,11 +12,12 @@ from export.chat import chat_template
 from export.decoder import trace
 from export.loading import limit, load_model
 from export.manifest import TASK, Serving, config_pbtxt, write_manifest
-from export.optimize import optimize, save
+from export.optimize import drop_weights, optimize, save
 from export.probe import architecture, probe
 from export.quantize import quantize_int8
 from export.reference import Reference, make_prompts, prompt_lengths, run_reference
 from export.repository import CONFIG, Repository, Staging, check_name, translated
+from export.resources import release
 from export.runtime import SlotRuntime
 from export.source import Source, resolve
 from export.tokenizer import SAMPLE, load_tokenizer, special_tokens, write_tokenizer
@@ -83,6 +84,7 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     with repository.staging(name) as staging:
         repository.require_space(space_needed(source, options.precision))
         draft = build(source, options, max_len, staging, progress)
+        release()  # the model and its graph: the file is opened next
         progress("verify", 0.0)
         runtime = SlotRuntime(staging.folder / "model.onnx", BATCH)
         parity = verify(
@@ -132,6 +134,7 @@ def build(source: Source, options: ExportOptions, max_len: int, staging: Staging
         quantize_int8(graph)
     with translated(options.repository):
         save(graph, staging.folder)
+        drop_weights(graph)
         write_tokenizer(tokenizer, staging.folder / "tokenizer.json")
         if template is not None:
             (staging.folder / TEMPLATE).write_text(template, encoding="utf-8")

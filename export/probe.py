@@ -88,6 +88,11 @@ def attention(model: PreTrainedModel, name: str, function: Callable[..., Any]) -
         yield
     finally:
         model.set_attn_implementation(former)
+        AttentionInterface.register(name, _retired)  # the registry is global and would keep the model alive
+
+
+def _retired(*_: Any, **__: Any) -> Any:
+    raise AssertionError("an attention function was called outside its `attention` block")
 
 
 def probe(model: PreTrainedModel) -> Layout:
