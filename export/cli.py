@@ -81,6 +81,8 @@ Examples:
     help="Requests that may wait for a slot.",
 )
 @click.option("--revision", help="Commit, branch or tag, for a model from the Hub.")
+@click.option("--allow-pickle", is_flag=True, help="Accept pickled weights, opened by torch's restricted unpickler.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
 def export_command(
@@ -94,6 +96,8 @@ def export_command(
     prefill_chunk: int,
     max_queue: int,
     revision: str | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -109,6 +113,7 @@ def export_command(
         try:
             from export.manifest import Serving
             from export.pipeline import ExportOptions
+            from export.source import Trust
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] not in _NEEDED:
                 raise
@@ -124,6 +129,7 @@ def export_command(
             chat_template=chat_template,
             max_len=max_len,
             revision=revision,
+            trust=Trust(pickle=allow_pickle, code=trust_remote_code),
             serving=Serving(slots, prefill_chunk, max_queue),
         )
         exported = _run(options, signals, debug)

@@ -34,14 +34,18 @@ def fold_transposed_weights(model: ir.Model) -> None:
     The tracer leaves one where a weight has a second use: output embeddings tied to the input embeddings. In fp32 that
     is the better file (stored once, ONNX Runtime folds it when loading), but the quantiser needs to see the matrix.
     """
+    done: dict[tuple[ir.Value, tuple[int, ...]], ir.Value] = {}
     for node in list(model.graph):
         source = node.inputs[0] if node.op_type == "Transpose" else None
         if source is None or not source.is_initializer() or source.const_value is None:
             continue
-        order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
-        transposed = np.transpose(source.const_value.numpy(), order)  # a view: copied when it is quantised or written
-        folded = add_weight(model, f"{source.name}.transposed", transposed)
-        node.outputs[0].replace_all_uses_with(folded)
+        order = tuple(node.attributes["perm"].as_ints()) if "perm" in node.attributes else ()
+        if (source, order) not in done:
+            # A view: copied when it is quantised or written.
+            transposed = np.transpose(source.const_value.numpy(), order or None)
+            name = f"{source.name}.transposed" + ("" if not done else f".{len(done)}")
+            done[source, order] = add_weight(model, name, transposed)
+        node.outputs[0].replace_all_uses_with(done[source, order])
         model.graph.remove(node, safe=True)
     passes.RemoveUnusedNodesPass()(model)
 

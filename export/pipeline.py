@@ -17,9 +17,9 @@ from export.probe import architecture, probe
 from export.quantize import quantize_int8
 from export.reference import Reference, make_prompts, prompt_lengths, run_reference
 from export.repository import CONFIG, Repository, Staging, check_name, translated
-from export.resources import release
+from export.resources import available_memory, needs, release, require_memory, size
 from export.runtime import SlotRuntime
-from export.source import Source, resolve
+from export.source import Source, Trust, resolve
 from export.tokenizer import SAMPLE, load_tokenizer, special_tokens, write_tokenizer
 from export.verify import BATCH, verify
 
@@ -43,6 +43,7 @@ class ExportOptions:
     chat_template: Path | None = None
     max_len: int | None = None
     revision: str | None = None
+    trust: Trust = field(default_factory=Trust)
     serving: Serving = field(default_factory=Serving)
 
 
@@ -79,10 +80,14 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     progress("load", 0.0)
     repository = Repository(options.repository.expanduser().absolute())
     repository.require_writable()
-    source = resolve(options.model, options.revision, lambda text: progress("load", text))
+    source = resolve(options.model, options.revision, lambda text: progress("load", text), options.trust)
     max_len = limit(source, options.max_len)
+    needed = needs(source, options.precision, max_len)
+    progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
+    require_memory(needed.memory, available_memory())
     with repository.staging(name) as staging:
-        repository.require_space(space_needed(source, options.precision))
+        repository.require_space(needed.disk)
+        _ = source.sha256  # a wrong file is found before hours of work
         draft = build(source, options, max_len, staging, progress)
         release()  # the model and its graph: the file is opened next
         progress("verify", 0.0)
@@ -159,7 +164,7 @@ def describe(
         "task": TASK,
         "architecture": draft.family,
         "precision": options.precision,
-        "source": {"id": source.id, "revision": source.revision, "sha256": source.sha256()},
+        "source": {"id": source.id, "revision": source.revision, "sha256": source.sha256},
         "graph": draft.graph,
         "tokens": draft.tokens,
         "chat_template": TEMPLATE if draft.chat else None,
@@ -176,12 +181,3 @@ def default_name(model: str) -> str:
     folder = Path(model).expanduser()
     last = folder.resolve().name if folder.is_dir() else model.rsplit("/", 1)[-1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
-
-
-def space_needed(source: Source, precision: str) -> int:
-    """Bytes that the entry may take, with a margin. In int8 the embeddings stay fp32 and tied ones are stored twice."""
-    elements = source.parameters()
-    width = int(source.config.get("hidden_size") or source.config.get("n_embd") or 0)
-    embedding = int(source.config.get("vocab_size") or 0) * width
-    weights = 4 * elements if precision == "fp32" else elements + 5 * embedding
-    return int(1.1 * weights) + 32_000_000
