@@ -128,6 +128,8 @@ Examples:
     help="Encoders only: tokens of one run, padding included.",
 )
 @click.option("--revision", help="Commit, branch or tag, for a model from the Hub.")
+@click.option("--allow-pickle", is_flag=True, help="Accept pickled weights, opened by torch's restricted unpickler.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
 def export_command(
@@ -148,6 +150,8 @@ def export_command(
     serve_with: str,
     max_tokens_per_batch: int,
     revision: str | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -165,6 +169,7 @@ def export_command(
             from export.encoder_config import EncoderServing
             from export.manifest import Serving
             from export.pipeline import ExportOptions
+            from export.source import Trust
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] not in _NEEDED:
                 raise
@@ -184,6 +189,7 @@ def export_command(
             device=device,
             calibrate=calibrate,
             allow_drift=allow_drift,
+            trust=Trust(pickle=allow_pickle, code=trust_remote_code),
             serving=Serving(slots, prefill_chunk, max_queue),
             task=task,
             serve_with=serve_with,

@@ -17,14 +17,15 @@ from export.encoder_config import EncoderServing
 from export.encoder_source import encoder_task
 from export.loading import limit, load_model
 from export.manifest import TASK, Serving, config_pbtxt, write_manifest
-from export.optimize import optimize, save
+from export.optimize import drop_weights, optimize, save
 from export.precision import INT4_DRIFT, TABLE, check_device, serves_on
 from export.probe import architecture, probe
 from export.reference import Reference, make_prompts, prompt_lengths, run_reference
 from export.repository import CONFIG, Repository, Staging, check_name, translated
+from export.resources import available_memory, needs, release, require_memory, size
 from export.rewrites import prefill_chunk
 from export.runtime import SlotRuntime
-from export.source import Source, resolve
+from export.source import Source, Trust, resolve
 from export.tokenizer import SAMPLE, load_tokenizer, special_tokens, write_tokenizer
 from export.verify import BATCH, exercise, verify
 
@@ -59,6 +60,7 @@ class ExportOptions:
     device: str = "auto"
     calibrate: Path | None = None
     allow_drift: float | None = None
+    trust: Trust = field(default_factory=Trust)
     serving: Serving = field(default_factory=Serving)
     task: str = "auto"
     serve_with: str = "backend"
@@ -102,7 +104,7 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     progress("load", 0.0)
     repository = Repository(options.repository.expanduser().absolute())
     repository.require_writable()
-    source = resolve(options.model, options.revision, lambda text: progress("load", text), options.task)
+    source = resolve(options.model, options.revision, lambda text: progress("load", text), options.trust, options.task)
     task = encoder_task(source, options.task)
     if task is not None:
         from export.encoder_pipeline import export_encoder
@@ -111,9 +113,14 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     precision = graph_precision(options)
     device = check_device(precision, options.device)
     max_len = limit(source, options.max_len)
+    needed = needs(source, precision, max_len, options.calibrate is not None)
+    progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
+    require_memory(needed.memory, available_memory())
     with repository.staging(name) as staging:
-        repository.require_space(space_needed(source, precision, options.calibrate is not None))
+        repository.require_space(needed.disk)
+        _ = source.sha256  # a wrong file is found before hours of work
         draft = build(source, options, max_len, staging, progress, device)
+        release()  # the model and its graph: the file is opened next
         progress("verify", 0.0)
         runtime = SlotRuntime(staging.folder / "model.onnx", BATCH, device=device)
         parity = verify(
@@ -190,6 +197,8 @@ def build(
                 lambda state: progress("quantise", state),
             )
         save(converted.graph, staging.folder)
+        drop_weights(converted.graph)
+        drop_weights(graph)
         write_tokenizer(tokenizer, staging.folder / "tokenizer.json")
         if template is not None:
             (staging.folder / TEMPLATE).write_text(template, encoding="utf-8")
@@ -220,7 +229,7 @@ def describe(
         **(tensorrt.manifest() if options.target == "tensorrt" else {}),
         "device": serves_on(options.precision, options.device),
         **draft.conversion,
-        "source": {"id": source.id, "revision": source.revision, "sha256": source.sha256()},
+        "source": {"id": source.id, "revision": source.revision, "sha256": source.sha256},
         "graph": draft.graph,
         "tokens": draft.tokens,
         "chat_template": TEMPLATE if draft.chat else None,
@@ -243,16 +252,3 @@ def default_name(model: str) -> str:
     folder = Path(model).expanduser()
     last = folder.resolve().name if folder.is_dir() else model.rsplit("/", 1)[-1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
-
-
-def space_needed(source: Source, precision: str, calibrated: bool = False) -> int:
-    """Bytes that the entry may take, with a margin, or the fp32 graph that reads a calibration text before.
-
-    Embeddings that are looked up keep 4 bytes an element in int8 and 2 in int4, and tied ones are stored twice, the
-    output's with a byte and a scale.
-    """
-    elements = source.parameters()
-    width = int(source.config.get("hidden_size") or source.config.get("n_embd") or 0)
-    embedding = int(source.config.get("vocab_size") or 0) * width
-    weights = TABLE[precision].weight_bytes * elements + {"int8": 5.0, "int4": 3.2}.get(precision, 0.0) * embedding
-    return int(1.1 * max(weights, 4 * elements if calibrated else 0)) + 32_000_000

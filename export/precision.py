@@ -52,6 +52,7 @@ TABLE = {
     )
 }
 PRECISIONS = tuple(TABLE)
+HALVES = ("fp16", "bf16")
 
 
 def runs_here(device: str, providers: Sequence[str] | None = None) -> str:
