@@ -89,7 +89,7 @@ def test_preparing_twice_gives_the_same_folder(tmp_path: Path):
     folder = tritonserver.prepare_backends(installation, tmp_path)
     (folder / "inflight" / "stale.py").write_text("")
     assert tritonserver.prepare_backends(installation, tmp_path) == folder
-    assert sorted(p.name for p in folder.iterdir()) == ["inflight", "python"]
+    assert sorted(p.name for p in folder.iterdir()) == ["encoder", "inflight", "python"]
     assert (folder / "python" / STUB).exists() and (folder / "inflight" / "model.py").exists()
     assert not (folder / "inflight" / "stale.py").exists()
 
