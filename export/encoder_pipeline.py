@@ -17,11 +17,12 @@ from tokenizers import normalizers
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from export import tensorrt
 from export.encoder import input_names, trace, with_head
-from export.encoder_config import encoder_pbtxt, engine_pbtxt
+from export.encoder_config import MAX_TEXTS, encoder_pbtxt, engine_pbtxt
 from export.encoder_source import CLASSIFICATION, SentenceSettings, head_files, sentence_settings
 from export.encoder_verify import EncoderReference, EncoderRuntime, lengths_to_check, run_reference, verify
-from export.errors import SourceError, UnsupportedModel
+from export.errors import ExportError, SourceError, UnsupportedModel
 from export.loading import load_model
 from export.manifest import sha256, write_manifest
 from export.optimize import drop_weights, optimize, save
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from export.pipeline import Exported, ExportOptions, Progress
 
 DEFAULT_MAX_LEN = 2048
+PRECISIONS = ("fp32", "int8")
 NATIVE_INSTANCES = 4  # each asks the engine once at a time, and the engine batches what they ask
 
 
@@ -61,7 +63,9 @@ def export_encoder(
     """Export and publish; see `export.pipeline.export_model`."""
     from export.pipeline import Exported
 
-    needed = needs(source, options.precision, options.max_len or DEFAULT_MAX_LEN)
+    check_options(options)
+    precision = tensorrt.graph_precision(options.target, options.precision)
+    needed = needs(source, precision, options.max_len or DEFAULT_MAX_LEN)
     progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
     require_memory(needed.memory, available_memory())
     engine_name = f"{name}--engine" if options.serve_with == "native" else None
@@ -74,12 +78,11 @@ def export_encoder(
         release()  # the model and its graph: the file is opened next
         progress("verify", 0.0)
         runtime = EncoderRuntime(folder / "model.onnx", draft.pad)
-        parity = verify(
-            runtime, draft.references, draft.output, options.precision, lambda done: progress("verify", done)
-        )
+        parity = verify(runtime, draft.references, draft.output, precision, lambda done: progress("verify", done))
+        built = build_engine(folder, draft, options, progress) if options.target == "tensorrt" else None
         progress("publish", 0.0)
         with translated(options.repository):
-            describe(source, task, options, draft, staging, engine, parity)
+            describe(source, task, options, draft, staging, engine, parity, built)
         if engine is not None:
             repository.publish(engine, lambda text: progress("publish", text))
         path = repository.publish(staging, lambda text: progress("publish", text))
@@ -111,7 +114,7 @@ def build(
     graph = trace(module, names, architecture(model))
     progress("optimise", 0.0)
     optimize(graph)
-    if options.precision == "int8":
+    if tensorrt.graph_precision(options.target, options.precision) == "int8":
         progress("quantise", 0.0)
         quantize_int8(graph)
     with translated(options.repository):
@@ -131,6 +134,38 @@ def build(
     )
 
 
+def check_options(options: ExportOptions) -> None:
+    """Raise `ExportError` for what encoders have not, before the checkpoint is read."""
+    if options.calibrate is not None or options.allow_drift is not None:
+        raise ExportError("--calibrate and --allow-drift are for text generation models.", "Leave them out.")
+    if options.target == "tensorrt":
+        if options.serve_with != "native":
+            raise ExportError(
+                "TensorRT runs an encoder's graph inside Triton itself.", "Give --serve-with native, or --target onnx."
+            )
+        tensorrt.require_tensorrt()
+    elif options.precision not in PRECISIONS:
+        raise ExportError(
+            f"Encoders have no {options.precision}.",
+            f"Give --precision {' or '.join(PRECISIONS)}, or --target tensorrt --serve-with native for fp16.",
+        )
+
+
+def build_engine(folder: Path, draft: EncoderDraft, options: ExportOptions, progress: Progress) -> dict[str, str]:
+    """Put a TensorRT engine in the place of the verified graph; returns what the manifest says of it."""
+    progress("verify", "building the TensorRT engine")
+    shapes = tensorrt.Shapes((1, 1), (16, min(32, draft.max_len)), (MAX_TEXTS, draft.max_len))
+    built = tensorrt.build_plan(
+        folder / "model.onnx",
+        folder / "model.plan",
+        dict.fromkeys(draft.names, shapes),
+        fp16=options.precision == "fp16",
+    )
+    for path in folder.glob("model.onnx*"):
+        path.unlink()
+    return built
+
+
 def describe(
     source: Source,
     task: str,
@@ -139,14 +174,18 @@ def describe(
     staging: Staging,
     engine: Staging | None,
     parity: dict[str, Any],
+    built: dict[str, str] | None,
 ) -> None:
-    """Write manifest.json and config.pbtxt of the entry, and of its engine where it has one."""
+    """Write manifest.json and config.pbtxt of the entry, and of its engine where it has one.
+
+    ``built`` is what is known of the TensorRT engine that takes the graph's place, None where there is none.
+    """
     settings, serving = draft.settings, options.encoder_serving
     facts = {
         "task": task,
         "architecture": draft.family,
         "precision": options.precision,
-        "target": "onnx",
+        "target": options.target,
         "source": {
             "id": source.id,
             "revision": source.revision,
@@ -176,10 +215,10 @@ def describe(
         parameters["normalized"] = str(settings.normalized).lower()
     front = {**facts, "tokens": {"pad": draft.pad}, "text": {"prompt": settings.prompt, "prompts": settings.prompts}}
     if engine is not None:
-        write_manifest(
-            engine.folder, {"name": engine.name, "version": str(engine.version), "graph_only": True, **facts}
-        )
-        config = engine_pbtxt(engine.name, "onnxruntime", draft.names, draft.output, draft.width, serving)
+        named = {"name": engine.name, "version": str(engine.version), "graph_only": True}
+        write_manifest(engine.folder, named | facts | ({} if built is None else tensorrt.manifest(built)))
+        platform = "onnxruntime" if built is None else "tensorrt"
+        config = engine_pbtxt(engine.name, platform, draft.names, draft.output, draft.width, serving)
         (engine.model / CONFIG).write_text(config, encoding="utf-8")
         front["served_by"] = {
             "name": engine.name,

@@ -110,7 +110,7 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
         from export.encoder_pipeline import export_encoder
 
         return export_encoder(source, task, options, repository, name, progress)
-    precision = graph_precision(options)
+    precision = tensorrt.graph_precision(options.target, options.precision)
     device = check_device(precision, options.device)
     max_len = limit(source, options.max_len)
     needed = needs(source, precision, max_len, options.calibrate is not None)
@@ -184,7 +184,7 @@ def build(
     optimize(graph)
     converted = Converted(graph)
     with translated(options.repository):
-        precision = graph_precision(options)
+        precision = tensorrt.graph_precision(options.target, options.precision)
         if precision != "fp32":
             progress("quantise", 0.0)
             converted = convert(
@@ -207,7 +207,7 @@ def build(
         "kv_heads": layout.caches[0][0],
         "head_dim": layout.caches[0][1],
         "caches": cache_shapes(graph),
-        "kv_dtype": TABLE[graph_precision(options)].kv_dtype,
+        "kv_dtype": TABLE[tensorrt.graph_precision(options.target, options.precision)].kv_dtype,
         "vocab_size": references[0].logits.shape[1],
         "max_len": max_len,
     }
@@ -240,11 +240,6 @@ def describe(
     device = serves_on(options.precision, options.device)
     config = config_pbtxt(staging.name, options.precision, max_len, draft.chat, draft.serving, device)
     (staging.model / CONFIG).write_text(config, encoding="utf-8")
-
-
-def graph_precision(options: ExportOptions) -> str:
-    """Precision of the graph in the file: TensorRT makes its own fp16 of an fp32 graph when it builds the engine."""
-    return "fp32" if options.target == "tensorrt" else options.precision
 
 
 def default_name(model: str) -> str:

@@ -48,9 +48,20 @@ def check_precision(target: str, precision: str) -> None:
         raise ExportError(f"The target tensorrt has no {precision}.", f"Give --precision {' or '.join(PRECISIONS)}.")
 
 
+def graph_precision(target: str, precision: str) -> str:
+    """Precision of the graph in the file: TensorRT makes its own fp16 of an fp32 graph when it builds the engine."""
+    return "fp32" if target == "tensorrt" else precision
+
+
+def require_tensorrt() -> None:
+    """Raise `EngineError`, which names the container that has it, where no engine can be built."""
+    _tensorrt()
+    _gpu()
+
+
 def manifest(engine: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The manifest's keys about TensorRT. ``engine``: what `build_plan` returned, None where the first load builds."""
-    return {"status": STATUS, "engine": engine, "generated": ["engine"]}
+    return {"status": STATUS, "engine": engine, "generated": [] if engine else ["engine"]}
 
 
 def build_plan(

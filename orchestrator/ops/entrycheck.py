@@ -94,7 +94,8 @@ def of_files(
 def _required(manifest: Mapping[str, Any]) -> list[str]:
     # An encoder that Triton itself runs is two entries: one has the graph, the other, which it serves, the tokenizer.
     spared = {"model.onnx": manifest.get("served_by"), "tokenizer.json": manifest.get("graph_only")}
-    return [name for name in REQUIRED_FILES if not spared[name]]
+    planned = manifest.get("graph_only") and manifest.get("target") == "tensorrt"
+    return ["model.plan"] if planned else [name for name in REQUIRED_FILES if not spared[name]]
 
 
 def _sha256(path: Path, advance: Callable[[int], object]) -> str:

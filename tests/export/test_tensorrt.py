@@ -16,6 +16,7 @@ from export import tensorrt
 from export.errors import ExportError
 from export.pipeline import Exported, ExportOptions, export_model
 from export.tensorrt import EngineError, Shapes, build_plan
+from tests.export.encoder_checkpoints import write_encoder
 
 PROFILE = {"input_ids": Shapes((1, 1), (8, 64), (64, 512))}
 
@@ -176,6 +177,47 @@ def test_a_plan_is_built_as_documented(tmp_path: Path, monkeypatch: pytest.Monke
         "driver": "580.95.05",
         "tensorrt": "10.13.3.9",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+def test_an_encoder_becomes_a_plan_that_triton_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its graph is verified an engine takes its place, for Triton's own backend, and the manifest says whose."""
+    install(monkeypatch)
+    checkpoint = write_encoder(tmp_path / "checkpoint")
+    options = ExportOptions(
+        str(checkpoint),
+        tmp_path / "repository",
+        "mood",
+        "fp16",
+        target="tensorrt",
+        task="embeddings",
+        serve_with="native",
+    )
+    export_model(options)
+    engine = tmp_path / "repository" / "mood--engine"
+    assert {path.name for path in (engine / "1").iterdir()} == {"model.plan", "manifest.json"}
+    assert 'backend: "tensorrt"' in (engine / "config.pbtxt").read_text()
+    manifest = json.loads((engine / "1" / "manifest.json").read_text())
+    assert (manifest["engine"]["gpu"], manifest["status"]) == ("NVIDIA A100-SXM4-40GB", tensorrt.STATUS)
+    assert {path.name for path in (tmp_path / "repository" / "mood" / "1").iterdir()} == {
+        "tokenizer.json",
+        "manifest.json",
+    }
+
+
+def test_an_encoder_for_tensorrt_without_it_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before weights are read, with the container that has TensorRT; and served by our backend it has no TensorRT."""
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    checkpoint = write_encoder(tmp_path / "checkpoint")
+    for serve_with, word in (("native", "not installed"), ("backend", "inside Triton itself")):
+        options = ExportOptions(
+            str(checkpoint), tmp_path / "repository", "mood", "fp16", target="tensorrt", task="embeddings",
+            serve_with=serve_with,
+        )  # fmt: skip
+        with pytest.raises(ExportError, match=word):
+            export_model(options)
+        assert not (tmp_path / "repository").exists()
 
 
 @pytest.mark.usefixtures("gpu")
