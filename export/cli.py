@@ -31,6 +31,7 @@ _EPILOG = """\b
 Examples:
   truthgpt export ./demo/model --name demo
   truthgpt export microsoft/DialoGPT-small --precision int8
+  truthgpt export ./my-llama --precision int4 --calibrate dialogues.txt
   truthgpt export ./my-llama --max-len 4096 --slots 8 --json
   truthgpt export ./my-gpt2 --chat-template chat.jinja
   truthgpt export ./my-llama --target tensorrt
@@ -50,8 +51,8 @@ Examples:
 @click.option("--name", help="Name in the repository.  [default: the last part of MODEL]")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "int8"]),
-    help="Number format of the weights.  [default: fp32; fp16 for tensorrt]",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
+    help="Number format of the weights (docs/precisions.md).  [default: fp32; fp16 for tensorrt]",
 )
 @click.option(
     "--target",
@@ -59,6 +60,24 @@ Examples:
     default="onnx",
     show_default=True,
     help="What runs the graph: ONNX Runtime, or TensorRT on an NVIDIA GPU.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="What the entry is for; auto: an NVIDIA GPU where the server has one.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Text like the model will see, in UTF-8: int8 and int4 round to suit it.",
+)
+@click.option(
+    "--allow-drift",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Publish int4 although it moves the logits by up to this share of their spread.  [default: 0.1]",
 )
 @click.option(
     "--repository",
@@ -109,6 +128,8 @@ Examples:
     help="Encoders only: tokens of one run, padding included.",
 )
 @click.option("--revision", help="Commit, branch or tag, for a model from the Hub.")
+@click.option("--allow-pickle", is_flag=True, help="Accept pickled weights, opened by torch's restricted unpickler.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
 def export_command(
@@ -117,6 +138,9 @@ def export_command(
     name: str | None,
     precision: str | None,
     target: str,
+    device: str,
+    calibrate: Path | None,
+    allow_drift: float | None,
     repository: Path,
     chat_template: Path | None,
     max_len: int | None,
@@ -126,6 +150,8 @@ def export_command(
     serve_with: str,
     max_tokens_per_batch: int,
     revision: str | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -143,6 +169,7 @@ def export_command(
             from export.encoder_config import EncoderServing
             from export.manifest import Serving
             from export.pipeline import ExportOptions
+            from export.source import Trust
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] not in _NEEDED:
                 raise
@@ -159,6 +186,10 @@ def export_command(
             chat_template=chat_template,
             max_len=max_len,
             revision=revision,
+            device=device,
+            calibrate=calibrate,
+            allow_drift=allow_drift,
+            trust=Trust(pickle=allow_pickle, code=trust_remote_code),
             serving=Serving(slots, prefill_chunk, max_queue),
             task=task,
             serve_with=serve_with,
@@ -191,16 +222,22 @@ def _run(options: ExportOptions, signals: _Signals, debug: bool) -> Exported:
 
 def _summary(exported: Exported) -> str:
     parity = exported.parity
-    published = f"{exported.name} version {exported.version} ({exported.precision}) published in {exported.path}\n"
+    published = f"{exported.name} version {exported.version} ({exported.precision}) published in {exported.path}"
     if exported.task != "text_generation":
-        return published + (
-            f"{exported.task}: max |difference| {parity['max_abs_diff']:.1e}, "
+        return (
+            f"{published}\n{exported.task}: max |difference| {parity['max_abs_diff']:.1e}, "
             f"relative {parity['rms_over_std']:.1e}, batch effect {parity['batch_effect']:.1e}"
         )
-    return published + (
+    lines = [
+        published,
         f"max |logit difference| {parity['max_abs_logit_diff']:.1e}, relative {parity['rms_over_std']:.1e}, "
-        f"greedy agreement {parity['greedy_agreement']:.1%}, batch effect {parity['batch_effect']:.1e}"
-    )
+        f"greedy agreement {parity['greedy_agreement']:.1%}, batch effect {parity['batch_effect']:.1e}",
+    ]
+    if exported.precision == "int4":
+        lines.append(f"int4 moves the logits by {parity['rms_over_std']:.1%} of their spread")
+    if exported.fp32_layers:
+        lines.append(f"kept in fp32, because {exported.precision} overflows there: {', '.join(exported.fp32_layers)}")
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -24,11 +24,12 @@ from export.encoder_verify import EncoderReference, EncoderRuntime, lengths_to_c
 from export.errors import SourceError, UnsupportedModel
 from export.loading import load_model
 from export.manifest import sha256, write_manifest
-from export.optimize import optimize, save
+from export.optimize import drop_weights, optimize, save
 from export.probe import architecture
 from export.quantize import quantize_int8
 from export.reference import make_prompts
 from export.repository import CONFIG, Repository, Staging, translated
+from export.resources import available_memory, needs, release, require_memory, size
 from export.source import Source
 from export.tokenizer import SAMPLE, load_tokenizer, write_tokenizer
 
@@ -58,15 +59,19 @@ def export_encoder(
     source: Source, task: str, options: ExportOptions, repository: Repository, name: str, progress: Progress
 ) -> Exported:
     """Export and publish; see `export.pipeline.export_model`."""
-    from export.pipeline import Exported, space_needed
+    from export.pipeline import Exported
 
+    needed = needs(source, options.precision, options.max_len or DEFAULT_MAX_LEN)
+    progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
+    require_memory(needed.memory, available_memory())
     engine_name = f"{name}--engine" if options.serve_with == "native" else None
     with ExitStack() as stack:
         staging = stack.enter_context(repository.staging(name))
         engine = stack.enter_context(repository.staging(engine_name)) if engine_name else None
-        repository.require_space(space_needed(source, options.precision))
+        repository.require_space(needed.disk)
         folder = (engine or staging).folder
         draft = build(source, task, options, folder, staging.folder, progress)
+        release()  # the model and its graph: the file is opened next
         progress("verify", 0.0)
         runtime = EncoderRuntime(folder / "model.onnx", draft.pad)
         parity = verify(
@@ -111,6 +116,7 @@ def build(
         quantize_int8(graph)
     with translated(options.repository):
         save(graph, folder)
+        drop_weights(graph)
         write_tokenizer(tokenizer, front / "tokenizer.json")
     return EncoderDraft(
         family=architecture(model),
@@ -144,7 +150,7 @@ def describe(
         "source": {
             "id": source.id,
             "revision": source.revision,
-            "sha256": source.sha256(),
+            "sha256": source.sha256,
             "modules": {str(path.relative_to(source.path)): sha256(path) for path in head_files(source, settings)},
         },
         "graph": {"inputs": list(draft.names), "output": draft.output, "width": draft.width, "max_len": draft.max_len},

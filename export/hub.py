@@ -22,10 +22,18 @@ _TIMEOUT_S = 10.0
 _HINT = "Give a local folder that holds config.json and *.safetensors, or check the id and the network."
 
 
-def fetch(model: str, revision: str | None, check: Callable[[Path, str], None], say: Callable[[str], None]) -> Path:
+def fetch(
+    model: str,
+    revision: str | None,
+    check: Callable[[Path, str], None],
+    say: Callable[[str], None],
+    pickle: bool = False,
+    code: bool = False,
+) -> Path:
     """The snapshot folder of a model, whose name is its commit. Without the Hub, what the cache already holds.
 
     ``check`` is called with a folder that holds config.json, and the commit, before any weights are downloaded.
+    ``pickle`` allows pytorch_model*.bin where there is nothing safer; ``code`` fetches the checkpoint's Python files.
 
     Raises:
         SourceError: unknown, private or gated; no safetensors; not in the cache and the Hub is out of reach.
@@ -41,8 +49,10 @@ def fetch(model: str, revision: str | None, check: Callable[[Path, str], None], 
     except HfHubHTTPError as error:
         raise SourceError(f"The Hub refused to tell about {model}: {_first_line(error)}.", _HINT) from error
     except Exception as error:  # no route, no name server, offline mode, time-out: each HTTP library has its own
-        return _cached(model, revision, error)
-    if not any(file.rfilename.endswith(".safetensors") for file in info.siblings or ()):
+        return _cached(model, revision, error, _wanted(pickle, code))
+    names = [file.rfilename for file in info.siblings or ()]
+    safe = any(name.endswith(".safetensors") for name in names)
+    if not safe and not (pickle and any(name.endswith(".bin") for name in names)):
         raise SourceError(
             f"{model} has no safetensors weights on the Hub.",
             "Look for a revision that has them, or convert it yourself and give the folder.",
@@ -54,16 +64,20 @@ def fetch(model: str, revision: str | None, check: Callable[[Path, str], None], 
             hf_hub_download(model, "modules.json", revision=revision)  # it says that this is an embedding model
         check(config.parent, config.parent.name)
         say(f"downloading {model}")
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_wanted(not safe, code)))
     except ExportError:
         raise
     except Exception as error:
         raise SourceError(f"{model} cannot be downloaded: {_first_line(error)}.", _HINT) from error
 
 
-def _cached(model: str, revision: str | None, cause: Exception) -> Path:
+def _wanted(pickle: bool, code: bool) -> list[str]:
+    return [*WANTED, *(["pytorch_model*.bin"] if pickle else []), *(["*.py"] if code else [])]
+
+
+def _cached(model: str, revision: str | None, cause: Exception, wanted: list[str]) -> Path:
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED, local_files_only=True))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
         raise SourceError(
             f"{model} is neither a folder nor in the Hub's cache here, and the Hub cannot be reached.", _HINT

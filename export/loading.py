@@ -12,6 +12,7 @@ from export.source import Source
 
 # How a configuration calls the length of its sequences; the last two are those of ALiBi models (MPT, Bloom).
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_LARGE = 250_000  # elements, 1 MB
 _HINT = "Download or copy the checkpoint again, completely."
 
 
@@ -21,15 +22,16 @@ def load_model(source: Source, auto: Any = AutoModelForCausalLM, unused: str = "
     Weights whose names begin with ``unused`` (if given) may be missing: nothing that is exported reads them.
 
     Raises:
-        SourceError: weights are missing, damaged or of other shapes than the configuration says.
+        SourceError: weights are missing, damaged, NaN or infinite, or of other shapes than the configuration says.
     """
     try:
         model, report = auto.from_pretrained(
             source.path,
             dtype=torch.float32,
             attn_implementation="eager",
-            trust_remote_code=False,
-            use_safetensors=True,
+            trust_remote_code=source.trust.code,
+            use_safetensors=not source.pickled,
+            weights_only=True,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -41,8 +43,38 @@ def load_model(source: Source, auto: Any = AutoModelForCausalLM, unused: str = "
         if names:
             raise SourceError(f"{source.id} {what} {names[0]} ({len(names)} in all).", _HINT)
     model.eval()
+    require_finite(model, source.id)
+    share_identical(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def require_finite(model: torch.nn.Module, name: str) -> None:
+    """Raise `SourceError` naming the first parameter that holds NaN or infinity."""
+    for key, weight in model.named_parameters():
+        # One pass without a temporary: both ends are NaN where anything is.
+        if weight.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight.detach())):
+            raise SourceError(f"{name} has NaN or infinite values in the weight {key}.", _HINT)
+
+
+def share_identical(model: torch.nn.Module) -> None:
+    """Make large parameters with the same content one, in place, so that they are traced and stored once.
+
+    Checkpoints that were saved untied often hold the embeddings twice.
+    """
+    seen: dict[tuple[torch.Size, bytes], list[torch.nn.Parameter]] = {}
+    for module in model.modules():
+        for key, weight in list(module.named_parameters(recurse=False)):
+            if weight.numel() < _LARGE:
+                continue
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)].numpy().tobytes()
+            alike = seen.setdefault((weight.shape, sample), [])
+            known = next((other for other in alike if other is weight or torch.equal(other, weight)), None)
+            if known is None:
+                alike.append(weight)
+            elif known is not weight:
+                setattr(module, key, known)
 
 
 def limit(source: Source, max_len: int | None) -> int:
@@ -53,7 +85,7 @@ def limit(source: Source, max_len: int | None) -> int:
         SourceError: the configuration contradicts itself.
     """
     try:
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust.code, local_files_only=True)
     except Exception as error:
         raise SourceError(f"The configuration of {source.id} cannot be used: {_summary(error)}", _HINT) from error
     text = config.get_text_config()

@@ -44,7 +44,9 @@ class Serving:
     max_queue: int = 256
 
 
-def config_pbtxt(name: str, precision: str, max_len: int, chat: bool, serving: Serving) -> str:
+def config_pbtxt(
+    name: str, precision: str, max_len: int, chat: bool, serving: Serving, device: str = "auto"
+) -> str:
     """Triton's model configuration (https://github.com/triton-inference-server/common, model_config.proto)."""
     parameters = {
         "task": TASK,
@@ -55,6 +57,7 @@ def config_pbtxt(name: str, precision: str, max_len: int, chat: bool, serving: S
         "prefill_chunk": str(serving.prefill_chunk),
         "max_queue": str(serving.max_queue),
         "threads": "0",
+        "device": device,
         "default_max_tokens": "",
     }
     inputs = [

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from export import tensorrt
+from export.calibrate import read_text
 from export.chat import chat_template
+from export.convert import Converted, check_options, convert
 from export.decoder import cache_shapes, trace
 from export.encoder_config import EncoderServing
 from export.encoder_source import encoder_task
 from export.loading import limit, load_model
 from export.manifest import TASK, Serving, config_pbtxt, write_manifest
-from export.optimize import optimize, save
+from export.optimize import drop_weights, optimize, save
+from export.precision import INT4_DRIFT, TABLE, check_device, serves_on
 from export.probe import architecture, probe
-from export.quantize import quantize_int8
 from export.reference import Reference, make_prompts, prompt_lengths, run_reference
 from export.repository import CONFIG, Repository, Staging, check_name, translated
+from export.resources import available_memory, needs, release, require_memory, size
+from export.rewrites import prefill_chunk
 from export.runtime import SlotRuntime
-from export.source import Source, resolve
+from export.source import Source, Trust, resolve
 from export.tokenizer import SAMPLE, load_tokenizer, special_tokens, write_tokenizer
-from export.verify import BATCH, verify
+from export.verify import BATCH, exercise, verify
 
 STAGES = ("load", "trace", "optimise", "quantise", "verify", "publish")
-PRECISIONS = ("fp32", "int8")
 TARGETS = ("onnx", "tensorrt")
 TEMPLATE = "chat_template.jinja"
 STEPS = 8
@@ -42,6 +45,8 @@ class ExportOptions:
     ``target`` tensorrt: a graph for ONNX Runtime's TensorRT provider, verified in fp32 on this machine; ``precision``
     is then the engine's.
     ``serving`` is for decoders, ``serve_with`` ("backend" | "native") and ``encoder_serving`` for encoders.
+    ``device`` (auto, cpu, cuda) is what the entry is for, ``calibrate`` a text for int8 and int4, ``allow_drift`` the
+    share of the logits' spread that int4 may move them by.
     """
 
     model: str
@@ -52,6 +57,10 @@ class ExportOptions:
     max_len: int | None = None
     revision: str | None = None
     target: str = "onnx"
+    device: str = "auto"
+    calibrate: Path | None = None
+    allow_drift: float | None = None
+    trust: Trust = field(default_factory=Trust)
     serving: Serving = field(default_factory=Serving)
     task: str = "auto"
     serve_with: str = "backend"
@@ -68,6 +77,7 @@ class Exported:
     precision: str
     parity: dict[str, Any]
     task: str = TASK
+    fp32_layers: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -78,6 +88,7 @@ class Exported:
             "task": self.task,
             "precision": self.precision,
             "parity": self.parity,
+            "fp32_layers": list(self.fp32_layers),
         }
 
 
@@ -89,29 +100,47 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     """
     name = check_name(options.name if options.name is not None else default_name(options.model))
     tensorrt.check_precision(options.target, options.precision)
+    check_options(options.precision, options.calibrate, options.allow_drift)
     progress("load", 0.0)
     repository = Repository(options.repository.expanduser().absolute())
     repository.require_writable()
-    precision = graph_precision(options)
-    source = resolve(options.model, options.revision, lambda text: progress("load", text), options.task)
+    source = resolve(options.model, options.revision, lambda text: progress("load", text), options.trust, options.task)
     task = encoder_task(source, options.task)
     if task is not None:
         from export.encoder_pipeline import export_encoder
 
         return export_encoder(source, task, options, repository, name, progress)
+    precision = graph_precision(options)
+    device = check_device(precision, options.device)
     max_len = limit(source, options.max_len)
+    needed = needs(source, precision, max_len, options.calibrate is not None)
+    progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
+    require_memory(needed.memory, available_memory())
     with repository.staging(name) as staging:
-        repository.require_space(space_needed(source, precision))
-        draft = build(source, options, max_len, staging, progress)
+        repository.require_space(needed.disk)
+        _ = source.sha256  # a wrong file is found before hours of work
+        draft = build(source, options, max_len, staging, progress, device)
+        release()  # the model and its graph: the file is opened next
         progress("verify", 0.0)
-        runtime = SlotRuntime(staging.folder / "model.onnx", BATCH)
-        parity = verify(runtime, draft.references, precision, draft.chunk, lambda done: progress("verify", done))
+        runtime = SlotRuntime(staging.folder / "model.onnx", BATCH, device=device)
+        parity = verify(
+            runtime,
+            draft.references,
+            precision,
+            draft.chunk,
+            lambda done: progress("verify", done),
+            options.allow_drift,
+        )
+        parity["device"] = device
+        if precision == "int4":
+            draft.conversion["quantization"]["allowed_drift"] = max(INT4_DRIFT, options.allow_drift or 0.0)
         progress("publish", 0.0)
         with translated(options.repository):
             describe(source, options, max_len, staging, draft, parity)
         path = repository.publish(staging, lambda text: progress("publish", text))
     progress("publish", 1.0)
-    return Exported(name, str(staging.version), path, options.precision, parity)
+    layers = tuple(draft.conversion.get("fp32_layers", ()))
+    return Exported(name, str(staging.version), path, options.precision, parity, fp32_layers=layers)
 
 
 @dataclass(frozen=True)
@@ -124,19 +153,27 @@ class Draft:
     chat: bool
     references: list[Reference]
     chunk: int
+    conversion: dict[str, Any]
+    serving: Serving
 
 
-def build(source: Source, options: ExportOptions, max_len: int, staging: Staging, progress: Progress) -> Draft:
+def build(
+    source: Source, options: ExportOptions, max_len: int, staging: Staging, progress: Progress, device: str
+) -> Draft:
     """Load, trace, optimise and quantise; leaves model, tokenizer and chat template in the staging folder."""
     tokenizer = load_tokenizer(source)
     model = load_model(source)
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    calibration = None
+    if options.calibrate is not None:
+        calibration = read_text(options.calibrate, tokenizer.encode, vocab_size, max_len)
     layout = probe(model, max_len)
     tokens = special_tokens(source, tokenizer, vocab_size)
     template = chat_template(source, tokenizer, options.chat_template, tokens)
     progress("load", 0.3)
+    serving = replace(options.serving, prefill_chunk=prefill_chunk(model, options.serving.prefill_chunk))
     # transformers speaks first, before its model is touched. The chunk is small enough that prompts take several.
-    chunk = max(1, min(options.serving.prefill_chunk, max_len // 4))
+    chunk = max(1, min(serving.prefill_chunk, max_len // 4))
     steps = min(STEPS, max_len // 4)
     text = [token for token in tokenizer.encode(SAMPLE) if token < vocab_size]
     prompts = make_prompts(prompt_lengths(max_len, chunk, steps), vocab_size, text)
@@ -145,11 +182,23 @@ def build(source: Source, options: ExportOptions, max_len: int, staging: Staging
     graph = trace(model, layout, max_len, standard_operators=options.target == "tensorrt")
     progress("optimise", 0.0)
     optimize(graph)
-    if graph_precision(options) == "int8":
-        progress("quantise", 0.0)
-        quantize_int8(graph)
+    converted = Converted(graph)
     with translated(options.repository):
-        save(graph, staging.folder)
+        precision = graph_precision(options)
+        if precision != "fp32":
+            progress("quantise", 0.0)
+            converted = convert(
+                graph,
+                precision,
+                staging.folder,
+                lambda runtime: exercise(runtime, references, chunk),
+                device,
+                calibration,
+                lambda state: progress("quantise", state),
+            )
+        save(converted.graph, staging.folder)
+        drop_weights(converted.graph)
+        drop_weights(graph)
         write_tokenizer(tokenizer, staging.folder / "tokenizer.json")
         if template is not None:
             (staging.folder / TEMPLATE).write_text(template, encoding="utf-8")
@@ -158,11 +207,12 @@ def build(source: Source, options: ExportOptions, max_len: int, staging: Staging
         "kv_heads": layout.caches[0][0],
         "head_dim": layout.caches[0][1],
         "caches": cache_shapes(graph),
-        "kv_dtype": "float32",
+        "kv_dtype": TABLE[graph_precision(options)].kv_dtype,
         "vocab_size": references[0].logits.shape[1],
         "max_len": max_len,
     }
-    return Draft(architecture(model), facts, tokens.manifest(), template is not None, references, chunk)
+    chat = template is not None
+    return Draft(architecture(model), facts, tokens.manifest(), chat, references, chunk, converted.facts, serving)
 
 
 def describe(
@@ -177,7 +227,9 @@ def describe(
         "target": options.target,
         "precision": options.precision,
         **(tensorrt.manifest() if options.target == "tensorrt" else {}),
-        "source": {"id": source.id, "revision": source.revision, "sha256": source.sha256()},
+        "device": serves_on(options.precision, options.device),
+        **draft.conversion,
+        "source": {"id": source.id, "revision": source.revision, "sha256": source.sha256},
         "graph": draft.graph,
         "tokens": draft.tokens,
         "chat_template": TEMPLATE if draft.chat else None,
@@ -185,7 +237,8 @@ def describe(
         "parity": parity,
     }
     write_manifest(staging.folder, body)
-    config = config_pbtxt(staging.name, options.precision, max_len, draft.chat, options.serving)
+    device = serves_on(options.precision, options.device)
+    config = config_pbtxt(staging.name, options.precision, max_len, draft.chat, draft.serving, device)
     (staging.model / CONFIG).write_text(config, encoding="utf-8")
 
 
@@ -199,12 +252,3 @@ def default_name(model: str) -> str:
     folder = Path(model).expanduser()
     last = folder.resolve().name if folder.is_dir() else model.rsplit("/", 1)[-1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
-
-
-def space_needed(source: Source, precision: str) -> int:
-    """Bytes that the entry may take, with a margin. In int8 the embeddings stay fp32 and tied ones are stored twice."""
-    elements = source.parameters()
-    width = int(source.config.get("hidden_size") or source.config.get("n_embd") or 0)
-    embedding = int(source.config.get("vocab_size") or 0) * width
-    weights = 4 * elements if precision == "fp32" else elements + 5 * embedding
-    return int(1.1 * weights) + 32_000_000

@@ -115,6 +115,13 @@ def attention(
         yield
     finally:
         model.set_attn_implementation(former)
+        AttentionInterface.register(name, _retired)  # the registries are global and would keep the model alive
+        if mask is not None:
+            AttentionMaskInterface.register(name, _retired)
+
+
+def _retired(*_: Any, **__: Any) -> Any:
+    raise AssertionError("an attention function was called outside its `attention` block")
 
 
 def probe(model: PreTrainedModel, max_len: int) -> Layout:

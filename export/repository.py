@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.errors import RepositoryError
+from export.resources import size
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 CONFIG = "config.pbtxt"
@@ -110,7 +111,7 @@ class Repository:
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise RepositoryError(
-                f"The export needs {_size(needed)} in {self.root}, but only {_size(free)} are free.",
+                f"The export needs {size(needed)} in {self.root}, but only {size(free)} are free.",
                 "Free some space, or give --repository on another disk.",
             )
 
@@ -192,7 +193,9 @@ def translated(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # numpy tells of a short write in words only: "1000 requested and 300 written".
+        short = error.errno is None and "requested and" in str(error)
+        if short or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RepositoryError(
                 f"There is no space left in {root}.", "Free some, or give --repository on another disk."
             ) from error
@@ -226,7 +229,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

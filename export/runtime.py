@@ -1,7 +1,8 @@
 """The reference runtime: ONNX Runtime over dense KV slots, as small as can be.
 
 `export.verify` runs the final artefact through it. The serving backend has a runner of its own (the packages share
-files, not code); both bind past and present to the same memory, so a step copies no cache.
+files, not code); both bind past and present to the same memory, so a step copies no cache. Shapes and types of the
+cache are what the graph's inputs say, for each of them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 
+from export.precision import DeviceError
+
 Logits = npt.NDArray[np.float32]
+
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+# The memory's own type is as wide as the elements, which numpy need not know (it has no bfloat16).
+_ELEMENTS: dict[str, tuple[int, type[np.float32] | type[np.uint16]]] = {
+    "tensor(float)": (onnx.TensorProto.FLOAT, np.float32),
+    "tensor(float16)": (onnx.TensorProto.FLOAT16, np.uint16),
+    "tensor(bfloat16)": (onnx.TensorProto.BFLOAT16, np.uint16),
+}
 
 
 class SlotRuntime:
@@ -22,18 +34,21 @@ class SlotRuntime:
     Raises whatever ONNX Runtime raises when the file cannot be opened or a step fails.
     """
 
-    def __init__(self, path: Path, slots: int, threads: int = 0) -> None:
-        """Open ``path``; ``threads`` 0 means one for each core."""
+    def __init__(self, path: Path, slots: int, threads: int = 0, device: str = "cpu") -> None:
+        """Open ``path`` on a device (``cpu`` or ``cuda``); ``threads`` 0 means one for each core."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        pasts = [value for value in self._session.get_inputs() if value.name.startswith("past_")]
+        self._session = _opened(path, options, device)
         self.slots = slots
-        self.max_len = int(pasts[0].shape[2])
         self.vocab_size = int(next(value for value in self._session.get_outputs() if value.name == "logits").shape[1])
-        # np.zeros maps pages lazily: positions that are never reached cost no memory.
-        self._cache = {value.name: np.zeros((slots, *value.shape[1:]), np.float32) for value in pasts}
+        self._cache = {
+            value.name: _Cache(slots, [int(size) for size in value.shape[1:]], value.type, device)
+            for value in self._session.get_inputs()
+            if value.name.startswith("past_")
+        }
+        # Further float32 outputs of the graph, and the arrays that every step writes them to.
+        self.extra: dict[str, npt.NDArray[np.float32]] = {}
 
     def prefill(self, slot: int, tokens: Sequence[int], past: int) -> Logits:
         """Run one chunk of a prompt in ``slot`` behind ``past`` tokens; logits [vocab] of the chunk's last position."""
@@ -65,7 +80,10 @@ class SlotRuntime:
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a slot's cache, so that active slots stay dense."""
         for cache in self._cache.values():
-            cache[target, :, :length] = cache[source, :, :length]
+            cache.move(source, target, length)
+
+    def after_step(self) -> None:
+        """Called after every step; for those who watch `extra`."""
 
     def _step(
         self,
@@ -87,11 +105,54 @@ class SlotRuntime:
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
         for name, cache in self._cache.items():
-            shape = (rows, *cache.shape[1:])
-            address = cache[first:].ctypes.data
-            binding.bind_input(name, "cpu", 0, np.float32, shape, address)
-            binding.bind_output(name.replace("past", "present", 1), "cpu", 0, np.float32, shape, address)
+            place = (cache.device, 0, cache.element, (rows, *cache.shape))
+            binding.bind_input(name, *place, cache.address(first))
+            binding.bind_output(name.replace("past", "present", 1), *place, cache.address(first))
         logits = np.empty((rows, self.vocab_size), np.float32)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        for name, array in {"logits": logits, **self.extra}.items():
+            binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
         self._session.run_with_iobinding(binding)
+        self.after_step()
         return logits
+
+
+def _opened(path: Path, options: onnxruntime.SessionOptions, device: str) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS[device])
+    except Exception as error:
+        if device == "cpu":
+            raise
+        raise DeviceError(
+            f"ONNX Runtime's CUDA provider cannot open the graph: {str(error).strip().splitlines()[0]}",
+            "Check the driver and onnxruntime-gpu, or verify it on the processor: hide the GPU with "
+            "CUDA_VISIBLE_DEVICES= or give --device cpu.",
+        ) from error
+
+
+class _Cache:
+    """Keys or values of one layer: [slots, kv_heads, max_len, head_dim] in the device's memory."""
+
+    def __init__(self, slots: int, shape: list[int], kind: str, device: str) -> None:
+        self.shape = tuple(shape)
+        self.device = device
+        self.element, width = _ELEMENTS[kind]
+        # np.zeros maps pages lazily: positions that are never reached cost no memory.
+        self._host = np.zeros((slots, *shape), width)
+        self._row = self._host.strides[0]
+        self._there = None
+        if device != "cpu":
+            self._there = onnxruntime.OrtValue.ortvalue_from_numpy(self._host, device, 0)
+
+    def address(self, slot: int) -> int:
+        """Where a slot begins."""
+        base: int = self._host.ctypes.data if self._there is None else self._there.data_ptr()
+        return base + slot * self._row
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` positions of a slot to another."""
+        if self._there is None:
+            self._host[target, :, :length] = self._host[source, :, :length]
+        else:
+            host = self._there.numpy()
+            host[target, :, :length] = host[source, :, :length]
+            self._there.update_inplace(host)

@@ -1,7 +1,8 @@
-"""Finding a checkpoint and deciding, before its weights are read, whether it can be exported.
+"""Finding a checkpoint and deciding, before its weights are read, whether it can be exported and trusted.
 
 A checkpoint is a folder in the Hugging Face format, or an id on the Hub that is downloaded into the local Hub cache.
-Weights must be safetensors: pickled weights can run code when they are opened.
+Two things in a checkpoint can run code: pickled weights when they are opened, and modelling code that it brings. Both
+are refused unless they are allowed by name (`Trust`), and pickles are opened by torch's restricted unpickler even then.
 """
 
 from __future__ import annotations
@@ -9,20 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from export.errors import SourceError, UnsupportedModel
+from export.weightfiles import Tensor, pickled_tensors, safetensors_tensors
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "Download or copy the checkpoint again, completely."
 _LOCAL_HINT = "Give a local folder that holds config.json and *.safetensors, or check the id and the network."
+_PICKLE_HINT = (
+    "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER); "
+    "or give --allow-pickle."
+)
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What of a checkpoint may be opened although it could run code: ``pickle`` weights, ``code`` of its own."""
+
+    pickle: bool = False
+    code: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class Source:
     id: str
     path: Path
     revision: str | None
+    trust: Trust = field(default_factory=Trust)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -40,64 +55,123 @@ class Source:
 
     @cached_property
     def weights(self) -> tuple[Path, ...]:
-        """The safetensors files, in name order. Raises `SourceError` for pickles, missing shards or no weights."""
-        index = self.path / "model.safetensors.index.json"
-        if index.exists():
-            shards = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
-            missing = [name for name in shards if not (self.path / name).is_file()]
-            if missing:
-                raise SourceError(f"{self.id} lacks the weight file {missing[0]}.", _AGAIN)
-            return tuple(self.path / name for name in shards)
-        found = tuple(sorted(self.path.glob("*.safetensors")))
+        """The weight files, in name order: safetensors, or pickles where those are allowed and nothing else is there.
+
+        Raises:
+            SourceError: pickles that are not allowed, missing shards or no weights.
+        """
+        found = self._files("model.safetensors", "*.safetensors")
         if found:
+            return found
+        if self.trust.pickle and (found := self._files("pytorch_model.bin", "pytorch_model*.bin")):
             return found
         pickles = sorted(path.name for pattern in _PICKLES for path in self.path.glob(pattern))
         if pickles:
             raise SourceError(
                 f"{self.id} has no safetensors weights, only {pickles[0]}, which could run code when opened.",
-                "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER).",
+                _PICKLE_HINT,
             )
         raise SourceError(f"{self.id} has no *.safetensors weight file.", _LOCAL_HINT)
 
-    def parameters(self) -> int:
-        """Elements of all weights, read from the safetensors headers. Raises `SourceError` for a damaged file."""
-        return sum(_elements(path) for path in self.weights)
+    @property
+    def pickled(self) -> bool:
+        """Whether `weights` are pickles."""
+        return self.weights[0].suffix != ".safetensors"
 
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor of the weight files: read from safetensors' headers, from pickles without their data.
+
+        Raises:
+            SourceError: a damaged or truncated file, a pickle of more than tensors, or quantised weights.
+        """
+        read = pickled_tensors if self.pickled else safetensors_tensors
+        found = tuple(tensor for path in self.weights for tensor in read(path))
+        for tensor in found:
+            # Buffers (masks, positions) may be integers; a matrix of them is somebody's quantisation.
+            if tensor.name.endswith(".weight") and not tensor.floating:
+                raise SourceError(
+                    f"{self.id} stores the weight {tensor.name} as {tensor.dtype}, not as floating-point numbers.",
+                    "Export the original, with --precision int8.",
+                )
+        return found
+
+    def parameters(self) -> int:
+        """Elements of all tensors. Raises as `tensors` does."""
+        return sum(tensor.elements for tensor in self.tensors)
+
+    @cached_property
     def sha256(self) -> str:
-        """Hex digest over the weight files' bytes, in name order."""
-        digest = hashlib.sha256()
+        """Hex digest over the weight files' bytes, in name order.
+
+        Raises:
+            SourceError: a file of the Hub's cache is not the one that the Hub has.
+        """
+        total = hashlib.sha256()
         for path in self.weights:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()
+            digest = hashlib.sha256()
+            try:
+                with path.open("rb") as file:
+                    while block := file.read(1 << 20):
+                        total.update(block)
+                        digest.update(block)
+            except OSError as error:
+                raise SourceError(f"{path} cannot be read: {error.strerror}.", _AGAIN) from error
+            # The cache keeps a large file under its SHA-256 and links to it from the snapshot.
+            expected = path.resolve().name
+            if self.revision is not None and _SHA256.fullmatch(expected) and digest.hexdigest() != expected:
+                raise SourceError(
+                    f"The weight file {path.name} of {self.id} is not the Hub's: its SHA-256 is another.",
+                    f"Remove {path.resolve()} and export again.",
+                )
+        return total.hexdigest()
+
+    def _files(self, single: str, pattern: str) -> tuple[Path, ...]:
+        index = self.path / f"{single}.index.json"
+        if not index.exists():
+            return tuple(sorted(self.path.glob(pattern)))
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise SourceError(f"{index.name} of {self.id} names no weight files.", _AGAIN)
+        shards = sorted({str(name) for name in names.values()})
+        for name in shards:
+            if Path(name).name != name:
+                raise SourceError(f"{index.name} of {self.id} names a file outside the folder: {name}.", _AGAIN)
+            if not (self.path / name).is_file():
+                raise SourceError(f"{self.id} lacks the weight file {name}.", _AGAIN)
+        return tuple(self.path / name for name in shards)
 
 
 def resolve(
     model: str,
     revision: str | None = None,
     say: Callable[[str], None] = lambda text: None,
+    trust: Trust | None = None,
     task: str = "auto",
 ) -> Source:
     """The checkpoint named by a folder or a Hub id, checked by its configuration.
 
     Raises:
-        SourceError: no such folder or id, no network, pickled or missing weights, a configuration that cannot be read.
+        SourceError: no such folder or id, no network, weights or code not allowed, a configuration that cannot be read.
         UnsupportedModel: neither a causal language model nor an encoder that can be served as ``task``.
     """
+    trust = trust or Trust()
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise SourceError("--revision is for models from the Hub, but a local folder was given.", "Leave it out.")
-        source = Source(model, folder.resolve(), None)
+        source = Source(model, folder.resolve(), None, trust)
         check_config(source, task)
     elif _looks_local(model) or not _HUB_ID.fullmatch(model):
         raise SourceError(f"There is no folder {model}.", _LOCAL_HINT)
     else:
         from export.hub import fetch
 
-        folder = fetch(model, revision, lambda path, commit: check_config(Source(model, path, commit), task), say)
-        source = Source(model, folder, folder.name)
+        def check(path: Path, commit: str) -> None:
+            check_config(Source(model, path, commit, trust), task)
+
+        folder = fetch(model, revision, check, say, pickle=trust.pickle, code=trust.code)
+        source = Source(model, folder, folder.name, trust)
         check_config(source, task)
     _ = source.weights  # refuses pickles and missing shards
     return source
@@ -117,17 +191,24 @@ def check_config(source: Source, task: str = "auto") -> None:
     called = architectures[0] if architectures else family
     if config.get("is_encoder_decoder"):
         raise UnsupportedModel(f"{source.id} is a sequence-to-sequence model, not a causal one ({called}).", _KINDS)
-    if architectures and not any(_CAUSAL.search(name) for name in architectures):
+    causal = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family), *filter(_CAUSAL.search, architectures)}
+    if architectures and causal.isdisjoint(architectures):
         raise UnsupportedModel(f"{source.id} is not a causal language model ({called}).", _KINDS)
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        if config.get("auto_map"):
-            raise UnsupportedModel(f"{source.id} needs code of its own, which is not run here.", _KINDS)
-        raise UnsupportedModel(f"{source.id} is of a kind that transformers cannot generate with ({family}).", _KINDS)
+        if not config.get("auto_map"):
+            raise UnsupportedModel(
+                f"{source.id} is of a kind that transformers cannot generate with ({family}).", _KINDS
+            )
+        if not source.trust.code:
+            raise UnsupportedModel(
+                f"{source.id} needs code of its own, which is not run here.",
+                "Read its *.py files; if you trust them, give --trust-remote-code.",
+            )
     if config.get("quantization_config"):
         raise UnsupportedModel(f"{source.id} is quantised already.", "Export the original, with --precision int8.")
 
 
-_KINDS = "Text generation models (GPT-2, DialoGPT and Llama families) can be exported."
+_KINDS = "docs/models.md lists the text generation models that are exported, docs/encoders.md the encoders."
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -145,21 +226,3 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _looks_local(model: str) -> bool:
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists()
-
-
-def _elements(path: Path) -> int:
-    # Format: 8 bytes little-endian header length, then JSON (https://github.com/huggingface/safetensors#format).
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length) if length < 1 << 30 else b"")
-            total = 0
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    size = 1
-                    for dimension in entry["shape"]:
-                        size *= int(dimension)
-                    total += size
-            return total
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise SourceError(f"The weight file {path.name} is damaged.", _AGAIN) from error

@@ -46,8 +46,6 @@ def check_precision(target: str, precision: str) -> None:
     """Raise `ExportError` unless the target has the precision."""
     if target == "tensorrt" and precision not in PRECISIONS:
         raise ExportError(f"The target tensorrt has no {precision}.", f"Give --precision {' or '.join(PRECISIONS)}.")
-    if target == "onnx" and precision == "fp16":
-        raise ExportError("fp16 is for the target tensorrt.", "Give --target tensorrt, or --precision fp32.")
 
 
 def manifest(engine: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -41,7 +41,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     hint = "Put tokenizer.json beside config.json and export again."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=source.trust.code, local_files_only=True
+        )
     except Exception as error:
         raise SourceError(f"{source.id} has no tokenizer that can be read.", hint) from error
     # Where no file is found, transformers builds some tokenizers empty, with nothing but special tokens in them.

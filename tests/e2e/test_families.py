@@ -79,7 +79,7 @@ def test_a_family_generates_what_transformers_generates(stack: Stack, tmp_path: 
     )
     shutil.rmtree(stack.repository / "family", ignore_errors=True)
     parity = export_model(options).parity
-    assert parity["max_abs_logit_diff"] <= 2e-5
+    assert parity["max_abs_logit_diff"] <= 5e-5 and parity["rms_over_std"] <= 1e-5
     assert parity["greedy_agreement"] == 1.0
     numbers = random.Random(1)
     prompts = [[numbers.randrange(1, 250) for _ in range(length)] for length in LENGTHS]

@@ -11,6 +11,7 @@ import torch
 from export.manifest import Serving
 from export.pipeline import Exported, ExportOptions, export_model
 from tests.export.checkpoints import write_gpt2, write_llama
+from tests.export.drafts import Draft, draft, load
 
 # The models here are tiny: a second thread would only wait for the first.
 torch.set_num_threads(1)
@@ -28,6 +29,18 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama checkpoint with a chat template and grouped key/value heads."""
     return write_llama(tmp_path_factory.mktemp("checkpoints") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def gpt2_draft(gpt2: Path) -> Draft:
+    """The tiny GPT-2, traced in fp32; clone its graph before changing it."""
+    return draft(load(gpt2))
+
+
+@pytest.fixture(scope="session")
+def llama_draft(llama: Path) -> Draft:
+    """The tiny Llama, traced in fp32; clone its graph before changing it."""
+    return draft(load(llama))
 
 
 @pytest.fixture(scope="session")

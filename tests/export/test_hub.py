@@ -85,17 +85,17 @@ def _entry(file: Path) -> dict[str, Any]:
 _RESOLVE = """
 import json, sys
 from export.errors import ExportError
-from export.source import resolve
-for model, revision in json.loads(sys.argv[1]):
+from export.source import Trust, resolve
+for model, revision, *trust in json.loads(sys.argv[1]):
     try:
-        source = resolve(model, revision)
+        source = resolve(model, revision, trust=Trust(*trust))
         print(json.dumps([source.id, source.revision, sorted(path.name for path in source.path.iterdir())]))
     except ExportError as error:
         print(json.dumps(str(error)))
 """
 
 
-def _resolve(home: Path, endpoint: str, *models: tuple[str, str | None]) -> list[Any]:
+def _resolve(home: Path, endpoint: str, *models: tuple[str | bool | None, ...]) -> list[Any]:
     environment = os.environ | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", _RESOLVE, json.dumps(models)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
@@ -121,13 +121,22 @@ def test_a_model_from_the_hub(gpt2: Path, tmp_path: Path) -> None:
             ("org/tiny", "none"),
         )
         found, refused, unsafe, unknown, revision = _resolve(home, endpoint, *asked)
+        assert "pytorch_model.bin" not in fetched
+        # Allowed by name, and only then, pickles and Python files are fetched.
+        (pickled / "modeling_own.py").write_text("raise SystemExit(1)")
+        allowed, both = _resolve(
+            home, endpoint, ("org/pickled", None, True, False), ("org/pickled", None, True, True)
+        )
+        assert allowed[2] == ["config.json", "pytorch_model.bin"]
+        assert both[2] == ["config.json", "modeling_own.py", "pytorch_model.bin"]
+        assert fetched.count("pytorch_model.bin") == 1
     assert found[:2] == ["org/tiny", COMMIT]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(found[2])
     assert refused == "org/encoder is not a causal language model (BertForMaskedLM)."
     assert unsafe == "org/pickled has no safetensors weights on the Hub."
     assert unknown == "There is no folder org/unknown and no such public model on the Hub."
     assert revision == "org/tiny has no revision none."
-    assert fetched.count("model.safetensors") == 1 and "pytorch_model.bin" not in fetched
+    assert fetched.count("model.safetensors") == 1
     # The server is gone: the cache still answers, and what it does not hold gets a sentence.
     cached, absent = _resolve(home, endpoint, ("org/tiny", None), ("org/other", None))
     assert cached[:2] == ["org/tiny", COMMIT]

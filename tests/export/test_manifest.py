@@ -49,6 +49,7 @@ def test_manifest_fields(published: Exported, published_llama: Exported) -> None
             "layers": 2,
             "kv_heads": 4,
             "head_dim": 16,
+            "caches": {f"past_{kind}_{layer}": [4, 128, 16] for layer in range(2) for kind in ("key", "value")},
             "kv_dtype": "float32",
             "vocab_size": 384,
             "max_len": 128,
@@ -87,6 +88,7 @@ def test_triton_reads_the_configuration(published_llama: Exported) -> None:
         "prefill_chunk": "16",
         "max_queue": "7",
         "threads": "0",
+        "device": "cpu",
         "default_max_tokens": "",
     }
     required = [tensor.name for tensor in config.input if not tensor.optional]

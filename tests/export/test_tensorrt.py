@@ -128,11 +128,10 @@ def test_an_entry_for_tensorrt(published_tensorrt: Exported) -> None:
     assert manifest["parity"]["max_abs_logit_diff"] <= 1e-4 and manifest["parity"]["greedy_agreement"] == 1.0
 
 
-@pytest.mark.parametrize(("target", "precision", "word"), [("tensorrt", "int8", "int8"), ("onnx", "fp16", "tensorrt")])
-def test_a_precision_that_a_target_has_not_is_refused(tmp_path: Path, target: str, precision: str, word: str) -> None:
+def test_a_precision_that_the_target_has_not_is_refused(tmp_path: Path) -> None:
     """Before the checkpoint is looked at, with the precisions that there are."""
-    with pytest.raises(ExportError, match=word) as caught:
-        export_model(ExportOptions(str(tmp_path / "none"), tmp_path, "x", precision, target=target))
+    with pytest.raises(ExportError, match="int8") as caught:
+        export_model(ExportOptions(str(tmp_path / "none"), tmp_path, "x", "int8", target="tensorrt"))
     assert caught.value.hint and "--precision fp" in caught.value.hint
 
 

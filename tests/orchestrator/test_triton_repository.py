@@ -65,6 +65,6 @@ async def test_only_our_models_have_a_heartbeat(repository: Repository, fake: Fa
     """A model of another backend is asked whether it is ready."""
     fake.models["addsub"] = "READY"
     fake.other_backends.add("addsub")
-    assert await repository.beat("addsub") is None
-    beat = await repository.beat("m")
+    assert await repository.beat("addsub", 30) is None
+    beat = await repository.beat("m", 30)
     assert beat is not None and beat.slots == 4

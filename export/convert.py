@@ -1,0 +1,70 @@
+"""From the fp32 graph to the precision that was asked for, and what the manifest says about how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnxscript import ir
+
+from export import int4
+from export.calibrate import Calibration, CalibrationText
+from export.errors import ExportError
+from export.quantize import quantize_int8
+from export.runtime import SlotRuntime
+from export.scan import half_without_overflow
+
+CALIBRATED = ("int8", "int4")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The graph to save. ``facts`` go into the manifest: ``fp32_layers`` of fp16 and bf16, else ``quantization``."""
+
+    graph: ir.Model
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def check_options(precision: str, calibrate: Path | None, allow_drift: float | None) -> None:
+    """Raise `ExportError` for an option that the precision has no use for."""
+    if calibrate is not None and precision not in CALIBRATED:
+        raise ExportError(
+            f"--calibrate is for int8 and int4; {precision} rounds nothing that a text could improve.", "Leave it out."
+        )
+    if allow_drift is not None and precision != "int4":
+        raise ExportError(f"--allow-drift is for int4; {precision} has a bound of its own.", "Leave it out.")
+
+
+def convert(
+    graph: ir.Model,
+    precision: str,
+    folder: Path,
+    exercise: Callable[[SlotRuntime], None],
+    device: str = "cpu",
+    text: CalibrationText | None = None,
+    progress: Callable[[float | str], None] = lambda state: None,
+) -> Converted:
+    """Convert the optimised fp32 graph, in place where that can be.
+
+    ``folder`` takes graphs that are only run here; they are removed again. ``exercise`` runs a graph over the lengths
+    and batches to be verified, on ``device`` (``cpu`` or ``cuda``).
+
+    Raises:
+        UnsupportedModel: there is nothing to quantise, or the graph cannot be converted.
+        VerificationError: half precision overflows and cannot be mended.
+    """
+    if precision == "fp32":
+        return Converted(graph)
+    if precision in ("fp16", "bf16"):
+        mended = half_without_overflow(graph, precision, folder, exercise, device, progress)
+        return Converted(mended.graph, {"fp32_layers": list(mended.fp32_layers), "largest_half": mended.largest})
+    calibration = None if text is None else Calibration(text, folder / "calibrate")
+    facts: dict[str, Any] = {"calibration": None if text is None else text.manifest()}
+    if precision == "int8":
+        quantize_int8(graph, calibration, progress)
+        return Converted(graph, {"quantization": {"bits": 8, "activations": "dynamic int8", **facts}})
+    int4.quantize_int4(graph, calibration, progress)
+    layout = {"bits": 4, "block_size": int4.BLOCK, "head_bits": int4.HEAD_BITS}
+    return Converted(graph, {"quantization": layout | facts})
