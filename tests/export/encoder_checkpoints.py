@@ -32,6 +32,8 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family("no segments", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
     "roberta": Family("positions are numbered from behind the padding token's", _BEHIND_PADDING),
     "xlm-roberta": Family("positions like RoBERTa's", _BEHIND_PADDING),
+    "camembert": Family("positions like RoBERTa's", _BEHIND_PADDING),
+    "ernie": Family("BERT's layers; no task ids"),
     "mpnet": Family("relative position bias, positions like RoBERTa's", {"max_position_embeddings": 66}),
     "electra": Family("embeddings narrower than the layers", {"embedding_size": 16}),
     "albert": Family("one layer's weights used by all, narrow embeddings", {"embedding_size": 16}),
@@ -40,6 +42,8 @@ FAMILIES: dict[str, Family] = {
         "v2 and v3: relative attention in logarithmic buckets, keys shared with positions",
         {**_RELATIVE, "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True},
     ),
+    "nomic_bert": Family("rotary positions, gated layers"),
+    "eurobert": Family("rotary positions, RMS norms: a decoder's layers that see both directions"),
     "modernbert": Family(
         "rotary positions, layers with a sliding window between those that see everything",
         {"local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3},
