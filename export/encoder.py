@@ -116,8 +116,16 @@ def with_head(model: PreTrainedModel, task: str, source: Source, settings: Sente
 
 
 def input_names(model: PreTrainedModel, tokenizer_inputs: Sequence[str]) -> tuple[str, ...]:
-    """The graph's inputs: segment ids only where both the model and its tokenizer know them."""
+    """The graph's inputs: segment ids only where both the model and its tokenizer know them.
+
+    Raises:
+        UnsupportedModel: the model takes no attention mask, so padding would change what it computes.
+    """
     known = inspect.signature(model.forward).parameters
+    if MASK not in known:
+        raise UnsupportedModel(
+            f"{model.config.model_type} takes no attention mask: in a batch, shorter texts would be read with padding."
+        )
     return (IDS, MASK, TYPES) if TYPES in known and TYPES in tokenizer_inputs else (IDS, MASK)
 
 
