@@ -2,20 +2,22 @@
 
     python -m benchmarks.encoder [--clients 16] [--requests 256] [--rounds 5] [--precisions fp32]
 
-E: 256 different texts, 4 to 40 words, half of them queries of at most 12; C clients in a closed loop, one text a
-request.
+E: 256 different texts, 4 to 40 words (6 to 60 tokens, 24 in the middle), half of them queries of at most 12 words; C
+clients in a closed loop, one text a request.
 Ours are HTTP clients of Triton (KServe v2, binary answers) on the same cores as the server. transformers runs in this
-process, without any protocol: once as naive serving does, one forward a request, and once as offline work, all texts
-known beforehand, sorted by length and cut into the static batches that are fastest for it. Engines take turns within a
-round, so that a machine whose speed drifts favours none; figures are medians over rounds, ratios medians of the ratios
-within a round. Every answer is compared with transformers'. Writes benchmarks/results/encoder.json; the last line
-printed is JSON.
+process, without any protocol: once as a naive server would, one forward a request, one request after the other, with
+all of torch's threads; and once as offline work, all texts known beforehand, sorted by length and cut into the static
+batches that are fastest for it. Engines take turns within a round, so that a machine whose speed drifts favours none;
+figures are medians over rounds, ratios medians of the ratios within a round. CPU time is that of all processes at work:
+client, server and backend. On a machine with other work it is the figure to trust, so the load stands in the result.
+Every answer is compared with transformers'. Writes benchmarks/results/encoder.json; the last line printed is JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -27,6 +29,7 @@ from typing import Any
 import aiohttp
 import click
 import numpy as np
+import psutil
 
 from benchmarks.engine import RESULTS, console, machine, start_triton, step
 from orchestrator.local import tritonserver
@@ -125,35 +128,58 @@ class Ours:
             return np.frombuffer(body, np.float32, offset=int(answer.headers["Inference-Header-Content-Length"]))
 
 
-async def measure(engines: list[Any], texts: list[str], clients: int, rounds: int) -> list[dict[str, Any]]:
-    """Texts/s of every engine in each round, taking turns, and its largest difference from the first one's answers."""
+def cpu_seconds(server: int) -> float:
+    """User and system time so far of this process and of a server with its backends."""
+    processes = [psutil.Process(), psutil.Process(server), *psutil.Process(server).children(recursive=True)]
+    times = [process.cpu_times() for process in processes]
+    return sum(time.user + time.system for time in times)
+
+
+async def measure(engines: list[Any], texts: list[str], clients: int, rounds: int, server: int) -> list[dict[str, Any]]:
+    """Texts/s and CPU ms a text of every engine in each round, taking turns, and its largest difference from the first
+    one's answers.
+    """
     truth = await engines[0].run(texts, clients)
     rows = []
     for engine in engines:  # also the warm-up: allocations, page faults, first-use code
         difference = float(np.abs(await engine.run(texts, clients) - truth).max())
-        rows.append({"engine": engine.name, "max_abs_diff": difference, "texts_per_s_all": []})
+        rows.append(
+            {"engine": engine.name, "max_abs_diff": difference, "texts_per_s_all": [], "cpu_ms_per_text_all": []}
+        )
     for number in range(rounds):
         turn = list(zip(engines, rows, strict=True))
         for engine, row in turn if number % 2 == 0 else reversed(turn):
             with console.status(f"round {number + 1}/{rounds}: {engine.name}"):
-                began = time.perf_counter()
+                cpu, began = cpu_seconds(server), time.perf_counter()
                 await engine.run(texts, clients)
-                row["texts_per_s_all"].append(round(len(texts) / (time.perf_counter() - began), 1))
+                took, used = time.perf_counter() - began, cpu_seconds(server) - cpu
+                row["texts_per_s_all"].append(round(len(texts) / took, 1))
+                row["cpu_ms_per_text_all"].append(round(used / len(texts) * 1000, 2))
     for row in rows:
         row["texts_per_s"] = statistics.median(row["texts_per_s_all"])
+        row["cpu_ms_per_text"] = statistics.median(row["cpu_ms_per_text_all"])
     return rows
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Each of ours over naive transformers and over its best static batch: medians of the ratios within a round."""
+def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Each of ours over naive transformers and over its best static batch: texts/s of ours over theirs, and CPU time of
+    theirs over ours, medians of the ratios within a round.
+    """
     naive = next(row for row in rows if row["engine"] == OneByOne.name)
     static = max((row for row in rows if "static" in row["engine"]), key=lambda row: row["texts_per_s"])
     found = {}
-    for row in (row for row in rows if row["engine"].startswith("truthgpt")):
-        for base in (naive, static):
-            pairs = zip(row["texts_per_s_all"], base["texts_per_s_all"], strict=True)
-            found[f"{row['engine']} / {base['engine']}"] = round(statistics.median(a / b for a, b in pairs), 2)
+    for ours in (row for row in rows if row["engine"].startswith("truthgpt")):
+        for theirs in (naive, static):
+            found[f"{ours['engine']} / {theirs['engine']}"] = {
+                "texts_per_s": middle(ours["texts_per_s_all"], theirs["texts_per_s_all"]),
+                "cpu": middle(theirs["cpu_ms_per_text_all"], ours["cpu_ms_per_text_all"]),
+            }
     return found
+
+
+def middle(above: list[float], below: list[float]) -> float:
+    """The median of the ratios within a round."""
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 2)
 
 
 async def bench(clients: int, requests: int, rounds: int, precisions: list[str]) -> dict[str, Any]:
@@ -168,13 +194,14 @@ async def bench(clients: int, requests: int, rounds: int, precisions: list[str])
             step(f"export {precision}", lambda p=precision: export_minilm(checkpoint, repository, p))
         (folder / "home").mkdir()
         triton, url = await start_triton(repository, folder / "home", [f"minilm-{p}" for p in precisions])
+        load = os.getloadavg()[0]
         try:
             timeout = aiohttp.ClientTimeout(total=600)
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
                 model = Transformers(checkpoint)
                 engines = [OneByOne(model), *(Static(model, size) for size in BATCHES)]
                 engines += [Ours(url, p, session) for p in precisions]
-                rows = await measure(engines, make_texts(requests), clients, rounds)
+                rows = await measure(engines, make_texts(requests), clients, rounds, triton.pid)
         finally:
             await triton.stop(5)
             tritonserver.sweep(tritonserver.shm_prefix(folder / "home"), kill=True)
@@ -185,6 +212,7 @@ async def bench(clients: int, requests: int, rounds: int, precisions: list[str])
         "requests": requests,
         "rounds": rounds,
         "machine": machine(),
+        "load_average": {"before": round(load, 1), "after": round(os.getloadavg()[0], 1)},
         "rows": rows,
         "ratios": ratios(rows),
     }

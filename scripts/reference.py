@@ -1,5 +1,5 @@
-"""Writes docs/cli.md, docs/models.md, docs/settings.md, and the tables of errors in docs/gateway.md and of series in
-docs/metrics.md.
+"""Writes docs/cli.md, docs/models.md, docs/settings.md, and the tables of families in docs/encoders.md, of errors in
+docs/gateway.md and of series in docs/metrics.md.
 
 With `--check` it only says whether they are up to date.
 """
@@ -189,6 +189,15 @@ def gateway_page() -> str:
     return filled("docs/gateway.md", errors=error_rows(), statuses=status_rows(), refusals=refusal_rows())
 
 
+def encoders_page() -> str:
+    """docs/encoders.md as it stands, with the families that the tests run."""
+    sys.path.insert(0, str(ROOT))
+    from tests.export.encoder_checkpoints import FAMILIES
+
+    rows = [f"| `{name}` | {family.note} |" for name, family in FAMILIES.items()]
+    return filled("docs/encoders.md", families=["| `model_type` | what is particular about it |", "|---|---|", *rows])
+
+
 def metrics_page() -> str:
     """docs/metrics.md as it stands, with its generated parts anew."""
     return filled("docs/metrics.md", series=series_rows())
@@ -272,6 +281,7 @@ def cell(text: str) -> str:
 
 PAGES = {
     "docs/cli.md": cli_page,
+    "docs/encoders.md": encoders_page,
     "docs/models.md": models_page,
     "docs/settings.md": settings_page,
     "docs/gateway.md": gateway_page,

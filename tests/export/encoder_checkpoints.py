@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,42 @@ from tests.export.checkpoints import _CORPUS as CORPUS
 VOCAB_SIZE = 320
 PAD = 1  # not 0: a graph that takes the wrong id for padding shall be found out
 
-# Configuration fields that a family names differently, or has beside the common ones.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "bert": {},
-    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
-    "roberta": {"max_position_embeddings": 66, "type_vocab_size": 1},
-    "xlm-roberta": {"max_position_embeddings": 66, "type_vocab_size": 1},
-    "mpnet": {"max_position_embeddings": 66},
-    "electra": {"embedding_size": 16},
-    "albert": {"embedding_size": 16},
-    "deberta-v2": {
-        "relative_attention": True,
-        "pos_att_type": ["p2c", "c2p"],
-        "position_buckets": 16,
-        "norm_rel_ebd": "layer_norm",
-        "share_att_key": True,
-        "position_biased_input": False,
-    },
-    "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
-    "modernbert": {"local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3},
+
+@dataclass(frozen=True)
+class Family:
+    """An encoder of transformers: configuration fields that it names differently or has beside the common ones, and
+    what docs/encoders.md says about it.
+    """
+
+    note: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+_BEHIND_PADDING = {"max_position_embeddings": 66, "type_vocab_size": 1}
+_RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+
+# tests/export/test_encoder.py exports each with both kinds of head; docs/encoders.md is made from it.
+FAMILIES: dict[str, Family] = {
+    "bert": Family("learned positions, segments; also through Triton, with the weights of all-MiniLM-L6-v2"),
+    "distilbert": Family("no segments", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
+    "roberta": Family("positions are numbered from behind the padding token's", _BEHIND_PADDING),
+    "xlm-roberta": Family("positions like RoBERTa's", _BEHIND_PADDING),
+    "camembert": Family("positions like RoBERTa's", _BEHIND_PADDING),
+    "ernie": Family("BERT's layers; no task ids"),
+    "mpnet": Family("relative position bias, positions like RoBERTa's", {"max_position_embeddings": 66}),
+    "electra": Family("embeddings narrower than the layers", {"embedding_size": 16}),
+    "albert": Family("one layer's weights used by all, narrow embeddings", {"embedding_size": 16}),
+    "deberta": Family("disentangled relative attention", _RELATIVE),
+    "deberta-v2": Family(
+        "v2 and v3: relative attention in logarithmic buckets, keys shared with positions",
+        {**_RELATIVE, "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True},
+    ),
+    "nomic_bert": Family("rotary positions, gated layers"),
+    "eurobert": Family("rotary positions, RMS norms: a decoder's layers that see both directions"),
+    "modernbert": Family(
+        "rotary positions, layers with a sliding window between those that see everything",
+        {"local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3},
+    ),
 }
 SENTENCE = "ForSentences"
 
@@ -54,7 +72,7 @@ def write_encoder(folder: Path, family: str = "bert", head: str = SENTENCE, seed
         "bos_token_id": 2,
         "eos_token_id": 3,
         "initializer_range": 0.3,
-        **FAMILIES[family],
+        **FAMILIES[family].fields,
     }
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)

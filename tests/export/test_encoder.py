@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
-from export.encoder import pool
+from export.encoder import input_names, pool
 from export.encoder_config import EncoderServing
 from export.encoder_source import POOLING
 from export.errors import SourceError, UnsupportedModel
@@ -200,6 +200,15 @@ def test_a_task_that_the_checkpoint_cannot_do_is_refused(
     edit_config(folder, **changes)
     with pytest.raises(UnsupportedModel, match=said):
         export_model(ExportOptions(str(folder), tmp_path / "repository", "tiny", task=task))
+
+
+def test_a_model_without_a_mask_is_refused() -> None:
+    """FNet mixes all tokens, padding too: refused by name, before anything is traced."""
+    from transformers import FNetConfig, FNetModel
+
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    with pytest.raises(UnsupportedModel, match="fnet takes no attention mask"):
+        input_names(FNetModel(FNetConfig(**sizes)), ["input_ids", "attention_mask"])
 
 
 def test_damage_and_limits_are_said(tmp_path: Path) -> None:
