@@ -10,8 +10,10 @@ from export.encoder_source import CLASSIFICATION
 
 MAX_TEXTS = 64  # Triton's max_batch_size: texts of a request, and of what its batcher hands over at once
 PREFERRED = (8, 16, 32, 64)
-MAX_QUEUE_DELAY_US = 1000
+MAX_QUEUE_DELAY_US = 100  # under load batches form while others compute; waiting longer costs more than it gives
 QUEUE_TIMEOUT_US = 30_000_000
+INSTANCES = 2  # one computes while the other gathers texts and answers; they share the cores
+NATIVE_INSTANCES = 4  # each asks the engine once at a time, and the engine batches what they ask
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,12 @@ class EncoderServing:
 
 
 def encoder_pbtxt(
-    name: str, task: str, width: int, parameters: Mapping[str, str], serving: EncoderServing, instances: int = 1
+    name: str, task: str, width: int, parameters: Mapping[str, str], serving: EncoderServing, native: bool = False
 ) -> str:
     """The entry that clients ask: texts in, embeddings [``width``] or scores [``width``] out.
 
-    ``instances`` above 1 is for entries whose graph runs elsewhere: their instances tokenise side by side, and they are
-    not warmed up, for while a server starts no model may ask another. The engine is.
+    ``native``: the graph runs elsewhere. Such instances only tokenise, so there are more of them, and they are not
+    warmed up, for while a server starts no model may ask another. The engine is.
     """
     answer = [("embedding", "TYPE_FP32", width)]
     if task == CLASSIFICATION:
@@ -45,9 +47,9 @@ def encoder_pbtxt(
         f"max_batch_size: {MAX_TEXTS}",
         _tensors("input", [("text_input", "TYPE_STRING", 1)]),
         _tensors("output", outputs),
-        f"instance_group [ {{ kind: KIND_CPU count: {instances} }} ]",
+        f"instance_group [ {{ kind: KIND_CPU count: {NATIVE_INSTANCES if native else INSTANCES} }} ]",
         _batching(serving),
-        *(["model_warmup [", ",\n".join(warmup), "]"] if instances == 1 else []),
+        *([] if native else ["model_warmup [", ",\n".join(warmup), "]"]),
         *(f"parameters {{ key: {quoted(k)} value: {{ string_value: {quoted(v)} }} }}" for k, v in parameters.items()),
     )
 

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_LEN = 2048
 PRECISIONS = ("fp32", "int8")
-NATIVE_INSTANCES = 4  # each asks the engine once at a time, and the engine batches what they ask
 
 
 @dataclass(frozen=True)
@@ -227,8 +226,7 @@ def describe(
         }
         parameters["engine"] = engine.name
     write_manifest(staging.folder, {"name": staging.name, "version": str(staging.version), **front})
-    instances = 1 if engine is None else NATIVE_INSTANCES
-    config = encoder_pbtxt(staging.name, task, draft.width, parameters, serving, instances)
+    config = encoder_pbtxt(staging.name, task, draft.width, parameters, serving, native=engine is not None)
     (staging.model / CONFIG).write_text(config, encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,11 @@ class Entry:
     engine_version: int
 
 
-def load(folder: Path, parameters: Mapping[str, str]) -> Entry:
-    """Read one version folder. `parameters` are config.pbtxt's. Raises EntryError; every file's SHA-256 is checked."""
+def load(folder: Path, parameters: Mapping[str, str], instances: int = 1) -> Entry:
+    """Read one version folder. `parameters` are config.pbtxt's. Raises EntryError; every file's SHA-256 is checked.
+
+    `threads` 0 means the share of the cores of one of `instances`.
+    """
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     task = _one_of(parameters, "task", TASKS, "")
@@ -73,7 +77,7 @@ def load(folder: Path, parameters: Mapping[str, str]) -> Entry:
             problem=_one_of(parameters, "problem", PROBLEMS, "single_label"),
             labels=labels,
             device=_one_of(parameters, "device", DEVICES, "auto"),
-            threads=integer(parameters, "threads", 0, 1024, 0),
+            threads=integer(parameters, "threads", 0, 1024, 0) or max(1, len(os.sched_getaffinity(0)) // instances),
             max_tokens_per_batch=integer(parameters, "max_tokens_per_batch", 1, 10_000_000, 16_384),
             engine=engine.get("name"),
             engine_version=int(engine.get("version", 0)),

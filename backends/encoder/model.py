@@ -38,7 +38,9 @@ class TritonPythonModel:
         parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
         self._rows = max(1, int(config["max_batch_size"]))
         try:
-            self._entry = entries.load(Path(args["model_repository"]) / args["model_version"], parameters)
+            instances = sum(int(group.get("count", 1)) for group in config.get("instance_group", [])) or 1
+            folder = Path(args["model_repository"]) / args["model_version"]
+            self._entry = entries.load(folder, parameters, instances)
             self._codec = TextCodec(self._entry.folder, self._entry.max_len, self._entry.prompt)
             self._runner = self._make_runner()
         except EntryError as error:
