@@ -7,6 +7,7 @@ docs/encoders.md has the tensor contract whole.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -22,13 +23,15 @@ if not __package__:  # Triton loads this file by path; its folder and its siblin
     __package__ = f"{_root.__name__}.{Path(__file__).parent.name}"
 
 from ..inflight.entry import EntryError
-from ..inflight.errors import EngineError, Internal, InvalidArgument
+from ..inflight.errors import EngineError, Internal, InvalidArgument, Unavailable
 from . import entry as entries
 from .answer import best_labels, gathered, scores
 from .runner import EngineRunner, Feed, Rows, Runner, SessionRunner
 from .tokens import TextCodec, Texts, Tokens
 
 ENGINE_TIMEOUT_US = 30_000_000
+# As Triton words it where the engine is not there: its process died, it is being unloaded, or nobody loaded it.
+_AWAY = re.compile(r"not healthy|not ready|unavailable|unknown model|unload|timeout|timed out", re.IGNORECASE)
 KSERVE = {"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"}
 
 
@@ -127,7 +130,9 @@ class TritonPythonModel:
         )
         response = request.exec()
         if response.has_error():
-            raise Internal(f"{self._entry.engine} failed: {response.error().message()}")
+            said = str(response.error().message())
+            kind = Unavailable if _AWAY.search(said) else Internal
+            raise kind(f"{self._entry.engine} failed: {said}")
         tensor = pb_utils.get_output_tensor_by_name(response, self._entry.output)
         rows: Rows = tensor.as_numpy() if tensor.is_cpu() else np.from_dlpack(tensor)
         return rows

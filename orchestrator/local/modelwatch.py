@@ -50,8 +50,9 @@ class Faults:
 
 @dataclass
 class _Watched:
-    """One model. Monotonic times: `good_at` of the last good heartbeat or of what was done last, `due_at` before which
-    nothing is done, `patient_until` before which a load may be under way.
+    """One model, of `instances` processes as version `counted` has them. Monotonic times: `good_at` of the last good
+    heartbeat or of what was done last, `due_at` before which nothing is done, `patient_until` before which a load may
+    be under way.
     """
 
     name: str
@@ -59,6 +60,8 @@ class _Watched:
     lost: bool = False
     due_at: float | None = None
     patient_until: float = 0.0
+    instances: int = 1
+    counted: int | None = None
     faults: Faults = field(default_factory=Faults)
     mending: asyncio.Task[None] | None = None
 
@@ -103,7 +106,8 @@ class ModelWatch:
         self._agree()
         every = list(self._watched.values())
         good = await asyncio.gather(*(self.answers(watched.name) for watched in every))
-        self._answering = {watched.name for watched, answers in zip(every, good, strict=True) if answers}
+        whole = [answers and self._complete(watched) for watched, answers in zip(every, good, strict=True)]
+        self._answering = {watched.name for watched, answers in zip(every, whole, strict=True) if answers}
         actions: dict[str, Action] = {}
         for watched in every:
             if watched.name in self._answering:
@@ -127,6 +131,22 @@ class ModelWatch:
                 return await self._start_again()
             watched.due_at, watched.good_at = None, now
             watched.mending = asyncio.create_task(self._reload(watched), name=f"reload {name}")
+
+    def _complete(self, watched: _Watched) -> bool:
+        """Whether every instance of a model has its process: one that has died fails its share of the requests, while
+        the others answer the heartbeats.
+        """
+        version = modelset.read(self._home).get(watched.name)
+        if version is None:
+            return True
+        if watched.counted != version:
+            with contextlib.suppress(models.ModelsError):
+                watched.instances = models.get(self._settings.model_repository, watched.name).instances()
+            watched.counted = version
+        return watched.instances < 2 or self._running(watched.name, version) >= watched.instances
+
+    def _running(self, name: str, version: int) -> int:
+        return sum(runs(stub.pid) for stub in tritonserver.stubs(self._server().pid, name, version))
 
     def _agree(self) -> None:
         """Watch what is to be served, and nothing else."""
@@ -152,7 +172,8 @@ class ModelWatch:
             return Action.WAIT
         evidence = healing.Evidence(
             failing_s=now - watched.good_at,
-            stub_runs=any(runs(stub.pid) for stub in tritonserver.stubs(server.pid, watched.name)),
+            stub_runs=self._complete(watched)
+            and any(runs(stub.pid) for stub in tritonserver.stubs(server.pid, watched.name)),
             server_runs=server.returncode is None and runs(server.pid),
             server_answers=await self._alive(),
         )

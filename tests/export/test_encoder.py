@@ -231,5 +231,5 @@ def test_serving_options_reach_the_configuration(tmp_path: Path) -> None:
 
     text = encoder_pbtxt("m", "embeddings", 8, {"max_tokens_per_batch": "99"}, EncoderServing(7, 99))
     for line in ("max_queue_size: 7", "preferred_batch_size: [ 8, 16, 32, 64 ]", "timeout_action: REJECT",
-                 "max_queue_delay_microseconds: 1000", "model_warmup [", 'string_value: "99"'):  # fmt: skip
+                 "max_queue_delay_microseconds: 100", "model_warmup [", 'string_value: "99"'):  # fmt: skip
         assert line in text
