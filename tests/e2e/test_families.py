@@ -27,8 +27,8 @@ logging.getLogger("torch.__trace").propagate = False
 # On both sides of a chunk, of the tiny windows (16), and near the end of the 128 positions.
 LENGTHS = (1, 5, 17, 40, 104)
 NEW = 16
-# Sinks, caches of different shapes, experts and windows in one; ALiBi. The rest takes minutes.
-QUICK = {"mimo_v2_flash", "bloom"}
+# Sinks, caches of different shapes, experts and windows in one. The rest takes minutes.
+QUICK = {"mimo_v2_flash"}
 
 
 def cases() -> Iterator[Any]:

@@ -120,6 +120,7 @@ def test_a_pooling_is_that_of_sentence_transformers(mode: str) -> None:
     assert torch.allclose(pool(mode, states, mask), theirs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_int8_is_measured_and_smaller(tmp_path: Path) -> None:
     """An int8 export says its drift, which is within 6 %, and its matrices are int8."""
     folder = write_sentence_modules(write_encoder(tmp_path / "model", initializer_range=0.1))
@@ -141,6 +142,7 @@ def test_settings_of_the_checkpoint_reach_the_texts(tmp_path: Path) -> None:
     assert np.abs(run_texts(exported, TEXTS) - sentence_transformers(folder, TEXTS)).max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_plain_encoder_is_exported_only_when_asked(tmp_path: Path) -> None:
     """BertModel without modules.json is refused with the way out; asked for, it is mean pooling as it is."""
     folder = write_encoder(tmp_path / "model")

@@ -82,6 +82,7 @@ def test_the_hint_is_enough() -> None:
     judge(figures, "int4", 0.26)
 
 
+@pytest.mark.slow
 def test_int4_by_the_command(gpt2: Path, tmp_path: Path) -> None:
     """The command refuses a large drift with its figure and the flag, publishes with the flag, and says the drift."""
     arguments = [str(gpt2), "--name", "tiny", "--precision", "int4", "--repository", str(tmp_path), "--max-len", "48"]

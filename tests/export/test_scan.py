@@ -48,6 +48,7 @@ def hot_draft(hot: Path) -> Draft:
     return draft(load(hot))
 
 
+@pytest.mark.slow
 def test_without_the_scan_a_gpu_would_compute_nan(hot_draft: Draft, tmp_path: Path) -> None:
     """With every half value really rounded the plain fp16 graph computes NaN and the mended one the right logits."""
     given = hot_draft
