@@ -23,6 +23,7 @@ from orchestrator.triton import Attendance, Heartbeat, ModelConfig, Triton, is_e
 log = logging.getLogger(__name__)
 
 INDEX_INTERVAL_S = 2.0
+UNLOADED_S = 0.2  # for Triton to say that a model was unloaded; in time it says so within milliseconds
 ASK_AGAIN_S = 1.0  # an unknown model makes the index be read at once, at most this often
 FORGET_S = 10.0  # a model that left the index's READY rows but is still in it is being reloaded: 503, not 404
 ON_CPU = "ready, on the CPU: its device failed; reload the model once that is mended"
@@ -77,9 +78,10 @@ class Attending:
         self._served.attending.add(self._attendance)
         return self._attendance
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
         self._served.attending.discard(self._attendance)
-        self._served.heard_at = max(self._served.heard_at, self._attendance.heard_at)
+        if kind is None:  # of a dead process Triton itself writes, and that is no sign of life
+            self._served.heard_at = max(self._served.heard_at, self._attendance.heard_at)
 
 
 class Health:
@@ -217,8 +219,9 @@ class Health:
     async def _unloaded(self, served: Served) -> bool:
         """Whether a model that answered until now was unloaded on purpose, and is not being loaded again."""
         try:
-            index = await self._triton.index()
-        except TruthGPTError:
+            async with asyncio.timeout(UNLOADED_S):  # whoever runs on a dead process is waiting for its verdict
+                index = await self._triton.index()
+        except (TruthGPTError, TimeoutError):
             return False
         return index.get(served.model.name, ("", ""))[1] not in ("READY", "LOADING")
 
