@@ -76,6 +76,7 @@ def engine_pbtxt(
         _tensors("input", [(tensor, "TYPE_INT64", -1) for tensor in inputs]),
         _tensors("output", [(output, "TYPE_FP32", width)]),
         "version_policy { latest { num_versions: 2 } }",
+        "instance_group [ { count: 1 } ]",  # on each GPU, or on the CPU; without it some backends start two
         _batching(serving),
         "model_warmup [",
         ",\n".join(warmup),

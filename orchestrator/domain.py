@@ -236,26 +236,19 @@ class InferResult:
     outputs: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Model:
-    """A served model as callers may see it. `created` is Unix time in seconds; `max_len` counts tokens.
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What an entry says of its model. `max_len` counts tokens; None when the entry does not say.
 
-    `digest` names what is loaded: a model that was exported again has another one. `operation`, of ENDPOINTS, is what
-    it is for: ours generate, embed or classify, any other is only inferred with. `seen`: that has been read, and is not
-    only supposed. Encoders make vectors of `dim` elements, of length 1 if `normalized`, or a score for each of
-    `labels`, of `max_batch` texts at once.
+    `operation`, of ENDPOINTS, is what it is for: ours generate, embed or classify, any other is only inferred with.
+    Encoders make vectors of `dim` elements, of length 1 if `normalized`, or a score for each of `labels`, of
+    `max_batch` texts at once.
     """
 
-    name: str
-    version: str
-    created: int
-    ready: bool
     task: str = "text_generation"
     chat: bool = False
     max_len: int | None = None
-    digest: str = ""
     operation: str = "generate"
-    seen: bool = False
     dim: int | None = None
     normalized: bool = False
     labels: tuple[str, ...] = ()
@@ -264,6 +257,22 @@ class Model:
     @property
     def generates(self) -> bool:
         return self.operation == "generate"
+
+
+@dataclass(frozen=True)
+class Model(Abilities):
+    """A served model as callers may see it. `created` is Unix time in seconds.
+
+    `digest` names what is loaded: a model that was exported again has another one. `seen`: that its abilities have been
+    read, and are not only supposed.
+    """
+
+    name: str
+    version: str
+    created: int
+    ready: bool
+    digest: str = ""
+    seen: bool = False
 
 
 @dataclass(frozen=True)

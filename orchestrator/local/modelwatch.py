@@ -22,6 +22,7 @@ from orchestrator.local.healing import Action
 from orchestrator.local.process import Child, runs
 from orchestrator.settings import Settings
 from orchestrator.triton import Repository, Triton
+from orchestrator.triton.repository import LOADING, READY
 
 POLL_S = 0.4
 UNLOAD_S = 8.0
@@ -180,7 +181,16 @@ class ModelWatch:
         action = healing.decide(evidence)
         if action is Action.RELOAD and modelset.changed_now(self._home) == watched.name:
             return Action.WAIT  # somebody is at work on it
+        if action is Action.RELOAD and not watched.lost and await self._unloaded(watched.name):
+            return Action.WAIT  # an administrator's doing: no fault ends like that
         return action
+
+    async def _unloaded(self, name: str) -> bool:
+        """Whether Triton was told to unload a model, which then waits for whoever did that to load it."""
+        with contextlib.suppress(TruthGPTError):
+            rows = await self._repository.rows(name)
+            return any(row.unloaded for row in rows) and not any(row.state in (READY, LOADING) for row in rows)
+        return False
 
     async def _left_out(self, name: str) -> bool:
         """Whether Triton answers and neither has the model nor is loading it."""

@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 
 import orjson
 
-from orchestrator.domain import TASKS, GenerateRequest, InferRequest, InferResult
+from orchestrator.domain import TASKS, Abilities, GenerateRequest, InferRequest, InferResult
 from orchestrator.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, UpstreamError, UpstreamUnavailable
 from orchestrator.triton.attendance import Attendance, Deadlines
 from orchestrator.triton.connection import Answer, Pool
@@ -57,27 +57,11 @@ class Heartbeat:
     version: str = ""
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """What the gateway needs of a model's config.pbtxt. `max_len` counts tokens; None when the entry does not say.
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Abilities):
+    """What the gateway needs of a model's config.pbtxt. `beats`: it has a heartbeat."""
 
-    `operation` is domain.Model's: models of our backend stream text (generate), encoders embed or classify. `beats`: it
-    has a heartbeat. The rest is of encoders.
-    """
-
-    task: str
-    chat: bool
-    max_len: int | None
-    operation: str
     beats: bool
-    dim: int | None = None
-    normalized: bool = False
-    labels: tuple[str, ...] = ()
-    max_batch: int = 1
-
-    @property
-    def generates(self) -> bool:
-        return self.operation == "generate"
 
 
 @dataclass(frozen=True)

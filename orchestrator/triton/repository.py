@@ -48,6 +48,11 @@ class Row:
         """Whether the version takes memory."""
         return self.state in (READY, LOADING, UNLOADING)
 
+    @property
+    def unloaded(self) -> bool:
+        """Whether Triton was told to unload the version; one that did not load has another reason."""
+        return self.state == UNLOADING or (self.state == UNAVAILABLE and self.reason == "unloaded")
+
 
 def is_engine(name: str, names: Container[str]) -> bool:
     """Whether a model is the graph of another one of those names."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.export.checkpoints import write_checkpoint
+from tests.export.checkpoints import greedy_texts, write_checkpoint
 
 from .stack import Stack
 
@@ -65,29 +65,11 @@ def ask(stack: Stack, prompt: list[int], **sampling: object) -> str:
     return str(json.loads(answer)["choices"][0]["text"])
 
 
-def reference(checkpoint: Path) -> list[str]:
-    """The greedy answers of transformers' generate, one prompt at a time."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    texts = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, pad_token_id=0
-            )
-        texts.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
-    return texts
-
-
 def test_greedy_answers_are_those_of_transformers(exported):
     """Through the gateway, Triton and the backend, with chunked prefill: the text that transformers generates."""
     stack, checkpoint = exported
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        assert list(pool.map(lambda p: ask(stack, p), PROMPTS)) == reference(checkpoint)
+        assert list(pool.map(lambda p: ask(stack, p), PROMPTS)) == greedy_texts(checkpoint, PROMPTS, NEW)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 11, "top_p": 0.95}], ids=["greedy", "seeded"])

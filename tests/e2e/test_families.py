@@ -17,7 +17,7 @@ import pytest
 
 from export.manifest import Serving
 from export.pipeline import ExportOptions, export_model
-from tests.export.checkpoints import write_family
+from tests.export.checkpoints import greedy_texts, write_family
 from tests.export.families import FAMILIES, VARIANTS, Family
 
 from .stack import Stack
@@ -91,7 +91,7 @@ def test_a_family_generates_what_transformers_generates(stack: Stack, tmp_path: 
         triton(stack, "repository/models/family/unload", {})
     # How many replacement characters bytes that are no text become depends on where a stream is cut.
     assert [text.replace("\ufffd", "") for text in answers] == [
-        text.replace("\ufffd", "") for text in reference(checkpoint, prompts)
+        text.replace("\ufffd", "") for text in greedy_texts(checkpoint, prompts, NEW, attn_implementation="eager")
     ]
 
 
@@ -99,20 +99,3 @@ def answer(stack: Stack, prompt: list[int]) -> str:
     sampling = json.dumps({"prompt_token_ids": prompt, "max_tokens": NEW, "temperature": 0})
     body = {"text_input": "", "sampling_parameters": sampling}
     return str(triton(stack, "models/family/generate", body)["text_output"])
-
-
-def reference(checkpoint: Path, prompts: list[list[int]]) -> list[str]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    texts = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, pad_token_id=0
-            )
-        texts.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
-    return texts

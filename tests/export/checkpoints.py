@@ -6,6 +6,7 @@ Torch and transformers are imported inside the functions, so that importing this
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,21 @@ def edit_config(folder: Path, **changes: Any) -> None:
     config = json.loads(path.read_text())
     config.update(changes)
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def greedy_texts(checkpoint: Path, prompts: Sequence[Sequence[int]], count: int, **loading: Any) -> list[str]:
+    """What transformers' `generate` makes of prompts of token ids in fp32, one at a time, `count` tokens at most."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **loading).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0
+            )
+        texts.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True))
+    return texts
