@@ -30,7 +30,6 @@ from export.tokenizer import SAMPLE, load_tokenizer, special_tokens, write_token
 from export.verify import BATCH, exercise, verify
 
 STAGES = ("load", "trace", "optimise", "quantise", "verify", "publish")
-TARGETS = ("onnx", "tensorrt")
 TEMPLATE = "chat_template.jinja"
 STEPS = 8
 
@@ -111,7 +110,7 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
 
         return export_encoder(source, task, options, repository, name, progress)
     precision = tensorrt.graph_precision(options.target, options.precision)
-    device = check_device(precision, options.device)
+    device = verifies_on(options)
     max_len = limit(source, options.max_len)
     needed = needs(source, precision, max_len, options.calibrate is not None)
     progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
@@ -141,6 +140,15 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     progress("publish", 1.0)
     layers = tuple(draft.conversion.get("fp32_layers", ()))
     return Exported(name, str(staging.version), path, options.precision, parity, fp32_layers=layers)
+
+
+def verifies_on(options: ExportOptions) -> str:
+    """Where a decoder is verified here. TensorRT's graph is on the processor, whatever there is: it is all in fp32.
+
+    Raises:
+        DeviceError: ``device`` does not run ``precision``, or nothing here can verify it.
+    """
+    return "cpu" if options.target == "tensorrt" else check_device(options.precision, options.device)
 
 
 @dataclass(frozen=True)
@@ -219,6 +227,8 @@ def describe(
     source: Source, options: ExportOptions, max_len: int, staging: Staging, draft: Draft, parity: dict[str, Any]
 ) -> None:
     """Write manifest.json and config.pbtxt into the staging folder."""
+    # TensorRT runs fp32 too: the backend asks for its provider, whatever the slots are of.
+    device = options.device if options.target == "tensorrt" else serves_on(options.precision, options.device)
     body = {
         "name": staging.name,
         "version": str(staging.version),
@@ -227,7 +237,7 @@ def describe(
         "target": options.target,
         "precision": options.precision,
         **(tensorrt.manifest() if options.target == "tensorrt" else {}),
-        "device": serves_on(options.precision, options.device),
+        "device": device,
         **draft.conversion,
         "source": {"id": source.id, "revision": source.revision, "sha256": source.sha256},
         "graph": draft.graph,
@@ -237,7 +247,6 @@ def describe(
         "parity": parity,
     }
     write_manifest(staging.folder, body)
-    device = serves_on(options.precision, options.device)
     config = config_pbtxt(staging.name, options.precision, max_len, draft.chat, draft.serving, device)
     (staging.model / CONFIG).write_text(config, encoding="utf-8")
 

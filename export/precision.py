@@ -1,10 +1,13 @@
 """The number formats that an entry can have: which device runs each, and how far its logits may drift.
 
-    fp32   CPU and CUDA   the reference
+    fp32   CPU            the reference
     fp16   CPU and CUDA   half the size; ONNX Runtime's CPU computes most of it in fp32, so it is no faster there
     bf16   CUDA           needs compute capability 8.0; ONNX Runtime's CPU has no bf16 operators
     int8   CPU            dynamic activations; ONNX Runtime's CUDA has no such product
-    int4   CPU and CUDA   blocks of weights; states its drift
+    int4   CPU            blocks of weights; states its drift
+
+ONNX Runtime's attention over slots has no CUDA kernel for float32, so what keeps float32 slots is served on the CPU.
+Encoders keep none: in fp32 they run on both.
 
 What the device can run is asked of ONNX Runtime, on the machine that exports: an entry is never published unverified.
 """
@@ -20,7 +23,6 @@ import onnxruntime
 from export.errors import ExportError
 
 CUDA = "CUDAExecutionProvider"
-DEVICES = ("auto", "cpu", "cuda")
 BF16_CAPABILITY = (8, 0)
 # Above this share of the logits' spread an int4 entry is published only when it is asked for by --allow-drift.
 INT4_DRIFT = 0.10
@@ -61,10 +63,11 @@ def runs_here(device: str, providers: Sequence[str] | None = None) -> str:
     return "cuda" if device != "cpu" and CUDA in available else "cpu"
 
 
-def check_device(precision: str, device: str, providers: Sequence[str] | None = None) -> str:
+def check_device(precision: str, device: str, providers: Sequence[str] | None = None, slots: bool = True) -> str:
     """The device to verify on (``cpu`` or ``cuda``), once it is sure that ``device`` runs ``precision``.
 
     An entry for CUDA may be made on a machine without a GPU as long as ONNX Runtime's CPU runs the same file.
+    ``slots`` False: an encoder, which keeps none.
 
     Raises:
         DeviceError: the device cannot run the precision, or nothing here can verify it; the hint says what can.
@@ -77,19 +80,22 @@ def check_device(precision: str, device: str, providers: Sequence[str] | None = 
         if capability is not None and capability < BF16_CAPABILITY:
             version = ".".join(str(part) for part in capability)
             raise DeviceError(f"{_BF16} The GPU here has {version}.", "Take --precision fp16.")
-    if precision == "int8":
+    if serves_on(precision, "auto", slots) == "cpu":
         if device == "cuda":
+            gpu = "fp16" if slots else "fp32"
             raise DeviceError(
-                "int8 runs on a CPU: ONNX Runtime's CUDA provider has no product of dynamically quantised activations.",
-                "On an NVIDIA GPU take --precision fp16 or int4; for a CPU give --device cpu.",
+                f"{precision} runs on a CPU: {_NO_PRODUCT if precision == 'int8' else _NO_KERNEL}",
+                f"On an NVIDIA GPU take --precision {gpu}; for a CPU give --device cpu.",
             )
         return "cpu"
     return here
 
 
-def serves_on(precision: str, device: str) -> str:
-    """The ``device`` that the entry's configuration asks for: ``auto`` only where both kinds run the precision well."""
-    return {"int8": "cpu", "bf16": "cuda"}.get(precision, device)
+def serves_on(precision: str, device: str, slots: bool = True) -> str:
+    """The ``device`` that the entry's configuration asks for: ``auto`` only where both kinds run the precision."""
+    if precision == "int8" or (slots and TABLE[precision].kv_dtype == "float32"):
+        return "cpu"
+    return "cuda" if precision == "bf16" else device
 
 
 def compute_capability() -> tuple[int, int] | None:
@@ -105,3 +111,5 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 _BF16 = "bf16 needs an NVIDIA GPU of compute capability 8.0 or newer with onnxruntime-gpu."
+_NO_PRODUCT = "ONNX Runtime's CUDA provider has no product of dynamically quantised activations."
+_NO_KERNEL = "it keeps float32 slots, and attention over them has no CUDA kernel in ONNX Runtime."

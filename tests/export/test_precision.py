@@ -8,8 +8,9 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
+from backends.inflight.devices import place
 from export import precision, runtime
-from export.precision import CUDA, DeviceError, check_device, serves_on
+from export.precision import CUDA, PRECISIONS, DeviceError, check_device, serves_on
 from export.runtime import SlotRuntime
 
 CPU = ["CPUExecutionProvider"]
@@ -20,12 +21,12 @@ GPU = [CUDA, "CPUExecutionProvider"]
     ("name", "device", "providers", "expected"),
     [
         ("fp32", "auto", CPU, "cpu"),
-        ("fp32", "auto", GPU, "cuda"),
+        ("fp32", "auto", GPU, "cpu"),  # float32 slots have no CUDA kernel
         ("fp16", "cpu", GPU, "cpu"),
         ("fp16", "cuda", CPU, "cpu"),  # the same file runs on both
         ("fp16", "auto", GPU, "cuda"),
         ("bf16", "auto", GPU, "cuda"),
-        ("int4", "cuda", CPU, "cpu"),
+        ("int4", "auto", GPU, "cpu"),
         ("int8", "auto", GPU, "cpu"),
     ],
 )
@@ -45,6 +46,8 @@ def test_where_it_is_verified(
         ("bf16", "cpu", GPU, (9, 0), "8.0 or newer"),
         ("bf16", "auto", GPU, (7, 5), "GPU here has 7.5"),
         ("int8", "cuda", GPU, (9, 0), "int8 runs on a CPU"),
+        ("fp32", "cuda", GPU, (9, 0), "fp32 runs on a CPU: it keeps float32 slots"),
+        ("int4", "cuda", CPU, None, "int4 runs on a CPU: it keeps float32 slots"),
     ],
 )
 def test_what_the_device_cannot_run(
@@ -59,7 +62,23 @@ def test_what_the_device_cannot_run(
     monkeypatch.setattr(precision, "compute_capability", lambda: capability)
     with pytest.raises(DeviceError, match=reason) as caught:
         check_device(name, device, providers)
-    assert "--precision" in str(caught.value.hint)
+    assert "--precision fp" in str(caught.value.hint) and "int4" not in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_what_is_published_is_not_refused_by_the_backend(
+    monkeypatch: pytest.MonkeyPatch, name: str, device: str
+) -> None:
+    """What the exporter lets through the backend opens, on the device that its configuration asks for."""
+    monkeypatch.setattr(precision, "compute_capability", lambda: (9, 0))
+    try:
+        check_device(name, device, GPU)
+    except DeviceError:
+        return
+    asked = serves_on(name, device)
+    placed = place(asked, precision.TABLE[name].kv_dtype, fault=lambda _: None)
+    assert placed.device == ("cuda" if asked == "auto" else asked)
 
 
 def test_bf16_is_not_known_here(tmp_path: Path) -> None:
@@ -74,8 +93,9 @@ def test_bf16_is_not_known_here(tmp_path: Path) -> None:
 
 
 def test_the_entry_asks_for_its_device() -> None:
-    """int8 stays on the processor and bf16 on the GPU wherever they are served; the others follow the option."""
-    assert serves_on("int8", "auto") == "cpu" and serves_on("bf16", "auto") == "cuda"
+    """Float32 slots stay on the processor and bf16 on the GPU wherever they are served; fp16 follows the option."""
+    assert [serves_on(name, "auto") for name in ("fp32", "int8", "int4")] == ["cpu", "cpu", "cpu"]
+    assert serves_on("bf16", "auto") == "cuda"
     assert serves_on("fp16", "auto") == "auto" and serves_on("fp16", "cuda") == "cuda"
 
 
