@@ -11,12 +11,15 @@ from onnxscript import ir
 
 from export import int4
 from export.calibrate import Calibration, CalibrationText
-from export.errors import ExportError
+from export.errors import ExportError, UnsupportedModel
 from export.quantize import quantize_int8
 from export.runtime import SlotRuntime
 from export.scan import half_without_overflow
+from export.source import Source
 
 CALIBRATED = ("int8", "int4")
+# The share of its weights that a quantised entry may keep in fp32 because they are no matrices.
+MAX_STACKED = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,22 @@ def check_options(precision: str, calibrate: Path | None, allow_drift: float | N
         )
     if allow_drift is not None and precision != "int4":
         raise ExportError(f"--allow-drift is for int4; {precision} has a bound of its own.", "Leave it out.")
+
+
+def check_weights(source: Source, precision: str, instead: str) -> None:
+    """Raise `UnsupportedModel` where int8 or int4 would leave much in fp32; ``instead`` is the precision to take.
+
+    The weights themselves are not read.
+    """
+    if precision not in CALIBRATED:
+        return
+    share = sum(tensor.elements for tensor in source.stacked) / max(1, source.parameters())
+    if share > MAX_STACKED:
+        raise UnsupportedModel(
+            f"{precision} shrinks matrices, and {share:.0%} of the weights of {source.id} are a mixture's experts or "
+            f"other stacks of matrices ({source.stacked[0].name}): they would stay fp32.",
+            f"Give --precision {instead}.",
+        )
 
 
 def convert(

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from export import tensorrt
+from export.convert import check_weights
 from export.encoder import input_names, trace, with_head
 from export.encoder_config import MAX_TEXTS, encoder_pbtxt, engine_pbtxt
 from export.encoder_source import CLASSIFICATION, SentenceSettings, head_files, sentence_settings
@@ -64,6 +65,7 @@ def export_encoder(
 
     check_options(options)
     precision = tensorrt.graph_precision(options.target, options.precision)
+    check_weights(source, precision, instead="fp32")
     needed = needs(source, precision, options.max_len or DEFAULT_MAX_LEN)
     progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
     require_memory(needed.memory, available_memory())

@@ -11,7 +11,7 @@ from typing import Any
 from export import tensorrt
 from export.calibrate import read_text
 from export.chat import chat_template
-from export.convert import Converted, check_options, convert
+from export.convert import Converted, check_options, check_weights, convert
 from export.decoder import cache_shapes, trace
 from export.encoder_config import EncoderServing
 from export.encoder_source import encoder_task
@@ -112,6 +112,7 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     precision = tensorrt.graph_precision(options.target, options.precision)
     device = verifies_on(options)
     max_len = limit(source, options.max_len)
+    check_weights(source, precision, instead="fp16")
     needed = needs(source, precision, max_len, options.calibrate is not None)
     progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
     require_memory(needed.memory, available_memory())

@@ -32,7 +32,8 @@ def needs(source: Source, precision: str, max_len: int, calibrated: bool = False
     In memory it is the larger of two moments: the checkpoint with its longest reference run or its converted matrices
     beside it, and the artefact in ONNX Runtime, which packs every matrix once more. Halves are run beside the
     checkpoint to see what overflows, and a calibration text is read by the fp32 graph, which is on disk then. Looked-up
-    embeddings keep 4 bytes an element in int8 and 2 in int4, and tied ones are stored a second time.
+    embeddings keep 4 bytes an element in int8 and 2 in int4, and tied ones are stored a second time. Experts stay fp32
+    in both.
     """
     loaded = 4 * source.parameters()
     largest = 4 * max((tensor.elements for tensor in source.tensors), default=0)
@@ -47,7 +48,8 @@ def needs(source: Source, precision: str, max_len: int, calibrated: bool = False
         artefact = working = loaded
         packed = loaded + 2 * largest
     else:
-        weights = int(TABLE[precision].weight_bytes / 4 * loaded)
+        whole = 0 if precision in HALVES else 4 * sum(tensor.elements for tensor in source.stacked)
+        weights = whole + int(TABLE[precision].weight_bytes / 4 * (loaded - whole))
         artefact = weights + int(_EMBEDDING_BYTES.get(precision, 0) * embedding)
         working = loaded + artefact + loaded // 12 + 3 * largest
         packed = artefact + (loaded if precision in HALVES else weights)  # halves are computed in fp32

@@ -101,6 +101,14 @@ class Source:
         return sum(tensor.elements for tensor in self.tensors)
 
     @cached_property
+    def stacked(self) -> tuple[Tensor, ...]:
+        """Weights that no quantiser shrinks, for they are no matrices: a mixture's experts, however they are stored.
+
+        transformers loads the experts of a layer as one tensor of three dimensions. Raises as `tensors` does.
+        """
+        return tuple(tensor for tensor in self.tensors if tensor.dims == 3 or ".experts." in tensor.name)
+
+    @cached_property
     def sha256(self) -> str:
         """Hex digest over the weight files' bytes, in name order.
 

@@ -19,11 +19,12 @@ _MAX_HEADER = 100_000_000  # as in the reference implementation
 
 @dataclass(frozen=True)
 class Tensor:
-    """Name, element count and type (in safetensors' spelling: F32, BF16, I8, …) of a stored tensor."""
+    """Name, element count, type (in safetensors' spelling: F32, BF16, I8, …) and dimensions of a stored tensor."""
 
     name: str
     elements: int
     dtype: str
+    dims: int
 
     @property
     def floating(self) -> bool:
@@ -47,7 +48,8 @@ def safetensors_tensors(path: Path) -> Iterator[Tensor]:
         end = 0
         for name, entry in header.items():
             if name != "__metadata__":
-                found.append(Tensor(name, math.prod(int(n) for n in entry["shape"]), str(entry["dtype"])))
+                shape = [int(size) for size in entry["shape"]]
+                found.append(Tensor(name, math.prod(shape), str(entry["dtype"]), len(shape)))
                 end = max(end, int(entry["data_offsets"][1]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
         raise SourceError(f"The weight file {path.name} is damaged.", _AGAIN) from error
@@ -68,10 +70,14 @@ def pickled_tensors(path: Path) -> Iterator[Tensor]:
     import torch
 
     names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+    def kind(tensor: torch.Tensor) -> str:
+        return names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+
     try:
         state = torch.load(path, map_location="meta", weights_only=True)
         found = [
-            Tensor(str(name), tensor.numel(), names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")))
+            Tensor(str(name), tensor.numel(), kind(tensor), tensor.dim())
             for name, tensor in state.items()
             if isinstance(tensor, torch.Tensor)
         ]

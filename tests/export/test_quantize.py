@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from export.pipeline import Exported
+from export.convert import check_weights
+from export.errors import UnsupportedModel
+from export.pipeline import Exported, ExportOptions, export_model
 from export.quantize import int8_matrix
+from export.resources import needs
+from export.source import resolve
+from tests.export.checkpoints import write_family
+from tests.export.families import FAMILIES
 
 _VALUES = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 
@@ -46,3 +55,23 @@ def test_int8_drift_and_batch_effect_are_measured(published_llama: Exported) -> 
     assert 0 < parity["rms_over_std"] <= 0.06
     assert parity["batch_effect"] > 0
     assert parity["nonfinite"] == 0
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "jetmoe"])
+def test_experts_are_not_left_in_fp32_silently(tmp_path: Path, family: str, precision: str) -> None:
+    """A mixture whose experts the quantisers would skip is refused by name before any work, and fp16 is suggested."""
+    mixture = next(known for known in FAMILIES if known.name == family)
+    folder = write_family(tmp_path / "model", mixture)
+    with pytest.raises(UnsupportedModel, match=r"a mixture's experts .* would stay fp32") as caught:
+        export_model(ExportOptions(str(folder), tmp_path / "repository", precision=precision))
+    assert "--precision fp16" in str(caught.value.hint) and not (tmp_path / "repository").exists()
+    source = resolve(str(folder))
+    check_weights(source, "fp16", "fp32")
+    experts = 4 * sum(tensor.elements for tensor in source.stacked)
+    assert needs(source, precision, 64).disk > experts + (4 * source.parameters() - experts) / 8
+
+
+def test_a_dense_model_has_nothing_stacked(llama: Path) -> None:
+    """Only experts count: a model without them is quantised whole."""
+    assert resolve(str(llama)).stacked == ()
