@@ -96,7 +96,7 @@ Examples:
 @click.option(
     "--max-len",
     type=click.IntRange(min=8),
-    help="Tokens a sequence may hold.  [default: the model's positions, at most 2048]",
+    help="Tokens a sequence may hold.  [default: the model's positions, at most 2048; an encoder's max_seq_length]",
 )
 @click.option("--slots", type=click.IntRange(1, 1024), default=16, show_default=True, help="Sequences decoded at once.")
 @click.option(

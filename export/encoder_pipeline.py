@@ -22,7 +22,14 @@ from export.convert import check_weights
 from export.encoder import input_names, trace, with_head
 from export.encoder_config import MAX_TEXTS, encoder_pbtxt, engine_pbtxt
 from export.encoder_source import CLASSIFICATION, SentenceSettings, head_files, sentence_settings
-from export.encoder_verify import EncoderReference, EncoderRuntime, lengths_to_check, run_reference, verify
+from export.encoder_verify import (
+    EncoderReference,
+    EncoderRuntime,
+    lengths_to_check,
+    most_pairs,
+    run_reference,
+    verify,
+)
 from export.errors import ExportError, SourceError, UnsupportedModel
 from export.loading import load_model
 from export.manifest import sha256, write_manifest
@@ -31,7 +38,7 @@ from export.probe import architecture
 from export.quantize import quantize_int8
 from export.reference import make_prompts
 from export.repository import CONFIG, Repository, Staging, translated
-from export.resources import available_memory, needs, release, require_memory, size
+from export.resources import available_memory, needs, number, release, require_memory, size, text_config
 from export.source import Source
 from export.tokenizer import SAMPLE, load_tokenizer, write_tokenizer
 
@@ -66,7 +73,10 @@ def export_encoder(
     check_options(options)
     precision = tensorrt.graph_precision(options.target, options.precision)
     check_weights(source, precision, instead="fp32")
-    needed = needs(source, precision, options.max_len or DEFAULT_MAX_LEN)
+    settings = sentence_settings(source) if task != CLASSIFICATION else SentenceSettings()
+    tokenizer = load_tokenizer(source)
+    longest = expected_length(source, tokenizer, settings, options.max_len)
+    needed = needs(source, precision, longest, pairs=most_pairs(longest))
     progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
     require_memory(needed.memory, available_memory())
     engine_name = f"{name}--engine" if options.serve_with == "native" else None
@@ -75,7 +85,7 @@ def export_encoder(
         engine = stack.enter_context(repository.staging(engine_name)) if engine_name else None
         repository.require_space(needed.disk)
         folder = (engine or staging).folder
-        draft = build(source, task, options, folder, staging.folder, progress)
+        draft = build(source, task, options, settings, tokenizer, folder, staging.folder, progress)
         release()  # the model and its graph: the file is opened next
         progress("verify", 0.0)
         runtime = EncoderRuntime(folder / "model.onnx", draft.pad)
@@ -92,18 +102,23 @@ def export_encoder(
 
 
 def build(
-    source: Source, task: str, options: ExportOptions, folder: Path, front: Path, progress: Progress
+    source: Source,
+    task: str,
+    options: ExportOptions,
+    settings: SentenceSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    front: Path,
+    progress: Progress,
 ) -> EncoderDraft:
     """Load, trace, optimise and quantise; leaves the model in ``folder`` and the tokenizer in ``front``."""
-    settings = sentence_settings(source) if task != CLASSIFICATION else SentenceSettings()
-    tokenizer = load_tokenizer(source)
     if settings.lower_case:
         lower_case(tokenizer)
     auto = AutoModelForSequenceClassification if task == CLASSIFICATION else AutoModel
     # The pooler of BERT and its like is no part of an embedding; checkpoints of other heads come without it.
     model = load_model(source, auto, unused="" if task == CLASSIFICATION else "pooler.")
     model.config.use_cache = False
-    max_len = max_length(source, model, tokenizer, settings, options.max_len)
+    max_len = max_length(source, positions_of(model), tokenizer, settings, options.max_len)
     pad = pad_token(model, tokenizer)
     names = input_names(model, tokenizer.model_input_names)
     module = with_head(model, task, source, settings)
@@ -243,19 +258,28 @@ def lower_case(tokenizer: PreTrainedTokenizerBase) -> None:
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
 
 
+def expected_length(
+    source: Source, tokenizer: PreTrainedTokenizerBase, settings: SentenceSettings, asked: int | None
+) -> int:
+    """`max_length` by the configuration alone, before weights are read; a few tokens more for RoBERTa and its kin."""
+    positions = number(text_config(source), "max_position_embeddings") or None
+    return max_length(source, positions, tokenizer, settings, min(asked, positions) if asked and positions else asked)
+
+
 def max_length(
     source: Source,
-    model: PreTrainedModel,
+    positions: int | None,
     tokenizer: PreTrainedTokenizerBase,
     settings: SentenceSettings,
     asked: int | None,
 ) -> int:
     """Tokens of the longest text: ``asked``, or what the checkpoint says up to 2048 unless it says so for sentences.
 
+    ``positions``: what the model has, None where it has no limit.
+
     Raises:
         UnsupportedModel: ``asked`` is beyond the model's positions, or nothing says how long texts may be.
     """
-    positions = positions_of(model)
     if asked is not None:
         if positions is not None and asked > positions:
             raise UnsupportedModel(

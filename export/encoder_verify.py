@@ -2,14 +2,15 @@
 
 Texts of many lengths run through transformers one by one, without padding. The artefact sees each of them twice: alone,
 and in batches of mixed lengths padded on the right as they are served. The largest difference between the two is the
-batch effect: in fp32 padding and neighbours may not change a row.
+batch effect: in fp32 padding and neighbours may not change a row. Attention over long texts takes memory with their
+length squared, so the longer a batch's texts, the fewer it has; the longest has one neighbour at least.
 
 Embeddings are compared at unit length, so that one tolerance fits checkpoints that do not normalise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ FP32_MAX_BATCH_EFFECT = 1e-5  # of a number of at most 1, relative to the larges
 # Root mean square of the error over the standard deviation of the reference.
 MAX_RMS = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.02, "int8": 0.06}
 BATCH = 8
+FULL_BATCH_TOKENS = 512  # up to this length a batch has `BATCH` texts
 
 Rows = npt.NDArray[np.float32]
 
@@ -111,15 +113,32 @@ def verify(
     # Neighbours of every length: short texts beside long ones, in an order that is not theirs.
     order = sorted(range(len(texts)), key=lambda index: (index % 3, -index))
     together: dict[int, Rows] = {}
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
+    for batch in batches(order, [len(text) for text in texts]):
         together.update(zip(batch, runtime.run([texts[index] for index in batch]), strict=True))
-        progress(0.5 + 0.5 * (start + len(batch)) / len(order))
+        progress(0.5 + 0.5 * len(together) / len(order))
     expected = np.stack([reference.output for reference in references])
     parity = compare(np.stack(alone), np.stack([together[index] for index in range(len(texts))]), expected, output)
     parity |= {"lengths": [len(text) for text in texts], "longest": max(len(text) for text in texts)}
     judge(parity, output, precision)
     return parity
+
+
+def most_pairs(max_len: int) -> int:
+    """Pairs of tokens (rows × length²) of the largest batch that is run: what attention computes a score for."""
+    return min(BATCH * max_len**2, max(BATCH * FULL_BATCH_TOKENS**2, 2 * max_len**2))
+
+
+def batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Cut ``order``, indices into ``lengths``, into batches of at most `BATCH` texts and `most_pairs` pairs."""
+    most = most_pairs(max(lengths))
+    batch: list[int] = []
+    for index in order:
+        grown = [*batch, index]
+        if len(grown) > BATCH or len(grown) * max(lengths[each] for each in grown) ** 2 > most:
+            yield batch
+            grown = [index]
+        batch = grown
+    yield batch
 
 
 def compare(alone: Rows, together: Rows, expected: Rows, output: str) -> dict[str, Any]:

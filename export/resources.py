@@ -6,6 +6,9 @@ import ctypes
 import gc
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+
+from transformers import AutoConfig
 
 from export.errors import ExportError
 from export.precision import HALVES, TABLE
@@ -26,8 +29,11 @@ class Needs:
     disk: int
 
 
-def needs(source: Source, precision: str, max_len: int, calibrated: bool = False) -> Needs:
+def needs(source: Source, precision: str, max_len: int, calibrated: bool = False, pairs: int | None = None) -> Needs:
     """An upper estimate. Weights count as loaded, in fp32, whatever the checkpoint stores them as.
+
+    ``pairs``: pairs of tokens in the largest run of an encoder's artefact, which attends to all at once and has no
+    cache; None for a decoder.
 
     In memory it is the larger of two moments: the checkpoint with its longest reference run or its converted matrices
     beside it, and the artefact in ONNX Runtime, which packs every matrix once more. Halves are run beside the
@@ -37,13 +43,12 @@ def needs(source: Source, precision: str, max_len: int, calibrated: bool = False
     """
     loaded = 4 * source.parameters()
     largest = 4 * max((tensor.elements for tensor in source.tensors), default=0)
-    config = source.config
-    heads = _number(config, "num_attention_heads", "n_head")
-    width = _number(config, "hidden_size", "n_embd")
-    layers = _number(config, "num_hidden_layers", "n_layer")
-    embedding = _number(config, "vocab_size") * width
+    config = text_config(source)
+    heads, width = number(config, "num_attention_heads"), number(config, "hidden_size")
+    layers, embedding = number(config, "num_hidden_layers"), number(config, "vocab_size") * width
     attention = 4 * 4 * heads * max_len**2  # fp32 scores of one layer, a few times over
-    cache = 2 * 4 * layers * width * min(max_len * 2, max_len * _KV_ROWS)
+    served = 4 * 4 * heads * pairs if pairs is not None else 0
+    cache = 0 if pairs is not None else 2 * 4 * layers * width * min(max_len * 2, max_len * _KV_ROWS)
     if precision == "fp32":
         artefact = working = loaded
         packed = loaded + 2 * largest
@@ -57,8 +62,26 @@ def needs(source: Source, precision: str, max_len: int, calibrated: bool = False
             working += packed + cache
     if calibrated:
         working = max(working, 2 * loaded + 2 * largest + cache)
-    memory = _BASE + max(loaded + attention, working, packed + cache)
+    memory = _BASE + max(loaded + attention, working, packed + cache + served)
     return Needs(int(1.05 * memory), int(1.1 * max(artefact, loaded if calibrated else 0)) + 32_000_000)
+
+
+def text_config(source: Source) -> object:
+    """The configuration of what reads text, by transformers' names; as it is written where transformers knows it not.
+
+    Families call their sizes differently (``n_embd``, ``d_model``), and some keep them in ``text_config``.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust.code, local_files_only=True)
+        return config.get_text_config()
+    except Exception:  # told of in its place, when the model is loaded
+        return SimpleNamespace(**source.config)
+
+
+def number(config: object, name: str) -> int:
+    """A size that the configuration states, 0 where it does not."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def require_memory(needed: int, available: int) -> None:
@@ -118,7 +141,3 @@ def _left(folder: Path, limit: str, usage: str, cached: str) -> list[int]:
     except (OSError, ValueError):  # no such group, or "max"
         return []
     return [max(0, maximum - used + int(lines.get(cached, 0)))]
-
-
-def _number(config: dict[str, object], *names: str) -> int:
-    return next((value for name in names if isinstance(value := config.get(name), int)), 0)

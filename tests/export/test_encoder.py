@@ -15,8 +15,11 @@ import torch
 from export.encoder import input_names, pool
 from export.encoder_config import EncoderServing
 from export.encoder_source import POOLING
+from export.encoder_verify import most_pairs
 from export.errors import SourceError, UnsupportedModel
 from export.pipeline import Exported, ExportOptions, export_model
+from export.resources import needs
+from export.source import resolve
 from tests.export.checkpoints import edit_config
 from tests.export.encoder_checkpoints import FAMILIES, PAD, write_encoder, write_sentence_modules
 
@@ -225,6 +228,35 @@ def test_damage_and_limits_are_said(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"modules\.json cannot be read"):
         export_model(ExportOptions(str(folder), tmp_path / "repository", "tiny"))
     assert not list((tmp_path / "repository").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "expected"),
+    [(None, None, 48), (None, 20, 20), ({}, None, 64), ({}, 10_000, 66), ({"max_seq_length": 512}, None, 66)],
+)
+def test_memory_is_asked_for_the_longest_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, int] | None, asked: int | None, expected: int
+) -> None:
+    """What is needed follows from max_seq_length, the positions, the tokenizer and --max-len, whichever binds."""
+    folder = write_sentence_modules(write_encoder(tmp_path / "model", "roberta"))
+    if settings is not None:
+        (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
+
+    def needs(source: Any, precision: str, max_len: int, pairs: int) -> None:
+        assert (max_len, pairs) == (expected, most_pairs(expected))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("export.encoder_pipeline.needs", needs)
+    with pytest.raises(ZeroDivisionError):
+        export_model(ExportOptions(str(folder), tmp_path / "repository", "tiny", max_len=asked))
+
+
+def test_an_encoder_asks_for_its_largest_batch(tmp_path: Path) -> None:
+    """Scores of all heads over the pairs of tokens in a batch count, and no cache, which encoders have not."""
+    source = resolve(str(write_encoder(tmp_path / "model")), task="embeddings")
+    alone, batch = (needs(source, "fp32", 4096, pairs=rows * 4096**2).memory for rows in (1, 2))
+    assert batch - alone == pytest.approx(1.05 * 16 * 4 * 4096**2, rel=1e-3)
+    assert needs(source, "fp32", 4096, pairs=0).memory < needs(source, "fp32", 4096).memory + 1
 
 
 def test_serving_options_reach_the_configuration(tmp_path: Path) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from export.encoder_verify import EncoderReference, compare, judge, lengths_to_check, verify
+from export.encoder_verify import (
+    BATCH,
+    EncoderReference,
+    batches,
+    compare,
+    judge,
+    lengths_to_check,
+    most_pairs,
+    verify,
+)
 from export.errors import VerificationError
 
 EXPECTED = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
@@ -65,3 +74,17 @@ def test_lengths_reach_both_ends():
     for max_len in (1, 2, 48, 512):
         lengths = lengths_to_check(max_len)
         assert lengths[0] == 1 and lengths[-1] == max_len and list(lengths) == sorted(set(lengths))
+
+
+@pytest.mark.parametrize("longest", [1, 48, 512, 2048, 8192])
+def test_no_batch_is_larger_than_announced(longest):
+    """Every text is run once, in batches within what memory was asked for; the longest ones have a neighbour."""
+    lengths = lengths_to_check(longest)
+    order = sorted(range(len(lengths)), key=lambda index: (index % 3, -index))
+    made = list(batches(order, lengths))
+    assert [index for batch in made for index in batch] == order
+    for batch in made:
+        assert len(batch) * max(lengths[index] for index in batch) ** 2 <= most_pairs(longest)
+    assert longest > 512 or all(len(batch) == BATCH for batch in made[:-1])
+    if longest > 1:
+        assert min(len(batch) for batch in made if len(lengths) - 1 in batch) >= 2

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 import export.pipeline
 from export.errors import ExportError
 from export.pipeline import Exported, ExportOptions, export_model
-from export.resources import available_memory, needs, require_memory, size
-from export.source import resolve
-from tests.export.checkpoints import write_checkpoint, write_llama
+from export.resources import available_memory, needs, number, require_memory, size, text_config
+from export.source import Source, resolve
+from tests.export.checkpoints import write_checkpoint, write_family, write_llama
+from tests.export.families import FAMILIES
 from tests.export.test_cli import _run
 
 VOCAB = 8192
@@ -100,6 +101,26 @@ def test_needs_count_weights_as_loaded(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"needs 3\.0 GB of memory at its peak, but only 500 MB are available"):
         require_memory(3_000_000_000, 500_000_000)
     assert size(1_500_000_000) == "1.5 GB"
+
+
+@pytest.mark.parametrize("family", ["mpt", "xglm", "gpt_neo", "gpt2"])
+def test_sizes_by_any_name(tmp_path: Path, family: str) -> None:
+    """What a family calls its sizes does not matter: attention and cache are counted for each."""
+    known = next(known for known in FAMILIES if known.name == family)
+    config = text_config(resolve(str(write_family(tmp_path / "m", known))))
+    sizes = ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size")
+    assert [number(config, name) for name in sizes] == [4, 64, 2, 384]
+
+
+def test_sizes_that_are_nested_or_unknown(tmp_path: Path, llama: Path) -> None:
+    """A text_config inside counts, and what transformers does not know is read as it is written."""
+    nested = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 7, "hidden_size": 24}}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    assert number(text_config(Source("m", tmp_path, None)), "num_hidden_layers") == 7
+    own = {"model_type": "mystery", "num_hidden_layers": 5, "hidden_size": [1], "auto_map": {"AutoConfig": "x.Y"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    config = text_config(Source("m", tmp_path, None))
+    assert (number(config, "num_hidden_layers"), number(config, "hidden_size")) == (5, 0)
 
 
 def test_too_little_memory_is_said_before(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
