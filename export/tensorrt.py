@@ -69,7 +69,6 @@ def build_plan(
     plan_path: Path,
     profile: Mapping[str, Shapes],
     fp16: bool = True,
-    timing_cache: Path | None = None,
 ) -> dict[str, str]:
     """Build a TensorRT engine for this machine's GPU, as Triton's ``tensorrt_plan`` models need it.
 
@@ -78,7 +77,6 @@ def build_plan(
         plan_path: where the serialized engine goes (``model.plan``), under a temporary name until it is whole.
         profile: every input with a dimension that is not fixed.
         fp16: let TensorRT choose fp16 kernels for a graph in fp32.
-        timing_cache: read if it is there and rewritten, so that the next build of a like graph is quicker.
 
     Returns:
         The manifest's ``engine`` block: gpu, compute_capability, driver, tensorrt and cuda as text.
@@ -103,9 +101,6 @@ def build_plan(
     for name, given in profile.items():
         shapes.set_shape(name, tuple(given.smallest), tuple(given.usual), tuple(given.largest))
     config.add_optimization_profile(shapes)
-    known = timing_cache.read_bytes() if timing_cache is not None and timing_cache.exists() else b""
-    # Another GPU's timings are not used: TensorRT checks them unless told to ignore the mismatch.
-    config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(
@@ -113,8 +108,6 @@ def build_plan(
             "Free memory on the GPU or give a smaller --max-len, or export with --target onnx.",
         )
     _write(plan_path, plan)
-    if timing_cache is not None:
-        _write(timing_cache, config.get_timing_cache().serialize())
     return {**gpu, "tensorrt": str(trt.__version__), "cuda": _cuda_version()}
 
 
@@ -125,7 +118,7 @@ def _tensorrt() -> Any:
         raise EngineError(
             f"Building an engine needs TensorRT, which is not installed here; the container {CONTAINER} has it.",
             f"Run there: docker run --rm --gpus all -v $PWD:/work -w /work {CONTAINER} bash -c "
-            "\"pip install '.[export]' && truthgpt export MODEL --target tensorrt\"",
+            "\"pip install '.[export]' && truthgpt export MODEL --target tensorrt --serve-with native\"",
         ) from error
 
 

@@ -41,10 +41,6 @@ class Recorded:
             def get_error(self, index: int) -> str:
                 return f"In node {index}: no importer for Mystery"
 
-        class Cache:
-            def serialize(self) -> bytes:
-                return b"timings"
-
         class Config:
             def set_memory_pool_limit(self, pool: object, size: int) -> None:
                 ask(("limit", pool, size))
@@ -54,16 +50,6 @@ class Recorded:
 
             def add_optimization_profile(self, profile: object) -> None:
                 ask(("profile",))
-
-            def create_timing_cache(self, data: bytes) -> Cache:
-                ask(("cache", data))
-                return Cache()
-
-            def set_timing_cache(self, cache: Cache, ignore_mismatch: bool) -> None:
-                ask(("mismatch", ignore_mismatch))
-
-            def get_timing_cache(self) -> Cache:
-                return Cache()
 
         class Profile:
             def set_shape(self, *shapes: object) -> None:
@@ -143,6 +129,7 @@ def test_without_tensorrt_the_error_names_the_container(tmp_path: Path, monkeypa
         build_plan(tmp_path / "model.onnx", tmp_path / "model.plan", PROFILE)
     assert tensorrt.CONTAINER in str(caught.value) and caught.value.hint
     assert f"--gpus all -v $PWD:/work -w /work {tensorrt.CONTAINER}" in caught.value.hint
+    assert "--target tensorrt --serve-with native" in caught.value.hint  # a decoder's engine is built elsewhere
 
 
 def test_without_a_gpu_no_engine_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,21 +143,18 @@ def test_without_a_gpu_no_engine_is_built(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("gpu")
 def test_a_plan_is_built_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parser, workspace, fp16, profile and timing cache are set, and the block names the GPU and TensorRT."""
+    """Parser, workspace, fp16 and profile are set, and the block names the GPU and TensorRT."""
     recorded = install(monkeypatch)
-    plan, cache = tmp_path / "model.plan", tmp_path / "timing.cache"
-    cache.write_bytes(b"before")
-    engine = build_plan(tmp_path / "model.onnx", plan, PROFILE, timing_cache=cache)
+    plan = tmp_path / "model.plan"
+    engine = build_plan(tmp_path / "model.onnx", plan, PROFILE)
     assert recorded.asked == [
         ("parse", str(tmp_path / "model.onnx")),
         ("limit", "workspace", tensorrt.WORKSPACE_BYTES),
         ("flag", "fp16"),
         ("shape", "input_ids", (1, 1), (8, 64), (64, 512)),
         ("profile",),
-        ("cache", b"before"),
-        ("mismatch", False),
     ]
-    assert plan.read_bytes() == b"engine" and cache.read_bytes() == b"timings"
+    assert plan.read_bytes() == b"engine"
     assert {key: engine[key] for key in ("gpu", "compute_capability", "driver", "tensorrt")} == {
         "gpu": "NVIDIA A100-SXM4-40GB",
         "compute_capability": "8.0",
