@@ -132,7 +132,9 @@ Examples:
 @click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the checkpoint brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
+@click.pass_context
 def export_command(
+    context: click.Context,
     model: str,
     task: str,
     name: str | None,
@@ -191,6 +193,7 @@ def export_command(
             allow_drift=allow_drift,
             trust=Trust(pickle=allow_pickle, code=trust_remote_code),
             serving=Serving(slots, prefill_chunk, max_queue),
+            given=tuple(key for key in ("slots", "prefill_chunk") if _given(context, key)),
             task=task,
             serve_with=serve_with,
             encoder_serving=EncoderServing(max_queue, max_tokens_per_batch),
@@ -200,6 +203,10 @@ def export_command(
             click.echo(json.dumps(exported.document()))
         else:
             click.echo(_summary(exported))
+
+
+def _given(context: click.Context, key: str) -> bool:
+    return context.get_parameter_source(key) is not click.core.ParameterSource.DEFAULT
 
 
 def _run(options: ExportOptions, signals: _Signals, debug: bool) -> Exported:

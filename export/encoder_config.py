@@ -55,9 +55,15 @@ def encoder_pbtxt(
 
 
 def engine_pbtxt(
-    name: str, platform: str, inputs: Sequence[str], output: str, width: int, serving: EncoderServing
+    name: str,
+    platform: str,
+    inputs: Sequence[str],
+    output: str,
+    width: int,
+    serving: EncoderServing,
+    device: str = "auto",
 ) -> str:
-    """The graph alone, batched by Triton and run by its own backend ``platform`` ("onnxruntime", …).
+    """The graph alone, batched by Triton and run by its own backend ``platform`` ("onnxruntime", …) on ``device``.
 
     Triton batches requests of the same shape, which is why the entry in front pads to length buckets. Two versions stay
     loaded, so that the entry in front, which asks for the version it was exported with, can be switched after it.
@@ -69,6 +75,7 @@ def engine_pbtxt(
         + " }"
         for count in (1, MAX_TEXTS)
     ]  # fmt: skip
+    kind = {"cpu": " kind: KIND_CPU", "cuda": " kind: KIND_GPU"}.get(device, "")  # else on each GPU, or on the CPU
     return _lines(
         f"name: {quoted(name)}",
         f"backend: {quoted(platform)}",
@@ -76,7 +83,7 @@ def engine_pbtxt(
         _tensors("input", [(tensor, "TYPE_INT64", -1) for tensor in inputs]),
         _tensors("output", [(output, "TYPE_FP32", width)]),
         "version_policy { latest { num_versions: 2 } }",
-        "instance_group [ { count: 1 } ]",  # on each GPU, or on the CPU; without it some backends start two
+        f"instance_group [ {{ count: 1{kind} }} ]",  # without the count some backends start two
         _batching(serving),
         "model_warmup [",
         ",\n".join(warmup),

@@ -34,6 +34,7 @@ from export.errors import ExportError, SourceError, UnsupportedModel
 from export.loading import load_model
 from export.manifest import sha256, write_manifest
 from export.optimize import drop_weights, optimize, save
+from export.precision import check_device, serves_on
 from export.probe import architecture
 from export.quantize import quantize_int8
 from export.reference import make_prompts
@@ -90,6 +91,7 @@ def export_encoder(
         progress("verify", 0.0)
         runtime = EncoderRuntime(folder / "model.onnx", draft.pad)
         parity = verify(runtime, draft.references, draft.output, precision, lambda done: progress("verify", done))
+        parity["device"] = "cpu"
         built = build_engine(folder, draft, options, progress) if options.target == "tensorrt" else None
         progress("publish", 0.0)
         with translated(options.repository):
@@ -151,7 +153,11 @@ def build(
 
 
 def check_options(options: ExportOptions) -> None:
-    """Raise `ExportError` for what encoders have not, before the checkpoint is read."""
+    """Raise `ExportError` for what encoders have not; needs no checkpoint."""
+    template = ("chat_template",) if options.chat_template is not None else ()
+    for key in (*template, *options.given):
+        option = f"--{key.replace('_', '-')}"
+        raise ExportError(f"{option} is for text generation models; this is an encoder.", "Leave it out.")
     if options.calibrate is not None or options.allow_drift is not None:
         raise ExportError("--calibrate and --allow-drift are for text generation models.", "Leave them out.")
     if options.target == "tensorrt":
@@ -159,12 +165,16 @@ def check_options(options: ExportOptions) -> None:
             raise ExportError(
                 "TensorRT runs an encoder's graph inside Triton itself.", "Give --serve-with native, or --target onnx."
             )
+        if options.device == "cpu":
+            raise ExportError("TensorRT runs on an NVIDIA GPU only.", "Leave --device out, or give --target onnx.")
         tensorrt.require_tensorrt()
     elif options.precision not in PRECISIONS:
         raise ExportError(
             f"Encoders have no {options.precision}.",
             f"Give --precision {' or '.join(PRECISIONS)}, or --target tensorrt --serve-with native for fp16.",
         )
+    else:
+        check_device(options.precision, options.device, slots=False)
 
 
 def build_engine(folder: Path, draft: EncoderDraft, options: ExportOptions, progress: Progress) -> dict[str, str]:
@@ -197,11 +207,13 @@ def describe(
     ``built`` is what is known of the TensorRT engine that takes the graph's place, None where there is none.
     """
     settings, serving = draft.settings, options.encoder_serving
+    device = options.device if built is not None else serves_on(options.precision, options.device, slots=False)
     facts = {
         "task": task,
         "architecture": draft.family,
         "precision": options.precision,
         "target": options.target,
+        "device": device,
         "source": {
             "id": source.id,
             "revision": source.revision,
@@ -216,7 +228,7 @@ def describe(
         "task": task,
         "max_len": str(draft.max_len),
         "precision": options.precision,
-        "device": "auto",
+        "device": device,
         "threads": "0",
         "max_tokens_per_batch": str(serving.max_tokens_per_batch),
     }
@@ -234,7 +246,7 @@ def describe(
         named = {"name": engine.name, "version": str(engine.version), "graph_only": True}
         write_manifest(engine.folder, named | facts | ({} if built is None else tensorrt.manifest(built)))
         platform = "onnxruntime" if built is None else "tensorrt"
-        config = engine_pbtxt(engine.name, platform, draft.names, draft.output, draft.width, serving)
+        config = engine_pbtxt(engine.name, platform, draft.names, draft.output, draft.width, serving, device)
         (engine.model / CONFIG).write_text(config, encoding="utf-8")
         front["served_by"] = {
             "name": engine.name,

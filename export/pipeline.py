@@ -45,7 +45,8 @@ class ExportOptions:
     is then the engine's.
     ``serving`` is for decoders, ``serve_with`` ("backend" | "native") and ``encoder_serving`` for encoders.
     ``device`` (auto, cpu, cuda) is what the entry is for, ``calibrate`` a text for int8 and int4, ``allow_drift`` the
-    share of the logits' spread that int4 may move them by.
+    share of the logits' spread that int4 may move them by. ``given`` names those of ``serving`` that were asked for and
+    are not just the defaults.
     """
 
     model: str
@@ -61,6 +62,7 @@ class ExportOptions:
     allow_drift: float | None = None
     trust: Trust = field(default_factory=Trust)
     serving: Serving = field(default_factory=Serving)
+    given: tuple[str, ...] = ()
     task: str = "auto"
     serve_with: str = "backend"
     encoder_serving: EncoderServing = field(default_factory=EncoderServing)

@@ -13,15 +13,16 @@ import pytest
 import torch
 
 from export.encoder import input_names, pool
-from export.encoder_config import EncoderServing
+from export.encoder_config import EncoderServing, engine_pbtxt
 from export.encoder_source import POOLING
 from export.encoder_verify import most_pairs
-from export.errors import SourceError, UnsupportedModel
+from export.errors import ExportError, SourceError, UnsupportedModel
 from export.pipeline import Exported, ExportOptions, export_model
 from export.resources import needs
 from export.source import resolve
 from tests.export.checkpoints import edit_config
 from tests.export.encoder_checkpoints import FAMILIES, PAD, write_encoder, write_sentence_modules
+from tests.export.test_cli import _refused, _run
 
 TEXTS = ["Hola, ¿cómo estás?", "", "The weather in the city \U0001f600", "río " * 60, "  Tabs\tand\nlines  ", "COFFEE"]
 pytestmark = pytest.mark.timeout(300)  # tracing on a busy machine
@@ -85,6 +86,7 @@ def test_embeddings_are_those_of_sentence_transformers(tmp_path: Path, family: s
     facts = manifest(exported)
     assert exported.task == "embeddings" == facts["task"] and facts["limits"]["max_len"] == 48
     assert facts["embedding"] == {"pooling": ["mean"], "head": ["normalize"], "normalized": True}
+    assert (facts["device"], facts["parity"]["device"]) == ("auto", "cpu")
     rows = run_texts(exported, TEXTS)
     assert np.abs(rows - sentence_transformers(folder, TEXTS)).max() <= 1e-5
     assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
@@ -128,6 +130,8 @@ def test_int8_is_measured_and_smaller(tmp_path: Path) -> None:
     """An int8 export says its drift, which is within 6 %, and its matrices are int8."""
     folder = write_sentence_modules(write_encoder(tmp_path / "model", initializer_range=0.1))
     exported = export_model(ExportOptions(str(folder), tmp_path / "repository", "tiny", precision="int8"))
+    assert manifest(exported)["device"] == "cpu"
+    assert 'key: "device" value: { string_value: "cpu" }' in (exported.path.parent / "config.pbtxt").read_text()
     assert 0 < exported.parity["rms_over_std"] <= 0.06
     kinds = [node.op_type for node in onnx.load(exported.path / "model.onnx").graph.node]
     assert kinds.count("MatMulInteger") >= 12
@@ -257,6 +261,42 @@ def test_an_encoder_asks_for_its_largest_batch(tmp_path: Path) -> None:
     alone, batch = (needs(source, "fp32", 4096, pairs=rows * 4096**2).memory for rows in (1, 2))
     assert batch - alone == pytest.approx(1.05 * 16 * 4 * 4096**2, rel=1e-3)
     assert needs(source, "fp32", 4096, pairs=0).memory < needs(source, "fp32", 4096).memory + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "hint"),
+    [
+        ({"precision": "int8", "device": "cuda"}, "int8 runs on a CPU", "--precision fp32"),
+        ({"precision": "int4"}, "no int4", "fp32 or int8"),
+        ({"chat_template": Path("chat.jinja")}, "--chat-template is for text generation", "Leave it out"),
+        ({"given": ("slots",)}, "--slots is for text generation", "Leave it out"),
+        ({"given": ("prefill_chunk",)}, "--prefill-chunk is for text generation", "Leave it out"),
+        ({"target": "tensorrt", "serve_with": "native", "device": "cpu"}, "on an NVIDIA GPU only", "--target onnx"),
+    ],
+)
+def test_options_that_encoders_have_not_are_refused(
+    tmp_path: Path, options: dict[str, Any], said: str, hint: str
+) -> None:
+    """By name and with the way out, rather than left unused: devices, precisions and what is a decoder's."""
+    folder = write_sentence_modules(write_encoder(tmp_path / "model"))
+    with pytest.raises(ExportError, match=said) as refused:
+        export_model(ExportOptions(str(folder), tmp_path / "repository", "tiny", **options))
+    assert hint in str(refused.value.hint) and not (tmp_path / "repository").exists()
+
+
+def test_the_command_tells_what_was_given_from_defaults(tmp_path: Path) -> None:
+    """A default number of slots is no decision about an encoder; the same number by hand is refused."""
+    folder = write_sentence_modules(write_encoder(tmp_path / "model"), modules=("LSTM",))
+    assert "the module LSTM" in _refused(_run(folder, "--repository", tmp_path / "r"))
+    assert "--slots" in _refused(_run(folder, "--slots", 16, "--repository", tmp_path / "r"))
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"), [("auto", "{ count: 1 }"), ("cpu", "kind: KIND_CPU }"), ("cuda", "kind: KIND_GPU }")]
+)
+def test_a_native_graph_runs_where_it_is_for(device: str, kind: str) -> None:
+    """--device reaches Triton's own backend as the kind of the instance."""
+    assert kind in engine_pbtxt("m", "onnxruntime", ("input_ids",), "embedding", 8, EncoderServing(), device)
 
 
 def test_serving_options_reach_the_configuration(tmp_path: Path) -> None:
