@@ -230,14 +230,15 @@ def _run(options: ExportOptions, signals: _Signals, debug: bool) -> Exported:
 def _summary(exported: Exported) -> str:
     parity = exported.parity
     published = f"{exported.name} version {exported.version} ({exported.precision}) published in {exported.path}"
+    measured = f"measured: {parity['of']}\n" if "of" in parity else ""
     if exported.task != "text_generation":
         return (
-            f"{published}\n{exported.task}: max |difference| {parity['max_abs_diff']:.1e}, "
+            f"{published}\n{measured}{exported.task}: max |difference| {parity['max_abs_diff']:.1e}, "
             f"relative {parity['rms_over_std']:.1e}, batch effect {parity['batch_effect']:.1e}"
         )
     lines = [
         published,
-        f"max |logit difference| {parity['max_abs_logit_diff']:.1e}, relative {parity['rms_over_std']:.1e}, "
+        f"{measured}max |logit difference| {parity['max_abs_logit_diff']:.1e}, relative {parity['rms_over_std']:.1e}, "
         f"greedy agreement {parity['greedy_agreement']:.1%}, batch effect {parity['batch_effect']:.1e}",
     ]
     if exported.precision == "int4":

@@ -92,6 +92,8 @@ def export_encoder(
         runtime = EncoderRuntime(folder / "model.onnx", draft.pad)
         parity = verify(runtime, draft.references, draft.output, precision, lambda done: progress("verify", done))
         parity["device"] = "cpu"
+        if options.target == "tensorrt":
+            parity["of"] = tensorrt.MEASURED
         built = build_engine(folder, draft, options, progress) if options.target == "tensorrt" else None
         progress("publish", 0.0)
         with translated(options.repository):

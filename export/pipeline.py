@@ -134,6 +134,8 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
             options.allow_drift,
         )
         parity["device"] = device
+        if options.target == "tensorrt":
+            parity["of"] = tensorrt.MEASURED
         if precision == "int4":
             draft.conversion["quantization"]["allowed_drift"] = max(INT4_DRIFT, options.allow_drift or 0.0)
         progress("publish", 0.0)

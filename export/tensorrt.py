@@ -21,6 +21,8 @@ from typing import Any
 from export.errors import ExportError
 
 STATUS = "TensorRT: not yet verified on hardware"
+# The manifest's ``parity.of``: the figures are those of the file that was verified, not of what TensorRT makes of it.
+MEASURED = "the graph in fp32; the engine has not been run"
 PRECISIONS = ("fp16", "fp32")
 # CUDA 13 and TensorRT 10, as onnxruntime-gpu 1.31 is linked against:
 # https://docs.nvidia.com/deeplearning/frameworks/support-matrix/index.html

@@ -117,7 +117,7 @@ def _source(source: Mapping[str, Any]) -> str:
 
 
 def _parity(parity: Mapping[str, Any]) -> str:
-    parts = []
+    parts = [f"of {parity['of']}"] if "of" in parity else []
     if "max_abs_logit_diff" in parity:
         parts.append(f"logits differ from transformers' by at most {_number(parity['max_abs_logit_diff'])}")
     if parity.get("max_abs_diff") is not None:

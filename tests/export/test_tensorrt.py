@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from export import tensorrt
+from export.cli import _summary
 from export.errors import ExportError
 from export.pipeline import Exported, ExportOptions, export_model
 from export.tensorrt import EngineError, Shapes, build_plan
@@ -113,6 +114,8 @@ def test_an_entry_for_tensorrt(published_tensorrt: Exported) -> None:
     names = [f"past_{kind}_{layer}" for layer in range(2) for kind in ("key", "value")]
     assert manifest["graph"]["caches"] == dict.fromkeys(names, [2, 64, 16])
     assert manifest["parity"]["max_abs_logit_diff"] <= 1e-4 and manifest["parity"]["greedy_agreement"] == 1.0
+    assert (manifest["parity"]["of"], manifest["parity"]["device"]) == (tensorrt.MEASURED, "cpu")
+    assert (manifest["device"], "measured: the graph in fp32" in _summary(published_tensorrt)) == ("auto", True)
 
 
 def test_a_precision_that_the_target_has_not_is_refused(tmp_path: Path) -> None:
@@ -184,6 +187,7 @@ def test_an_encoder_becomes_a_plan_that_triton_runs(tmp_path: Path, monkeypatch:
     assert 'backend: "tensorrt"' in (engine / "config.pbtxt").read_text()
     manifest = json.loads((engine / "1" / "manifest.json").read_text())
     assert (manifest["engine"]["gpu"], manifest["status"]) == ("NVIDIA A100-SXM4-40GB", tensorrt.STATUS)
+    assert manifest["parity"]["of"] == tensorrt.MEASURED
     assert {path.name for path in (tmp_path / "repository" / "mood" / "1").iterdir()} == {
         "tokenizer.json",
         "manifest.json",

@@ -96,7 +96,10 @@ SHOWN: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"precision": "int4", "quantization": {"bits": 4, "calibration": {"tokens": 9}, "allowed_drift": 0.3}},
         ["weights of 4 bits, calibrated by a text; published up to a drift of 30%"],
     ),
-    "tensorrt": ({"target": "tensorrt"}, ["tensorrt, its engine is built by the first load"]),
+    "tensorrt": (
+        {"target": "tensorrt", "parity": {"of": "the graph in fp32; the engine has not been run", "batch_effect": 0.0}},
+        ["tensorrt, its engine is built by the first load", "of the graph in fp32; the engine has not been run, what"],
+    ),
     "engine": (
         {"target": "tensorrt", "engine": {"gpu": "NVIDIA L4", "compute_capability": "8.9", "tensorrt": "10.13.3"}},
         ["tensorrt, engine for NVIDIA L4 (compute capability 8.9) made by tensorrt 10.13.3"],
