@@ -155,10 +155,11 @@ def _judge_int4(drift: float, allowed: float) -> None:
     if not drift <= allowed:
         # Rounded up, so that the flag as printed lets it pass.
         enough = math.ceil(drift * 100) / 100 if math.isfinite(drift) else drift
+        # Beyond 1 there is no such flag: the logits would be noise.
+        flag = f"--allow-drift {enough:.2f} to publish it all the same, " if enough <= 1 else ""
         raise VerificationError(
             f"int4 moves this model's logits by {drift:.1%} of their spread (allowed: {allowed:.0%}).",
-            f"Give --calibrate FILE with text like the model's to lower it, --allow-drift {enough:.2f} to publish it "
-            "all the same, or --precision int8.",
+            f"Give --calibrate FILE with text like the model's to lower it, {flag}or --precision int8.",
         )
 
 

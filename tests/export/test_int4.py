@@ -79,6 +79,10 @@ def test_the_hint_is_enough() -> None:
     with pytest.raises(VerificationError, match=r"25\.4%") as caught:
         judge(figures, "int4")
     assert "--allow-drift 0.26" in str(caught.value.hint) and "--calibrate" in str(caught.value.hint)
+    for drift in (1.31, float("inf"), float("nan")):  # the option takes no more than 1
+        with pytest.raises(VerificationError) as caught:
+            judge(figures | {"rms_over_std": drift}, "int4")
+        assert "--allow-drift" not in str(caught.value.hint) and "--calibrate" in str(caught.value.hint)
     judge(figures, "int4", 0.26)
 
 
