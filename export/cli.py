@@ -232,10 +232,11 @@ def _summary(exported: Exported) -> str:
     published = f"{exported.name} version {exported.version} ({exported.precision}) published in {exported.path}"
     measured = f"measured: {parity['of']}\n" if "of" in parity else ""
     if exported.task != "text_generation":
-        return (
-            f"{published}\n{measured}{exported.task}: max |difference| {parity['max_abs_diff']:.1e}, "
+        figures = (
+            f"{measured}{exported.task}: max |difference| {parity['max_abs_diff']:.1e}, "
             f"relative {parity['rms_over_std']:.1e}, batch effect {parity['batch_effect']:.1e}"
         )
+        return "\n".join([published, figures, *exported.notes])
     lines = [
         published,
         f"{measured}max |logit difference| {parity['max_abs_logit_diff']:.1e}, relative {parity['rms_over_std']:.1e}, "
@@ -245,7 +246,7 @@ def _summary(exported: Exported) -> str:
         lines.append(f"int4 moves the logits by {parity['rms_over_std']:.1%} of their spread")
     if exported.fp32_layers:
         lines.append(f"kept in fp32, because {exported.precision} overflows there: {', '.join(exported.fp32_layers)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *exported.notes])
 
 
 @contextmanager

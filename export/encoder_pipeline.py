@@ -71,7 +71,6 @@ def export_encoder(
     """Export and publish; see `export.pipeline.export_model`."""
     from export.pipeline import Exported
 
-    check_options(options)
     precision = tensorrt.graph_precision(options.target, options.precision)
     check_weights(source, precision, instead="fp32")
     settings = sentence_settings(source) if task != CLASSIFICATION else SentenceSettings()
@@ -85,6 +84,7 @@ def export_encoder(
         staging = stack.enter_context(repository.staging(name))
         engine = stack.enter_context(repository.staging(engine_name)) if engine_name else None
         repository.require_space(needed.disk)
+        _ = source.sha256  # a wrong file is found before any work
         folder = (engine or staging).folder
         draft = build(source, task, options, settings, tokenizer, folder, staging.folder, progress)
         release()  # the model and its graph: the file is opened next
@@ -102,7 +102,8 @@ def export_encoder(
             repository.publish(engine, lambda text: progress("publish", text))
         path = repository.publish(staging, lambda text: progress("publish", text))
     progress("publish", 1.0)
-    return Exported(name, str(staging.version), path, options.precision, parity, task)
+    notes = tuple(filter(None, (source.unused_code,)))
+    return Exported(name, str(staging.version), path, options.precision, parity, task, notes=notes)
 
 
 def build(
@@ -217,9 +218,7 @@ def describe(
         "target": options.target,
         "device": device,
         "source": {
-            "id": source.id,
-            "revision": source.revision,
-            "sha256": source.sha256,
+            **source.manifest(),
             "modules": {str(path.relative_to(source.path)): sha256(path) for path in head_files(source, settings)},
         },
         "graph": {"inputs": list(draft.names), "output": draft.output, "width": draft.width, "max_len": draft.max_len},

@@ -115,7 +115,10 @@ def _require_carried(source: Source, config: dict[str, Any], architectures: list
         raise UnsupportedModel(f"{source.id} is a sequence-to-sequence model, not an encoder ({family}).")
     if family not in known:
         if config.get("auto_map"):
-            raise UnsupportedModel(f"{source.id} needs code of its own, which is not run here.")
+            raise UnsupportedModel(
+                f"{source.id} needs code of its own ({family}), which is not run for encoders, trusted or not.",
+                "Export a checkpoint of a family that transformers has; docs/encoders.md lists those that are tested.",
+            )
         raise UnsupportedModel(f"{source.id} is of a kind that transformers cannot encode texts with ({family}).")
     if config.get("quantization_config"):
         raise UnsupportedModel(f"{source.id} is quantised already.", "Export the original, with --precision int8.")

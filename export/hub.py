@@ -25,7 +25,7 @@ _HINT = "Give a local folder that holds config.json and *.safetensors, or check 
 def fetch(
     model: str,
     revision: str | None,
-    check: Callable[[Path, str], None],
+    check: Callable[[Path, str], object],
     say: Callable[[str], None],
     pickle: bool = False,
     code: bool = False,

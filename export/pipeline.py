@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from export import tensorrt
+from export import encoder_pipeline, tensorrt
 from export.calibrate import read_text
 from export.chat import chat_template
 from export.convert import Converted, check_options, check_weights, convert
@@ -70,7 +70,9 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported:
-    """A published version. ``path`` is its folder, ``parity`` the manifest's block of that name."""
+    """A published version. ``path`` is its folder, ``parity`` the manifest's block of that name, ``notes`` what else
+    the one who exports should know.
+    """
 
     name: str
     version: str
@@ -79,6 +81,7 @@ class Exported:
     parity: dict[str, Any]
     task: str = TASK
     fp32_layers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -90,6 +93,7 @@ class Exported:
             "precision": self.precision,
             "parity": self.parity,
             "fp32_layers": list(self.fp32_layers),
+            "notes": list(self.notes),
         }
 
 
@@ -102,15 +106,21 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     name = check_name(options.name if options.name is not None else default_name(options.model))
     tensorrt.check_precision(options.target, options.precision)
     check_options(options.precision, options.calibrate, options.allow_drift)
+    check_task(options, None if options.task == TASK else options.task)
     progress("load", 0.0)
     repository = Repository(options.repository.expanduser().absolute())
     repository.require_writable()
-    source = resolve(options.model, options.revision, lambda text: progress("load", text), options.trust, options.task)
+    source = resolve(
+        options.model,
+        options.revision,
+        lambda text: progress("load", text),
+        options.trust,
+        options.task,
+        lambda found: check_task(options, encoder_task(found, options.task)),
+    )
     task = encoder_task(source, options.task)
     if task is not None:
-        from export.encoder_pipeline import export_encoder
-
-        return export_encoder(source, task, options, repository, name, progress)
+        return encoder_pipeline.export_encoder(source, task, options, repository, name, progress)
     precision = tensorrt.graph_precision(options.target, options.precision)
     device = verifies_on(options)
     max_len = limit(source, options.max_len)
@@ -144,7 +154,22 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
         path = repository.publish(staging, lambda text: progress("publish", text))
     progress("publish", 1.0)
     layers = tuple(draft.conversion.get("fp32_layers", ()))
-    return Exported(name, str(staging.version), path, options.precision, parity, fp32_layers=layers)
+    notes = tuple(filter(None, (source.unused_code,)))
+    return Exported(name, str(staging.version), path, options.precision, parity, fp32_layers=layers, notes=notes)
+
+
+def check_task(options: ExportOptions, task: str | None) -> None:
+    """Raise `ExportError` for options that the task has not. ``task``: an encoder's, None a decoder's, "auto" unknown.
+
+    Needs no checkpoint: called before one is fetched, and again once its configuration has told the task.
+    """
+    if task == "auto" and options.precision in encoder_pipeline.PRECISIONS:
+        if options.target == "onnx":
+            check_device(options.precision, options.device, slots=False)  # what no task has
+    elif task in (None, "auto"):
+        verifies_on(options)
+    else:
+        encoder_pipeline.check_options(options)
 
 
 def verifies_on(options: ExportOptions) -> str:
@@ -244,7 +269,7 @@ def describe(
         **(tensorrt.manifest() if options.target == "tensorrt" else {}),
         "device": device,
         **draft.conversion,
-        "source": {"id": source.id, "revision": source.revision, "sha256": source.sha256},
+        "source": source.manifest(),
         "graph": draft.graph,
         "tokens": draft.tokens,
         "chat_template": TEMPLATE if draft.chat else None,

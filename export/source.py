@@ -74,6 +74,22 @@ class Source:
         raise SourceError(f"{self.id} has no *.safetensors weight file.", _LOCAL_HINT)
 
     @property
+    def unused_code(self) -> str | None:
+        """What to say of code that the checkpoint brings and that is not run, as transformers has its family; or None.
+
+        Families that transformers has not are refused without their code.
+        """
+        if self.trust.code or not self.config.get("auto_map"):
+            return None
+        family = self.config.get("model_type")
+        return f"the checkpoint's own code (auto_map) is not used: {family} is transformers' own here"
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest's ``source`` block."""
+        unused = {"own_code": "not used"} if self.unused_code else {}
+        return {"id": self.id, "revision": self.revision, "sha256": self.sha256, **unused}
+
+    @property
     def pickled(self) -> bool:
         """Whether `weights` are pickles."""
         return self.weights[0].suffix != ".safetensors"
@@ -156,31 +172,36 @@ def resolve(
     say: Callable[[str], None] = lambda text: None,
     trust: Trust | None = None,
     task: str = "auto",
+    accept: Callable[[Source], None] = lambda source: None,
 ) -> Source:
     """The checkpoint named by a folder or a Hub id, checked by its configuration.
+
+    ``accept`` may refuse it by its configuration too, before weights are fetched: it raises then.
 
     Raises:
         SourceError: no such folder or id, no network, weights or code not allowed, a configuration that cannot be read.
         UnsupportedModel: neither a causal language model nor an encoder that can be served as ``task``.
     """
     trust = trust or Trust()
+
+    def check(path: Path, commit: str | None) -> Source:
+        source = Source(model, path, commit, trust)
+        check_config(source, task)
+        accept(source)
+        return source
+
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise SourceError("--revision is for models from the Hub, but a local folder was given.", "Leave it out.")
-        source = Source(model, folder.resolve(), None, trust)
-        check_config(source, task)
+        source = check(folder.resolve(), None)
     elif _looks_local(model) or not _HUB_ID.fullmatch(model):
         raise SourceError(f"There is no folder {model}.", _LOCAL_HINT)
     else:
         from export.hub import fetch
 
-        def check(path: Path, commit: str) -> None:
-            check_config(Source(model, path, commit, trust), task)
-
         folder = fetch(model, revision, check, say, pickle=trust.pickle, code=trust.code)
-        source = Source(model, folder, folder.name, trust)
-        check_config(source, task)
+        source = check(folder, folder.name)
     _ = source.weights  # refuses pickles and missing shards
     return source
 

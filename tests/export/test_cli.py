@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,33 @@ def test_bad_options_for_a_model(tmp_path: Path, gpt2: Path) -> None:
     assert "--revision" in _refused(_run(gpt2, "--revision", "main", "--repository", tmp_path / "r"))
     assert "../evil" in _refused(_run(gpt2, "--name", "../evil", "--repository", tmp_path / "r"))
     assert not (tmp_path / "r").exists()
+
+
+_UNFIT = [
+    (("--precision", "int8", "--device", "cuda"), None, "int8 runs on a CPU"),
+    (("--precision", "int4", "--device", "cuda"), None, "int4 runs on a CPU"),
+    (("--precision", "fp32", "--device", "cuda", "--task", "text_generation"), None, "fp32 runs on a CPU"),
+    (("--precision", "int4", "--task", "embeddings"), None, "Encoders have no int4"),
+    (("--slots", "4", "--task", "embeddings"), None, "--slots is for text generation"),
+    (("--precision", "fp32", "--device", "cuda"), "gpt2", "fp32 runs on a CPU"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "config", "word"), _UNFIT)
+def test_what_cannot_be_is_said_before_the_checkpoint_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], config: str | None, word: str
+) -> None:
+    """Nothing is asked of the Hub where the options alone are wrong, and its config.json only where they may be."""
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": config}))
+
+    def fetch(model: str, revision: str | None, check: Callable[[Path, str], object], *_: object, **__: object) -> None:
+        assert config is not None
+        check(tmp_path, "0" * 40)
+        pytest.fail("weights would be fetched")
+
+    monkeypatch.setattr("export.hub.fetch", fetch)
+    assert word in _refused(_run("org/model", *arguments, "--repository", tmp_path / "r"))
 
 
 def test_a_repository_that_cannot_be_written(tmp_path: Path, gpt2: Path) -> None:

@@ -19,7 +19,7 @@ from export.encoder_verify import most_pairs
 from export.errors import ExportError, SourceError, UnsupportedModel
 from export.pipeline import Exported, ExportOptions, export_model
 from export.resources import needs
-from export.source import resolve
+from export.source import Source, Trust, resolve
 from tests.export.checkpoints import edit_config
 from tests.export.encoder_checkpoints import FAMILIES, PAD, write_encoder, write_sentence_modules
 from tests.export.test_cli import _refused, _run
@@ -209,6 +209,30 @@ def test_a_task_that_the_checkpoint_cannot_do_is_refused(
     edit_config(folder, **changes)
     with pytest.raises(UnsupportedModel, match=said):
         export_model(ExportOptions(str(folder), tmp_path / "repository", "tiny", task=task))
+
+
+@pytest.mark.parametrize("code", [False, True])
+def test_code_of_an_unknown_family_is_no_way_out(tmp_path: Path, code: bool) -> None:
+    """--trust-remote-code does not help an encoder, and the refusal says so and what would."""
+    folder = write_encoder(tmp_path / "model")
+    edit_config(folder, model_type="mystery", auto_map={"AutoModel": "x.Y"})
+    options = ExportOptions(str(folder), tmp_path / "repository", "tiny", task="embeddings", trust=Trust(code=code))
+    with pytest.raises(UnsupportedModel, match="not run for encoders, trusted or not") as refused:
+        export_model(options)
+    assert "docs/encoders.md" in str(refused.value.hint)
+
+
+def test_a_wrong_weight_file_is_found_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is not the Hub's is refused before it is loaded, as a decoder's is."""
+    folder = write_sentence_modules(write_encoder(tmp_path / "model"))
+    blob, stages = tmp_path / ("0" * 64), list[str]()
+    (folder / "model.safetensors").rename(blob)
+    (folder / "model.safetensors").symlink_to(blob)
+    source = Source("org/model", folder, "c" * 40)
+    monkeypatch.setattr("export.pipeline.resolve", lambda *_: source)
+    with pytest.raises(SourceError, match="is not the Hub's"):
+        export_model(ExportOptions("org/model", tmp_path / "repository", "tiny"), lambda stage, _: stages.append(stage))
+    assert set(stages) == {"load"} and not list((tmp_path / "repository").glob("*"))
 
 
 def test_a_model_without_a_mask_is_refused() -> None:

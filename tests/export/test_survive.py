@@ -247,3 +247,16 @@ def test_killed_at_every_stage_of_a_later_version(gpt2: Path, tmp_path: Path) ->
         assert len([path for path in (tmp_path / ".staging").iterdir() if path.is_dir()]) == 1
     exported = export_model(ExportOptions(str(gpt2), tmp_path, name="verify"))
     assert exported.version == "2" and not (tmp_path / ".staging").exists()
+
+
+def test_unused_code_is_told(tmp_path: Path) -> None:
+    """Code that a checkpoint brings for a family of transformers' is not run, and terminal and manifest say so."""
+    folder = write_gpt2(tmp_path / "m")
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    (folder / "modeling_own.py").write_text("raise SystemExit('run')")
+    result = _run(folder, "--max-len", 32, "--repository", tmp_path / "r")
+    assert result.exit_code == 0, result.stderr
+    told = "the checkpoint's own code (auto_map) is not used: gpt2 is transformers' own here"
+    assert result.stdout.splitlines()[-1] == told
+    manifest = json.loads((tmp_path / "r" / "m" / "1" / "manifest.json").read_text())
+    assert manifest["source"]["own_code"] == "not used"
