@@ -28,6 +28,8 @@ WINDOW = 256
 # Second moments held at once; a large model reads the text once for every group of matrices that fits.
 MOMENT_BYTES = 1_000_000_000
 
+_GIVE = "Give a plain text file."
+
 Moments = dict[str, npt.NDArray[np.float32]]
 
 
@@ -62,7 +64,7 @@ def read_text(path: Path, encode: Callable[[str], Sequence[int]], vocab_size: in
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise CalibrationError(f"The calibration text {path} cannot be read: {error.strerror}.") from error
+        raise CalibrationError(f"The calibration text {path} cannot be read: {error.strerror}.", _GIVE) from error
     if len(content) > MAX_BYTES:
         raise CalibrationError(
             f"The calibration text {path} is larger than {MAX_BYTES // 1_000_000} MB.",
@@ -71,9 +73,7 @@ def read_text(path: Path, encode: Callable[[str], Sequence[int]], vocab_size: in
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"The calibration text {path} is not UTF-8 (byte {error.start}).", "Give a plain text file."
-        ) from error
+        raise CalibrationError(f"The calibration text {path} is not UTF-8 (byte {error.start}).", _GIVE) from error
     tokens = [token for token in encode(text) if token < vocab_size]
     if len(tokens) < MIN_TOKENS:
         raise CalibrationError(

@@ -33,7 +33,9 @@ def chat_template(source: Source, tokenizer: PreTrainedTokenizerBase, given: Pat
         try:
             template = given.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ExportError(f"The chat template {given} cannot be read: {error}.") from error
+            raise ExportError(
+                f"The chat template {given} cannot be read: {error}.", "Give a Jinja file in UTF-8 that you may read."
+            ) from error
     else:
         template = _own(tokenizer) or (DIALOGPT if is_dialogpt(source) else None)
     if template is not None:

@@ -66,7 +66,7 @@ Examples:
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="What the entry is for; auto: an NVIDIA GPU where the server has one.",
+    help="What the entry is for; auto: an NVIDIA GPU where the server has one that runs the precision.",
 )
 @click.option(
     "--calibrate",

@@ -27,7 +27,7 @@ from onnxscript import ir
 from torch import nn
 from transformers import PreTrainedModel
 
-from export.errors import UnsupportedModel
+from export.errors import HINT, UnsupportedModel
 from export.probe import ALIBI_DIMS, AttentionLayer, Layout, architecture, attention
 from export.rewrites import rewrite
 from export.slot_attention import TRANSLATION, slot_attention
@@ -116,7 +116,9 @@ class SlotDecoder(nn.Module):  # type: ignore[misc]  # mypy does not follow torc
         finally:
             hook.remove()
         if calls != len(self.layout.layers) or any(tensor is None for tensor in present):
-            raise UnsupportedModel(f"{architecture(self.model)} did not call its attention once a layer while tracing.")
+            raise UnsupportedModel(
+                f"{architecture(self.model)} did not call its attention once a layer while tracing.", HINT
+            )
         return (logits.squeeze(1).float(), *(tensor for tensor in present if tensor is not None))
 
 
@@ -202,7 +204,9 @@ def trace(model: PreTrainedModel, layout: Layout, max_len: int, standard_operato
     if standard_operators:
         nodes = sum(node.op_type == "ScatterElements" for node in graph.graph) // 2
     if nodes != count:
-        raise UnsupportedModel(f"{architecture(model)}: the graph has {nodes} cached attentions for {count} layers.")
+        raise UnsupportedModel(
+            f"{architecture(model)}: the graph has {nodes} cached attentions for {count} layers.", HINT
+        )
     return graph
 
 

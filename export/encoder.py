@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from export.decoder import OPSET, quiet
 from export.encoder_source import CLASSIFICATION, Dense, SentenceSettings
-from export.errors import SourceError, UnsupportedModel
+from export.errors import DAMAGED, ENCODERS, SourceError, UnsupportedModel
 from export.rewrites import linear_instead_of_conv1d
 from export.source import Source
 
@@ -124,7 +124,8 @@ def input_names(model: PreTrainedModel, tokenizer_inputs: Sequence[str]) -> tupl
     known = inspect.signature(model.forward).parameters
     if MASK not in known:
         raise UnsupportedModel(
-            f"{model.config.model_type} takes no attention mask: in a batch, shorter texts would be read with padding."
+            f"{model.config.model_type} takes no attention mask: in a batch, shorter texts would be read with padding.",
+            ENCODERS,
         )
     return (IDS, MASK, TYPES) if TYPES in known and TYPES in tokenizer_inputs else (IDS, MASK)
 
@@ -179,7 +180,7 @@ def _linear(source: Source, layer: Dense, width: int) -> nn.Linear:
         linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias is not None)
         linear.load_state_dict({"weight": matrix} | ({} if bias is None else {"bias": bias.float()}))
     except Exception as error:
-        raise SourceError(f"{path} does not hold a dense layer: {error}.", "Copy the checkpoint again.") from error
+        raise SourceError(f"{path} does not hold a dense layer: {error}.", DAMAGED) from error
     if linear.in_features != width:
-        raise SourceError(f"{path} takes vectors of {linear.in_features}, but {width} numbers come before it.")
+        raise SourceError(f"{path} takes vectors of {linear.in_features}, but {width} numbers come before it.", DAMAGED)
     return linear

@@ -342,7 +342,10 @@ def classes(model: PreTrainedModel, module: nn.Module, width: int) -> dict[str, 
     """
     names = {int(index): str(label) for index, label in (model.config.id2label or {}).items()}
     if sorted(names) != list(range(width)):
-        raise SourceError(f"config.json names {len(names)} labels (id2label), but the head has {width} outputs.")
+        raise SourceError(
+            f"config.json names {len(names)} labels (id2label), but the head has {width} outputs.",
+            "Write one label for each output into config.json (id2label).",
+        )
     kinds = {
         "regression": "regression",
         "single_label_classification": "single_label",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.errors import SourceError, UnsupportedModel
+from export.errors import DAMAGED, ENCODERS, SourceError, UnsupportedModel
 from export.source import Source, read_json
 
 EMBEDDINGS = "embeddings"
@@ -112,14 +112,16 @@ def _require_carried(source: Source, config: dict[str, Any], architectures: list
     family = str(config.get("model_type", "unknown"))
     known = MODEL_MAPPING_NAMES if task == EMBEDDINGS else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     if config.get("is_encoder_decoder"):
-        raise UnsupportedModel(f"{source.id} is a sequence-to-sequence model, not an encoder ({family}).")
+        raise UnsupportedModel(f"{source.id} is a sequence-to-sequence model, not an encoder ({family}).", ENCODERS)
     if family not in known:
         if config.get("auto_map"):
             raise UnsupportedModel(
                 f"{source.id} needs code of its own ({family}), which is not run for encoders, trusted or not.",
                 "Export a checkpoint of a family that transformers has; docs/encoders.md lists those that are tested.",
             )
-        raise UnsupportedModel(f"{source.id} is of a kind that transformers cannot encode texts with ({family}).")
+        raise UnsupportedModel(
+            f"{source.id} is of a kind that transformers cannot encode texts with ({family}).", ENCODERS
+        )
     if config.get("quantization_config"):
         raise UnsupportedModel(f"{source.id} is quantised already.", "Export the original, with --precision int8.")
 
@@ -137,7 +139,8 @@ def sentence_settings(source: Source) -> SentenceSettings:
     kinds = [kind for kind, _ in modules]
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise UnsupportedModel(
-            f"{source.id} is not a transformer with a pooling behind it, but {', '.join(kinds) or 'nothing'}."
+            f"{source.id} is not a transformer with a pooling behind it, but {', '.join(kinds) or 'nothing'}.",
+            ENCODERS,
         )
     if modules[0][1]:
         raise UnsupportedModel(
@@ -163,7 +166,7 @@ def _modules(source: Source) -> list[tuple[str, str]]:
         found = json.loads(path.read_text(encoding="utf-8"))
         return [(str(module["type"]).rsplit(".", 1)[-1], str(module.get("path") or "")) for module in found]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SourceError(f"{path} cannot be read: {error!r}.", "Download or copy the checkpoint again.") from error
+        raise SourceError(f"{path} cannot be read: {error!r}.", DAMAGED) from error
 
 
 def _transformer_settings(source: Source) -> dict[str, Any]:
@@ -171,12 +174,14 @@ def _transformer_settings(source: Source) -> dict[str, Any]:
     settings = read_json(path) if path is not None else {}
     task = settings.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
-        raise UnsupportedModel(f"{source.id} runs its transformer for {task}, not for feature-extraction.")
+        raise UnsupportedModel(f"{source.id} runs its transformer for {task}, not for feature-extraction.", ENCODERS)
     modality = settings.get("modality_config")
     if modality is not None:
         output = modality.get("text", {}).get("method_output_name") if isinstance(modality, dict) else None
         if output != "last_hidden_state":
-            raise UnsupportedModel(f"{source.id} pools '{output}' of its transformer, not its last hidden state.")
+            raise UnsupportedModel(
+                f"{source.id} pools '{output}' of its transformer, not its last hidden state.", ENCODERS
+            )
     return settings
 
 
@@ -186,9 +191,9 @@ def _pooling(source: Source, folder: str, prompted: bool) -> tuple[str, ...]:
     modes = (given,) if isinstance(given, str) else tuple(str(mode) for mode in given)
     unknown = [mode for mode in modes if mode not in POOLING]
     if unknown:
-        raise UnsupportedModel(f"{source.id} pools by '{unknown[0]}'; known: {', '.join(POOLING)}.")
+        raise UnsupportedModel(f"{source.id} pools by '{unknown[0]}'; known: {', '.join(POOLING)}.", ENCODERS)
     if prompted and config.get("include_prompt") is False:
-        raise UnsupportedModel(f"{source.id} leaves its prompt out of the pooling (include_prompt false).")
+        raise UnsupportedModel(f"{source.id} leaves its prompt out of the pooling (include_prompt false).", ENCODERS)
     return modes
 
 
@@ -197,19 +202,24 @@ def _head(source: Source, kind: str, folder: str) -> Dense | None:
     settings = read_json(config) if config.is_file() else {}
     for key in ("module_input_name", "module_output_name"):
         if settings.get(key) not in (None, "sentence_embedding"):
-            raise UnsupportedModel(f"{source.id}: {kind} works on '{settings[key]}', not on the sentence embedding.")
+            raise UnsupportedModel(
+                f"{source.id}: {kind} works on '{settings[key]}', not on the sentence embedding.", ENCODERS
+            )
     if kind == "Normalize":
         return None
     if kind != "Dense":
         raise UnsupportedModel(
-            f"{source.id} has the module {kind}, which is not exported; known: Pooling, Dense, Normalize."
+            f"{source.id} has the module {kind}, which is not exported; known: Pooling, Dense, Normalize.",
+            ENCODERS,
         )
     activation = str(settings.get("activation_function") or "torch.nn.modules.activation.Tanh")
     name = activation.rsplit(".", 1)[-1]
     if not activation.startswith("torch.nn.modules.") or name not in _ACTIVATIONS:
-        raise UnsupportedModel(f"{source.id}: Dense uses {activation}; known: {', '.join(_ACTIVATIONS)} of torch.nn.")
+        raise UnsupportedModel(
+            f"{source.id}: Dense uses {activation}; known: {', '.join(_ACTIVATIONS)} of torch.nn.", ENCODERS
+        )
     if settings.get("use_residual"):
-        raise UnsupportedModel(f"{source.id}: Dense has a residual connection (use_residual).")
+        raise UnsupportedModel(f"{source.id}: Dense has a residual connection (use_residual).", ENCODERS)
     if not (source.path / folder / "model.safetensors").is_file():
         raise SourceError(
             f"{source.id}: the module {folder} has no model.safetensors.",

@@ -10,12 +10,14 @@ ExportError              anything a person can mend; carries a hint and never ne
 from __future__ import annotations
 
 HINT = "docs/models.md has the families that are exported, and why the others are not."
+ENCODERS = "docs/encoders.md has what is carried of encoders, and what is not."
+DAMAGED = "Download or copy the checkpoint again, completely."
 
 
 class ExportError(Exception):
-    """One sentence for people (``str(error)``) and, where there is one, what to do about it (``hint``)."""
+    """One sentence for people (``str(error)``) and what to do about it (``hint``)."""
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.hint = hint
 

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from export.errors import SourceError, UnsupportedModel
+from export.errors import DAMAGED, SourceError, UnsupportedModel
 from export.source import Source
 
 # How a configuration calls the length of its sequences; the last two are those of ALiBi models (MPT, Bloom).
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _LARGE = 250_000  # elements, 1 MB
-_HINT = "Download or copy the checkpoint again, completely."
 
 
 def load_model(source: Source, auto: Any = AutoModelForCausalLM, unused: str = "") -> PreTrainedModel:
@@ -36,12 +35,12 @@ def load_model(source: Source, auto: Any = AutoModelForCausalLM, unused: str = "
             output_loading_info=True,
         )
     except Exception as error:
-        raise SourceError(f"{source.id} cannot be loaded: {_summary(error)}", _HINT) from error
+        raise SourceError(f"{source.id} cannot be loaded: {_summary(error)}", DAMAGED) from error
     for key, what in (("missing_keys", "lacks the weight"), ("mismatched_keys", "has another shape for the weight")):
         names = sorted(str(name) for name in report.get(key) or ())
         names = [name for name in names if not (unused and name.startswith(unused))]
         if names:
-            raise SourceError(f"{source.id} {what} {names[0]} ({len(names)} in all).", _HINT)
+            raise SourceError(f"{source.id} {what} {names[0]} ({len(names)} in all).", DAMAGED)
     model.eval()
     require_finite(model, source.id)
     share_identical(model)
@@ -54,7 +53,7 @@ def require_finite(model: torch.nn.Module, name: str) -> None:
     for key, weight in model.named_parameters():
         # One pass without a temporary: both ends are NaN where anything is.
         if weight.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight.detach())):
-            raise SourceError(f"{name} has NaN or infinite values in the weight {key}.", _HINT)
+            raise SourceError(f"{name} has NaN or infinite values in the weight {key}.", DAMAGED)
 
 
 def share_identical(model: torch.nn.Module) -> None:
@@ -87,7 +86,7 @@ def limit(source: Source, max_len: int | None) -> int:
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=source.trust.code, local_files_only=True)
     except Exception as error:
-        raise SourceError(f"The configuration of {source.id} cannot be used: {_summary(error)}", _HINT) from error
+        raise SourceError(f"The configuration of {source.id} cannot be used: {_summary(error)}", DAMAGED) from error
     text = config.get_text_config()
     positions = next((getattr(text, name) for name in _POSITIONS if getattr(text, name, None)), None)
     if not isinstance(positions, int) or positions < 1:

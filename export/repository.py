@@ -203,7 +203,10 @@ def translated(root: Path) -> Iterator[None]:
             raise _unwritable(root) from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise _in_the_way(Path(error.filename or root)) from error
-        raise RepositoryError(f"The model repository {root} cannot be used: {error.strerror or error}.") from error
+        raise RepositoryError(
+            f"The model repository {root} cannot be used: {error.strerror or error}.",
+            "Check the disk that it is on, or give --repository on another.",
+        ) from error
 
 
 def _unwritable(root: Path) -> RepositoryError:

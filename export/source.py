@@ -16,14 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from export.errors import SourceError, UnsupportedModel
+from export.errors import DAMAGED, SourceError, UnsupportedModel
 from export.weightfiles import Tensor, pickled_tensors, safetensors_tensors
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_AGAIN = "Download or copy the checkpoint again, completely."
 _LOCAL_HINT = "Give a local folder that holds config.json and *.safetensors, or check the id and the network."
 _PICKLE_HINT = (
     "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER); "
@@ -140,7 +139,7 @@ class Source:
                         total.update(block)
                         digest.update(block)
             except OSError as error:
-                raise SourceError(f"{path} cannot be read: {error.strerror}.", _AGAIN) from error
+                raise SourceError(f"{path} cannot be read: {error.strerror}.", DAMAGED) from error
             # The cache keeps a large file under its SHA-256 and links to it from the snapshot.
             expected = path.resolve().name
             if self.revision is not None and _SHA256.fullmatch(expected) and digest.hexdigest() != expected:
@@ -156,13 +155,13 @@ class Source:
             return tuple(sorted(self.path.glob(pattern)))
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
-            raise SourceError(f"{index.name} of {self.id} names no weight files.", _AGAIN)
+            raise SourceError(f"{index.name} of {self.id} names no weight files.", DAMAGED)
         shards = sorted({str(name) for name in names.values()})
         for name in shards:
             if Path(name).name != name:
-                raise SourceError(f"{index.name} of {self.id} names a file outside the folder: {name}.", _AGAIN)
+                raise SourceError(f"{index.name} of {self.id} names a file outside the folder: {name}.", DAMAGED)
             if not (self.path / name).is_file():
-                raise SourceError(f"{self.id} lacks the weight file {name}.", _AGAIN)
+                raise SourceError(f"{self.id} lacks the weight file {name}.", DAMAGED)
         return tuple(self.path / name for name in shards)
 
 

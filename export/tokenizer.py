@@ -66,7 +66,10 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     copy.no_padding()
     path.write_text(copy.to_str(), encoding="utf-8")
     if Tokenizer.from_file(str(path)).encode(SAMPLE).ids != tokenizer.encode(SAMPLE):
-        raise SourceError("tokenizer.json would encode texts differently from the checkpoint's own tokenizer.")
+        raise SourceError(
+            "tokenizer.json would encode texts differently from the checkpoint's own tokenizer.",
+            "Save the tokenizer as a fast one (save_pretrained) beside config.json and export again.",
+        )
 
 
 def special_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tokens:

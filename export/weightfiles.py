@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.errors import SourceError
+from export.errors import DAMAGED, SourceError
 
-_AGAIN = "Download or copy the checkpoint again, completely."
 # 8-bit floats are left out: they are quantised weights, whose scales live elsewhere.
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_HEADER = 100_000_000  # as in the reference implementation
@@ -52,11 +51,11 @@ def safetensors_tensors(path: Path) -> Iterator[Tensor]:
                 found.append(Tensor(name, math.prod(shape), str(entry["dtype"]), len(shape)))
                 end = max(end, int(entry["data_offsets"][1]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
-        raise SourceError(f"The weight file {path.name} is damaged.", _AGAIN) from error
+        raise SourceError(f"The weight file {path.name} is damaged.", DAMAGED) from error
     if size != 8 + length + end:
         raise SourceError(
             f"The weight file {path.name} is damaged: it has {size} bytes, its header speaks of {8 + length + end}.",
-            _AGAIN,
+            DAMAGED,
         )
     yield from found
 
