@@ -49,7 +49,11 @@ Sliding windows, soft-capping, attention sinks, ALiBi, layers of different kinds
 partial and scaled rotary positions, tied and scaled embeddings are carried. The window of each layer is read from the
 rule that transformers makes its mask with, so it is right for every length. A mixture of experts gathers the weights
 of the experts that each token chose, in every step: right for all, fast for small experts, and hungry for memory with
-large ones (a token takes the size of its experts; the prefill chunk is cut accordingly).
+large ones (a token takes the size of its experts; the prefill chunk is cut accordingly). Experts are exported in fp32,
+fp16 and bf16; [int8 and int4](precisions.md) are refused.
+
+A checkpoint that brings code of its own (`auto_map`) for a family that transformers has is exported with transformers'
+code; the command and the manifest (`source.own_code`) say so. `--trust-remote-code` runs the checkpoint's.
 """
 REFUSED_INTRODUCTION = """\
 ## What is refused
