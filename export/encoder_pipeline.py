@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from export import tensorrt
 from export.convert import check_weights
-from export.encoder import input_names, trace, with_head
+from export.encoder import MASK, input_names, trace, with_head
 from export.encoder_config import MAX_TEXTS, encoder_pbtxt, engine_pbtxt
 from export.encoder_source import CLASSIFICATION, SentenceSettings, head_files, sentence_settings
 from export.encoder_verify import (
@@ -42,6 +42,7 @@ from export.repository import CONFIG, Repository, Staging, translated
 from export.resources import available_memory, needs, number, release, require_memory, size, text_config
 from export.source import Source
 from export.tokenizer import SAMPLE, load_tokenizer, write_tokenizer
+from export.unpadding import compute_live_tokens_only
 
 if TYPE_CHECKING:
     from export.pipeline import Exported, ExportOptions, Progress
@@ -52,12 +53,13 @@ PRECISIONS = ("fp32", "int8")
 
 @dataclass(frozen=True)
 class EncoderDraft:
-    """What is known once the artefact is on disk."""
+    """What is known once the artefact is on disk. `skips_padding`: most of the graph computes live tokens only."""
 
     family: str
     names: tuple[str, ...]
     output: str
     width: int
+    skips_padding: bool
     max_len: int
     pad: int
     settings: SentenceSettings
@@ -135,6 +137,8 @@ def build(
     graph = trace(module, names, architecture(model))
     progress("optimise", 0.0)
     optimize(graph)
+    # TensorRT plans a run by its shapes, and how many tokens are live is known within the run only.
+    products = compute_live_tokens_only(graph, MASK) if options.target != "tensorrt" else 0
     if tensorrt.graph_precision(options.target, options.precision) == "int8":
         progress("quantise", 0.0)
         quantize_int8(graph)
@@ -147,6 +151,7 @@ def build(
         names=names,
         output=str(module.output),
         width=len(references[0].output),
+        skips_padding=products > 0,
         max_len=max_len,
         pad=pad,
         settings=settings,
@@ -221,7 +226,13 @@ def describe(
             **source.manifest(),
             "modules": {str(path.relative_to(source.path)): sha256(path) for path in head_files(source, settings)},
         },
-        "graph": {"inputs": list(draft.names), "output": draft.output, "width": draft.width, "max_len": draft.max_len},
+        "graph": {
+            "inputs": list(draft.names),
+            "output": draft.output,
+            "width": draft.width,
+            "max_len": draft.max_len,
+            "skips_padding": draft.skips_padding,
+        },
         "limits": {"max_len": draft.max_len},
         "parity": parity,
     }
