@@ -20,7 +20,8 @@ DEVICES = ("auto", "cpu", "cuda")
 class Entry:
     """One version folder and how to run it.
 
-    The graph takes ``inputs`` int64 [rows, seq], padded with ``pad``, and answers ``output`` float32 [rows, width].
+    The graph takes ``inputs`` int64 [rows, seq], padded with ``pad``, and answers ``output`` float32 [rows, width]; where
+    it ``skips_padding``, its products compute live tokens only.
     ``engine`` names the model that runs it, at ``engine_version``, where it is not this process. ``digest`` is the
     first 32 hex digits of the SHA-256 of its manifest, which names every other file's.
     """
@@ -31,6 +32,7 @@ class Entry:
     inputs: tuple[str, ...]
     output: str
     width: int
+    skips_padding: bool
     max_len: int
     pad: int
     prompt: str
@@ -71,6 +73,7 @@ def load(folder: Path, parameters: Mapping[str, str], instances: int = 1) -> Ent
             inputs=tuple(str(name) for name in graph["inputs"]),
             output=str(graph["output"]),
             width=width,
+            skips_padding=bool(graph.get("skips_padding")),
             max_len=int(graph["max_len"]),
             pad=int(manifest["tokens"]["pad"]),
             prompt=str((manifest.get("text") or {}).get("prompt") or ""),

@@ -1,22 +1,24 @@
 """Which texts run together. Pure policy: lengths in, batches of indices out.
 
-Rows of one run are padded to its longest text, and a padded token costs as much as a real one; a run of its own costs
-about as much as `RUN_COST` tokens. So texts are sorted by length and cut where the sum of both is smallest.
+Rows of one run are padded to its longest text, and padding is computed, wholly or, where the graph skips it, in attention
+only; a run of its own costs as much as so many tokens of padding. So texts are sorted by length and cut where the sum
+of both is smallest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Tokens whose computing takes as long as starting a run: measured on MiniLM-L6, ONNX Runtime, CPU.
+# Padding tokens whose computing takes as long as starting a run: measured on MiniLM-L6, ONNX Runtime, CPU.
 RUN_COST = 16
+RUN_COST_OF_SKIPPING = 256  # of a graph whose products skip padding
 
 # Lengths that native serving pads to: Triton batches requests of one shape, so there must not be many. Steps of an
 # eighth to a quarter keep what is computed on padding below a fifth.
 _STEPS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 
 
-def pack(lengths: Sequence[int], max_tokens: int, run_cost: int = RUN_COST) -> list[list[int]]:
+def pack(lengths: Sequence[int], max_tokens: int, run_cost: int) -> list[list[int]]:
     """Batches of indices into ``lengths`` (tokens, at least 1 each): every index once, longest batches first.
 
     A batch of several rows has at most ``max_tokens`` tokens, padding included; a longer text runs alone. Of all ways

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.encoder.packing import RUN_COST, bucket, by_bucket, pack
+from backends.encoder.packing import RUN_COST, RUN_COST_OF_SKIPPING, bucket, by_bucket, pack
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=64)
 
@@ -16,7 +16,7 @@ def cost(lengths: list[int], batches: list[list[int]], run_cost: int) -> int:
 @given(lengths=LENGTHS, max_tokens=st.integers(1, 4096))
 def test_every_text_runs_once_and_within_the_budget(lengths, max_tokens):
     """Each index is in exactly one batch, and a batch of several rows has at most max_tokens tokens with padding."""
-    batches = pack(lengths, max_tokens)
+    batches = pack(lengths, max_tokens, RUN_COST)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens
@@ -33,22 +33,23 @@ def test_no_other_way_to_cut_is_cheaper(lengths, max_tokens):
             way = [order[a:b] for a, b in zip(edges, edges[1:], strict=False)]
             if all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= max_tokens for b in way):
                 ways.append(cost(lengths, way, RUN_COST))
-    assert cost(lengths, pack(lengths, max_tokens), RUN_COST) == min(ways)
+    assert cost(lengths, pack(lengths, max_tokens, RUN_COST), RUN_COST) == min(ways)
 
 
 def test_short_texts_do_not_pay_for_a_long_neighbour():
     """A text of 500 tokens runs alone beside short ones, which run together."""
-    assert pack([5, 500, 6, 7], 16_384) == [[1], [3, 2, 0]]
+    assert pack([5, 500, 6, 7], 16_384, RUN_COST) == [[1], [3, 2, 0]]
+    assert pack([5, 500, 6, 7], 16_384, RUN_COST_OF_SKIPPING) == [[1], [3, 2, 0]]
 
 
 def test_equal_lengths_run_together():
     """Sixteen texts of one length are one run."""
-    assert pack([32] * 16, 16_384) == [list(range(16))]
+    assert pack([32] * 16, 16_384, RUN_COST) == [list(range(16))]
 
 
 def test_no_texts_are_no_batches():
     """Nothing to run is nothing run."""
-    assert pack([], 100) == [] == by_bucket([], 100, 100)
+    assert pack([], 100, RUN_COST) == [] == by_bucket([], 100, 100)
 
 
 @given(length=st.integers(1, 8192), max_len=st.integers(1, 8192))
