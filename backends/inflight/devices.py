@@ -26,8 +26,9 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _DEVICE = re.compile(
-    r"\b(CUDA|CUDNN|CUBLAS|CUBLASLT|CUFFT|CURAND|NVRTC) (failure|error)|\bcuda[A-Z]\w+|CU(DNN|BLAS)_STATUS_\w+|"
-    r"illegal (memory access|address)|device-side assert|device (lost|unavailable)|launch failure",
+    r"\b(CUDA|CUDNN|CUBLAS|CUBLASLT|CUFFT|CURAND|NVRTC) (failure|error)|\bcuda(?!ExecutionProvider)[A-Z]\w+|"
+    r"CU(DNN|BLAS)_STATUS_\w+|illegal (memory access|address)|device-side assert|device (lost|unavailable)|"
+    r"launch failure",
     re.IGNORECASE,
 )
 

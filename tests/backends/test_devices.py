@@ -83,7 +83,17 @@ def test_a_failed_device_is_recognised_where_there_is_one(text):
     assert translate(RuntimeError(text), ON_CPU) is None
 
 
+NO_KERNEL = (
+    "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for Rope(1), CUDAExecutionProvider",
+    "Failed to find kernel for MatMulNBits(1) (node:'x' ep:'CUDAExecutionProvider'). Op with name (x)",
+)
+
+
 def test_other_errors_are_not_taken_for_either():
     """An error in the graph or its inputs moves no model to the CPU."""
-    for text in ("Got invalid dimensions for input: input_ids", "NOT_IMPLEMENTED : no kernel for MatMul(13)"):
+    for text in (
+        "Got invalid dimensions for input: input_ids",
+        "NOT_IMPLEMENTED : no kernel for MatMul(13)",
+        *NO_KERNEL,
+    ):
         assert translate(RuntimeError(text), ON_CUDA) is None
