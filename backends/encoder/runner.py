@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..inflight.devices import CPU, ON_CPU, Placement, open_session, place_graph, translated
+from ..inflight.devices import CPU, CUDA_PROVIDER, ON_CPU, Placement, open_session, place_graph, translated
 from ..inflight.entry import EntryError
 from ..inflight.errors import DeviceLost, OutOfMemory, Unavailable
 from .entry import Entry
@@ -76,14 +76,15 @@ class SessionRunner:
         self._entry, self._path = entry, entry.folder / "model.onnx"
         self._placement = placing(entry.device, device_id)
         self.device = self._placement.device
-        if self._placement.note:
+        if self._placement.note and CUDA_PROVIDER in ort.get_available_providers():  # without it nobody expects CUDA
             self._tell(f"runs on the {self.device}: {self._placement.note}")
         try:
             with translated(self._placement):
                 self._session = self._open(self._placement)
         except (DeviceLost, OutOfMemory) as error:
             if entry.device != "auto" or self.device == CPU:
-                raise EntryError(f"{error}; or set device to auto or cpu in config.pbtxt") from error
+                hint = "" if self.device == CPU else "; or set device to auto or cpu in config.pbtxt"
+                raise EntryError(f"{error}{hint}") from error
             self._to_cpu(error)
 
     def run(self, texts: Sequence[Tokens]) -> list[Rows | Exception]:
