@@ -197,7 +197,7 @@ def encode_ticket(caller: Caller, model: Model, request: EncodeRequest) -> Ticke
     shown, and in which form, makes no difference.
     """
     task = request.task or model.task
-    key = _key([*_head("", caller, task, model), request.operation, request.texts, request.truncate])
+    key = _key([*_head("", caller, task, model), "lines", request.operation, request.texts, request.truncate])
     return Ticket(key, caller.tenant, model.name, task, request.cache, model.version)
 
 

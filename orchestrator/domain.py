@@ -148,7 +148,8 @@ class Chunk:
     """A piece of an answer; the last one has a finish reason. `tokens` were generated since the chunk before.
 
     `queue_s`, of the first chunk only: seconds that the request waited in the model's queue, None where nobody knows.
-    `version` of the model that wrote it, empty where nobody says.
+    `version` of the model that wrote it, empty where nobody says. `encoded`, of an encoder's answer: what the text
+    says, for those who read it in the process that made it.
     """
 
     text: str = field(repr=False)
@@ -157,6 +158,7 @@ class Chunk:
     finish_reason: str | None = None
     queue_s: float | None = field(default=None, compare=False)
     version: str = field(default="", compare=False)
+    encoded: Encoded | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(slots=True)

@@ -260,6 +260,8 @@ class Flights:
         for chunk in cast.chunks:
             usage.add(chunk)
         text = "".join(chunk.text for chunk in cast.chunks)
+        if ticket.task == "embeddings" and len(text) > self._limit_bytes:
+            return b""  # vectors are stored as they are: it need not be written out to be found too large
         answer = Answer(text, cast.chunks[-1].finish_reason or "", usage.prompt_tokens, usage.completion_tokens)
         entry = encode(answer, ticket.model, ticket.task)
         return entry if len(entry) <= self._limit_bytes else b""

@@ -110,7 +110,9 @@ class Gateway:
         async with aclosing(self._answer(passage, prepare, self._upstream.encode)) as chunks:
             async for chunk in chunks:
                 if model is not None:
-                    return encoded(model, chunk)
+                    answer = await encoded(model, chunk)
+                    fit(answer.model, request)  # of a version that was loaded meanwhile
+                    return answer
         raise UpstreamError("the answer has no end")
 
     def _answer(

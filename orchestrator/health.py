@@ -48,6 +48,7 @@ class Served:
     heard_at: float = 0.0  # loop time of the last bytes of an answer that has ended
     gone_at: float | None = None
     attending: set[Attendance] = field(default_factory=set)
+    renewing: asyncio.Lock = field(default_factory=asyncio.Lock)
     task: asyncio.Task[None] | None = None
 
     @property
@@ -149,6 +150,20 @@ class Health:
         if served is None:
             raise UpstreamUnavailable(f"{name} is gone" if self.triton_up else "Triton does not answer")
         return served
+
+    async def renew(self, known: Model) -> Model:
+        """Read anew what is served in place of this model, of which another version has answered: it is being reloaded,
+        and neither the index nor a heartbeat has said so yet. Raises UpstreamUnavailable.
+        """
+        served = self.require(known.name)
+        async with served.renewing:  # whoever waited here finds the answer of the one before
+            if served.model.version == known.version:
+                if served.beat is None or not served.beat.digest:  # its heartbeat would not tell of another version
+                    async with self._reading:
+                        await self._read_index()
+                served.configured = False
+                await self._beat_once(served)
+        return self.require(known.name).model
 
     def attend(self, name: str) -> Attending:
         """Tie a stream to its model's health for as long as the context lasts. Raises UpstreamUnavailable."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 from orchestrator import encoding
 from orchestrator.breaker import Breakers, Guard
 from orchestrator.broadcast import Outcome, Put
-from orchestrator.domain import Chunk, EncodeRequest, GenerateRequest, InferRequest, InferResult
+from orchestrator.domain import Chunk, EncodeRequest, GenerateRequest, InferRequest, InferResult, changed
 from orchestrator.errors import (
     DeadlineExceeded,
     Draining,
@@ -119,12 +119,24 @@ class Upstream:
 
         Texts that are more than the model takes at once are asked in parts, PARTS_AT_ONCE of them at the same time.
         """
-        model = self._health.require(request.model).model
+        self._health.require(request.model)
         self._retries.asked()
         with self._breakers.guard(request.model):
-            results = await self._encode_all(encoding.parts(request, model.max_batch), model.max_batch)
-            whole = encoding.together(request, model, results)
+            whole = await self._encode_whole(request)
         put(whole)
+
+    async def _encode_whole(self, request: EncodeRequest) -> Chunk:
+        """The answer, wholly of one version: where the model is reloaded under the request it is asked once more."""
+        known = self._health.require(request.model).model
+        for last in (False, True):
+            results = await self._encode_all(encoding.parts(request, known.max_batch), known.max_batch)
+            versions = {result.version for result in results}
+            if versions == {known.version}:
+                return await encoding.together(request, known, results)
+            known = await self._health.renew(known)
+            if versions == {known.version} or (last and len(versions) == 1):  # or a heartbeat had no room to say so
+                return await encoding.together(request, changed(known, version=results[0].version), results)
+        raise Away(f"{request.model} was reloaded twice while it answered")
 
     async def _encode_all(self, parts: list[InferRequest], size: int) -> list[InferResult]:
         if len(parts) == 1:
@@ -148,7 +160,9 @@ class Upstream:
     async def _encode(self, part: InferRequest, first: int) -> InferResult:
         """One part, whose first text is this one of the request."""
         try:
-            return await self._try(part, lambda attendance: self._triton.encode(part, attendance))
+            result = await self._try(part, lambda attendance: self._triton.encode(part, attendance))
+            await encoding.require_finite(result)
+            return result
         except InvalidRequest as error:
             failure = encoding.placed(error.with_traceback(None), first)
         raise failure.again()

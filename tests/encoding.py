@@ -71,7 +71,7 @@ def texts_of(data: bytes) -> list[str]:
     return found
 
 
-def reply(name: str, given: dict[str, Any]) -> tuple[bytes, int]:
+def reply(name: str, given: dict[str, Any], version: str = "1") -> tuple[bytes, int]:
     """Triton's answer with binary tensors, and the length of its JSON."""
     rows, blobs = [], []
     for output, (kind, columns, values) in given.items():
@@ -81,7 +81,7 @@ def reply(name: str, given: dict[str, Any]) -> tuple[bytes, int]:
             blobs.append(struct.pack(f"<{len(values)}{'I' if kind == 'UINT32' else 'f'}", *values))
         shape, sized = [len(values) // columns, columns], {"binary_data_size": len(blobs[-1])}
         rows.append({"name": output, "datatype": kind, "shape": shape, "parameters": sized})
-    head = json.dumps({"model_name": name, "model_version": "1", "outputs": rows}).encode()
+    head = json.dumps({"model_name": name, "model_version": version, "outputs": rows}).encode()
     return b"".join([head, *blobs]), len(head)
 
 

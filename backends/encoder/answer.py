@@ -7,16 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..inflight.errors import EngineError, Internal
+from ..inflight.errors import EngineError, Internal, InvalidArgument
 
 Rows = NDArray[np.float32]
 
 NONFINITE = "the model computed numbers that are not finite (NaN or infinity)"
+UNKNOWN = "indices element out of data bounds"  # as ONNX Runtime says of an id beyond the embedding table
 
 
 def gathered(rows: Sequence[Rows | Exception], width: int) -> Rows | EngineError:
     """One request's rows as float32 [texts, width], or why there are none."""
     for number, row in enumerate(rows):
+        if isinstance(row, Exception) and UNKNOWN in str(row):
+            return InvalidArgument(f"text_input[{number}] has a token that the model's embedding table does not have")
         if isinstance(row, EngineError):
             return row
         if isinstance(row, Exception):

@@ -45,7 +45,9 @@ class TritonPythonModel:
             folder = Path(args["model_repository"]) / args["model_version"]
             self._entry = entries.load(folder, parameters, instances)
             self._codec = TextCodec(self._entry.folder, self._entry.max_len, self._entry.prompt)
-            self._runner = self._make_runner()
+            # as in backends/inflight: KIND_GPU names a device; with KIND_CPU it is the first one
+            on_gpu = args.get("model_instance_kind") == "GPU"
+            self._runner = self._make_runner(int(args.get("model_instance_device_id") or 0) if on_gpu else 0)
         except EntryError as error:
             raise pb_utils.TritonModelException(str(error)) from error
 
@@ -111,9 +113,9 @@ class TritonPythonModel:
             [pb_utils.Tensor("heartbeat", np.array([[json.dumps(state).encode()]], dtype=object))]
         )
 
-    def _make_runner(self) -> Runner:
+    def _make_runner(self, device_id: int) -> Runner:
         if self._entry.engine is None:
-            runner: Runner = SessionRunner(self._entry)
+            runner: Runner = SessionRunner(self._entry, device_id)
             answer = runner.run([Tokens([self._entry.pad], [0])])[0]  # the first run allocates; nobody should wait
             if isinstance(answer, Exception):
                 raise EntryError(f"the graph does not run: {answer}")

@@ -1,8 +1,8 @@
 """Which texts run together. Pure policy: lengths in, batches of indices out.
 
-Rows of one run are padded to its longest text, and padding is computed, wholly or, where the graph skips it, in attention
-only; a run of its own costs as much as so many tokens of padding. So texts are sorted by length and cut where the sum
-of both is smallest.
+Rows of one run are padded to its longest text, and padding is computed, everywhere or, where the graph skips it, in
+attention only; a run of its own costs as much as so many tokens of padding. So texts are sorted by length and cut where
+the sum of both is smallest.
 """
 
 from __future__ import annotations

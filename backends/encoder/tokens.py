@@ -54,14 +54,9 @@ class TextCodec:
         read = [self._read(request) for request in requests]
         answers: list[list[Tokens] | EngineError] = [r if isinstance(r, EngineError) else [] for r in read]
         for tokenizer, truncate in ((self._whole, False), (self._cutting, True)):
-            chosen = [i for i, r in enumerate(read) if isinstance(r, list) and requests[i].truncate is truncate]
-            flat = [(i, text) for i in chosen for text in read[i]]  # type: ignore[union-attr]  # chosen ones are lists
-            encodings = tokenizer.encode_batch([text for _, text in flat]) if flat else []
-            found: dict[int, list[Encoding]] = {i: [] for i in chosen}
-            for (i, _), encoding in zip(flat, encodings, strict=True):
-                found[i].append(encoding)
-            for i in chosen:
-                answers[i] = self._checked(found[i])
+            chosen = {i: r for i, r in enumerate(read) if isinstance(r, list) and requests[i].truncate is truncate}
+            for i, found in zip(chosen, _tokenised(tokenizer, list(chosen.values())), strict=True):
+                answers[i] = found if isinstance(found, EngineError) else self._checked(found)
         return answers
 
     def _read(self, request: Texts) -> list[str] | EngineError:
@@ -86,3 +81,24 @@ class TextCodec:
             if not encoding.ids:
                 return InvalidArgument(f"text_input[{number}] has no tokens")
         return [Tokens(encoding.ids, encoding.type_ids) for encoding in encodings]
+
+
+def _tokenised(tokenizer: Tokenizer, requests: Sequence[Sequence[str]]) -> list[list[Encoding] | EngineError]:
+    """What the tokenizer makes of each request. One failing text fails them all, so they are then read one by one:
+    a tokenizer without a token for what is unknown to it refuses words.
+    """
+    try:
+        flat = iter(tokenizer.encode_batch([text for texts in requests for text in texts]))
+        return [[next(flat) for _ in texts] for texts in requests]
+    except Exception:  # the tokenizers library raises bare Exception
+        return [_one_by_one(tokenizer, texts) for texts in requests]
+
+
+def _one_by_one(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding] | EngineError:
+    found = []
+    for number, text in enumerate(texts):
+        try:
+            found.append(tokenizer.encode(text))
+        except Exception as error:
+            return InvalidArgument(f"text_input[{number}] cannot be tokenised: {str(error)[:200]}")
+    return found

@@ -1,14 +1,16 @@
 """Where a graph runs: from what an entry asks for to ONNX Runtime's providers, and from its errors to ours.
 
-`place` is the one place that knows providers and their options; the runner takes what it says.
+`place` is the one place that knows providers and their options; the runners take what it says.
 Source: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -26,8 +28,9 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _DEVICE = re.compile(
-    r"\b(CUDA|CUDNN|CUBLAS|CUBLASLT|CUFFT|CURAND|NVRTC) (failure|error)|\bcuda[A-Z]\w+|CU(DNN|BLAS)_STATUS_\w+|"
-    r"illegal (memory access|address)|device-side assert|device (lost|unavailable)|launch failure",
+    r"\b(CUDA|CUDNN|CUBLAS|CUBLASLT|CUFFT|CURAND|NVRTC) (failure|error)|\bcuda(?!ExecutionProvider)[A-Z]\w+|"
+    r"CU(DNN|BLAS)_STATUS_\w+|illegal (memory access|address)|device-side assert|device (lost|unavailable)|"
+    r"launch failure",
     re.IGNORECASE,
 )
 
@@ -70,6 +73,15 @@ def place(
             f"config.pbtxt: parameter device is cuda, but attention over {kv_dtype} slots has no CUDA kernel; export "
             "the model with --precision fp16, or set device to cpu"
         )
+    return place_graph(device, device_id, memory_limit_mb, fault)
+
+
+def place_graph(
+    device: str, device_id: int = 0, memory_limit_mb: int = 0, fault: Callable[[int], str | None] | None = None
+) -> Placement:
+    """The same for a graph without slots, which runs on CUDA in any precision."""
+    if device == CPU:
+        return ON_CPU
     why = (fault or cuda_fault)(device_id)
     if why is None:
         cuda = (CUDA_PROVIDER, cuda_options(device_id, memory_limit_mb))
@@ -116,6 +128,45 @@ def _allocate_no_more_than_asked() -> None:
     state = ort.capi.onnxruntime_pybind11_state
     if hasattr(state, "set_arena_extend_strategy"):
         state.set_arena_extend_strategy(state.ArenaExtendStrategy.kSameAsRequested)
+
+
+def open_session(
+    model: Path, options: ort.SessionOptions, placement: Placement, disabled_optimizers: Sequence[str] = ()
+) -> ort.InferenceSession:
+    """A session that runs where `placement` says or not at all.
+
+    Raises DeviceLost where the device cannot be started, EntryError for a graph that its provider cannot run.
+    """
+    providers = [(name, dict(given)) for name, given in placement.providers]
+    more = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
+    try:
+        session = ort.InferenceSession(str(model), options, providers=providers, **more)
+    except Exception as error:
+        if translate(error, placement) is not None:
+            raise
+        raise EntryError(
+            f"{model} cannot run on {placement.device}: {first_line(error)}; a bf16 export needs a CUDA device, "
+            "fp32, fp16 and int8 exports run on any"
+        ) from error
+    session.disable_fallback()  # ONNX Runtime's own would run on the CPU in silence
+    wanted = placement.providers[0][0]
+    if wanted not in session.get_providers():  # its libraries were not found: the session was made without it
+        raise DeviceLost(f"ONNX Runtime could not start {wanted}: are CUDA and cuDNN installed in its versions?")
+    return session
+
+
+@contextmanager
+def translated(placement: Placement) -> Iterator[None]:
+    """ONNX Runtime's errors become ours here, once."""
+    try:
+        yield
+    except (EntryError, DeviceLost):
+        raise
+    except Exception as error:
+        ours = translate(error, placement)
+        if ours is None:
+            raise
+        raise ours from error
 
 
 def translate(error: Exception, placement: Placement) -> EngineError | None:

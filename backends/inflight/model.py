@@ -6,6 +6,7 @@ The tensor contract is that of Triton's vLLM backend; docs/protocol.md has it wh
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import threading
@@ -91,6 +92,7 @@ class TritonPythonModel:
         self._engine.close(DRAIN_S)  # from here on a prompt that is still being read is refused
         self._reader.shutdown()
         self._outbox.stop(DRAIN_S)
+        gc.collect()  # response senders that a cycle still holds go before Triton's side of them does
 
     def _accept(self, request: Any, responder: _Responder) -> None:
         given = json.loads(request.parameters() or "{}")

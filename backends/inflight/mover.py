@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from .devices import Placement
 from .slots import Slots
+from .trt import PROVIDER as TENSORRT_PROVIDER
 
 IR_VERSION, OPSET = 8, 16  # the first with Identity over every type that slots have is 16
 
@@ -23,7 +24,8 @@ class DeviceMover:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        providers = [(name, dict(given)) for name, given in placement.providers]
+        # TensorRT would build an engine for it, with the profiles of another graph, and keep it among the entry's.
+        providers = [(name, dict(given)) for name, given in placement.providers if name != TENSORRT_PROVIDER]
         self._session = ort.InferenceSession(identities(caches), options, providers=providers)
         self._session.disable_fallback()
         self._caches = caches

@@ -42,7 +42,7 @@ class Stream:
     def __init__(self, outbox: Outbox, responder: Responder, streaming: bool) -> None:
         self._outbox = outbox
         self.responder, self.streaming = responder, streaming
-        self._on_cancel: Callable[[], None] = lambda: None
+        self._on_cancel: Callable[[], None] | None = None
         self.text: list[str] = []
         self.tokens = 0
         self.finish: str | None = None
@@ -54,11 +54,19 @@ class Stream:
         """What to call when the client has gone; at once if it has already."""
         self._on_cancel = cancel
         if self.gone:
-            cancel()
+            self.cancel()
 
     def cancel(self) -> None:
         self.gone = True
-        self._on_cancel()
+        self.detach(call=True)
+
+    def detach(self, call: bool = False) -> None:
+        """Let go of the sequence, whose sink this is: both would stay, and with them Triton's response sender, until
+        a garbage collection, which may come when Triton's side of it is gone.
+        """
+        on_cancel, self._on_cancel = self._on_cancel, None
+        if call and on_cancel is not None:
+            on_cancel()
 
     def admitted(self) -> None:
         self._outbox.announce(self)
@@ -124,22 +132,29 @@ class Outbox:
         self._thread.join(timeout_s)
 
     def _loop(self) -> None:
-        while True:
-            with self._lock:
-                if not self._ready:
-                    self._lock.wait(TICK_S if self._open else 0.25)
-                batch = [(s, *self._cut(s)) for s in self._ready]
-                self._ready.clear()
-                idle = list(self._open)
-                if self._stopping and not batch:
-                    return
-            for stream, text, tokens in batch:
-                self._guard(stream, partial(self._send, stream, text, tokens))
-            for stream in idle:
-                if not stream.closed:
-                    self._guard(stream, partial(self._tend, stream))
+        while self._round():
             if os.getppid() != self._parent:
                 os._exit(1)  # Triton was killed: its stub would stay for ever
+
+    def _round(self) -> bool:
+        """Wait for something to send and send it; false once all is sent and the thread is to end.
+
+        A method of its own, so that between two rounds no name keeps a stream that has ended.
+        """
+        with self._lock:
+            if not self._ready:
+                self._lock.wait(TICK_S if self._open else 0.25)
+            batch = [(s, *self._cut(s)) for s in self._ready]
+            self._ready.clear()
+            idle = list(self._open)
+            if self._stopping and not batch:
+                return False
+        for stream, text, tokens in batch:
+            self._guard(stream, partial(self._send, stream, text, tokens))
+        for stream in idle:
+            if not stream.closed:
+                self._guard(stream, partial(self._tend, stream))
+        return True
 
     @staticmethod
     def _cut(stream: Stream) -> tuple[str, int]:
@@ -167,6 +182,7 @@ class Outbox:
             stream.responder.send(text, (finish or "") if ended else "", tokens, final=ended)
         stream.sent_at = time.monotonic()
         if ended:
+            stream.detach()
             with self._lock:
                 self._open.discard(stream)
 

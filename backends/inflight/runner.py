@@ -11,18 +11,15 @@ down. `total_sequence_length` stays in the CPU's memory, where GroupQueryAttenti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Ids
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from .devices import CPU, Placement, first_line, translate
+from .devices import CPU, Placement, open_session, translated
 from .entry import EntryError
-from .errors import DeviceLost
 from .mover import DeviceMover
 from .slots import Slots, cache_inputs
 
@@ -39,7 +36,7 @@ class Runner:
     def __init__(self, model: Path, slots: int, threads: int, placement: Placement) -> None:
         """Open `model`. Raises EntryError for a graph that this provider or this runner cannot run."""
         self.device, self._placement = placement.device, placement
-        with self._errors():
+        with translated(self._placement):
             self._session = _session(model, threads, placement)
             self._cache = {given.name: Slots(given, slots, placement) for given in cache_inputs(self._session)}
             on_device = placement.memory != CPU and bool(self._cache)
@@ -65,7 +62,7 @@ class Runner:
         self._lengths[:rows] = positions
         self._last[:rows] = 0
         self._total[()] = max(positions) + 1
-        with self._errors():
+        with translated(self._placement):
             binding = self._decode_bindings.get(rows)
             fresh = binding is None
             if binding is None:
@@ -84,7 +81,7 @@ class Runner:
         self._lengths[0] = start + count - 1
         self._last[0] = count - 1
         self._total[()] = start + count
-        with self._errors():
+        with translated(self._placement):
             binding = self._prefill_bindings.get(slot)
             if binding is None:
                 binding = self._prefill_bindings[slot] = self._bind(slot, 1)
@@ -96,7 +93,7 @@ class Runner:
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions (or more) of one slot's cache to another's."""
         if self._mover is not None:
-            with self._errors():
+            with translated(self._placement):
                 self._mover.move(source, target)
             return
         for cache in self._cache.values():
@@ -123,39 +120,12 @@ class Runner:
         _input(binding, "last_index", self._last[:rows])
         _input(binding, "total_sequence_length", self._total)
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """ONNX Runtime's errors become ours here, once."""
-        try:
-            yield
-        except (EntryError, DeviceLost):
-            raise
-        except Exception as error:
-            ours = translate(error, self._placement)
-            if ours is None:
-                raise
-            raise ours from error
-
 
 def _session(model: Path, threads: int, placement: Placement) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    providers = [(name, dict(given)) for name, given in placement.providers]
-    try:
-        session = ort.InferenceSession(str(model), options, providers=providers)
-    except Exception as error:
-        if translate(error, placement) is not None:
-            raise
-        raise EntryError(
-            f"{model} cannot run on {placement.device}: {first_line(error)}; a bf16 export needs a CUDA device, "
-            "fp32, fp16 and int8 exports run on any"
-        ) from error
-    session.disable_fallback()  # ONNX Runtime's own would run on the CPU in silence
-    wanted = placement.providers[0][0]
-    if wanted not in session.get_providers():  # its libraries were not found: the session was made without it
-        raise DeviceLost(f"ONNX Runtime could not start {wanted}: are CUDA and cuDNN installed in its versions?")
-    return session
+    return open_session(model, options, placement)
 
 
 def _vocab_size(session: ort.InferenceSession) -> int:

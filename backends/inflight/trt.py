@@ -38,7 +38,9 @@ CONTAINER = "nvcr.io/nvidia/tritonserver:25.10-py3"
 
 @dataclass(frozen=True)
 class Machine:
-    """What an engine depends on. `gpus`: (name, compute capability, driver) of each; None: not to be found out."""
+    """What an engine depends on. `gpus`: (name, compute capability, driver) of each that CUDA shows, by its device ids;
+    None: not to be found out.
+    """
 
     gpus: tuple[tuple[str, str, str], ...]
     tensorrt: str | None
@@ -178,12 +180,16 @@ def check_engine(folder: Path, machine: Machine | None = None) -> None:
 def record_engine(folder: Path, device_id: int = 0, machine: Machine | None = None) -> None:
     """Write `engine/engine.json` once a session has been made and run, so that its engines are complete.
 
-    Does nothing where engines are recorded already, where none were kept, or where the GPU cannot be named.
+    Does nothing where engines are recorded already, where none were kept, where the GPU cannot be named, or where
+    nothing can be written: the next load builds them again.
     """
     engine = folder / FOLDER
     if (engine / RECORD).exists() or not engine.is_dir():
         return
-    files = {path.name: _sha256(path) for path in sorted(engine.iterdir()) if path.is_file()}
+    try:
+        files = {path.name: _sha256(path) for path in sorted(engine.iterdir()) if path.is_file()}
+    except OSError:
+        return
     machine = machine or this_machine()
     if not files or len(machine.gpus) <= device_id:
         return
@@ -198,8 +204,12 @@ def record_engine(folder: Path, device_id: int = 0, machine: Machine | None = No
         "files": files,
     }
     fresh = engine / f".{RECORD}-{os.getpid()}"
-    fresh.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    fresh.replace(engine / RECORD)
+    try:
+        fresh.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        fresh.replace(engine / RECORD)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -216,13 +226,37 @@ def _shapes(caches: Mapping[str, Sequence[int]], rows: int, seq: int) -> str:
 
 
 def _gpus() -> tuple[tuple[str, str, str], ...]:
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version,uuid", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=_SMI_S, check=True)  # noqa: S603 (no shell)
     except (OSError, subprocess.SubprocessError):
         return ()
-    rows = [tuple(part.strip() for part in line.rsplit(",", 2)) for line in done.stdout.splitlines()]
-    return tuple((row[0], row[1], row[2]) for row in rows if len(row) == 3)
+    rows = [tuple(part.strip() for part in line.rsplit(",", 3)) for line in done.stdout.splitlines()]
+    return visible([(row[0], row[1], row[2], row[3]) for row in rows if len(row) == 4])
+
+
+def visible(gpus: Sequence[tuple[str, str, str, str]]) -> tuple[tuple[str, str, str], ...]:
+    """Of nvidia-smi's (name, compute capability, driver, UUID) those that CUDA_VISIBLE_DEVICES shows, in its order.
+
+    It has numbers or beginnings of UUIDs; what it says behind one that is none is not read. A MIG instance, which has
+    a UUID of its own, is of the GPU that there is, where all are alike.
+    Source: https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#env-vars
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return tuple(gpu[:3] for gpu in gpus)
+    found = []
+    for wanted in (part.strip() for part in chosen.split(",")):
+        if wanted.isdecimal():
+            matching = list(gpus[int(wanted) : int(wanted) + 1])
+        elif wanted.startswith("MIG-"):
+            matching = list(gpus[:1]) if len({gpu[:3] for gpu in gpus}) == 1 else []
+        else:
+            matching = [gpu for gpu in gpus if wanted and gpu[3].startswith(wanted)]
+        if len(matching) != 1:
+            break
+        found.append(matching[0][:3])
+    return tuple(found)
 
 
 def _tensorrt_version() -> str | None:

@@ -1,6 +1,6 @@
 import pytest
 
-from backends.inflight.devices import CUDA, CUDA_PROVIDER, ON_CPU, Placement, cuda_fault, place, translate
+from backends.inflight.devices import CUDA, CUDA_PROVIDER, ON_CPU, Placement, cuda_fault, place, place_graph, translate
 from backends.inflight.entry import EntryError
 from backends.inflight.errors import DeviceLost, OutOfMemory
 
@@ -34,6 +34,15 @@ def test_cuda_that_cannot_be_had_is_an_error_that_says_why(kv_dtype, fault, said
     """Asked for by name, CUDA is not replaced in silence: the error has the reason and the way out."""
     with pytest.raises(EntryError, match=f"parameter device is cuda, but .*{said}.* cpu"):
         place("cuda", kv_dtype, fault=fault)
+
+
+@pytest.mark.parametrize(
+    ("device", "fault", "expected"),
+    [("auto", present, "cuda"), ("auto", absent, "cpu"), ("cpu", present, "cpu"), ("cuda", present, "cuda")],
+)
+def test_a_graph_without_slots_needs_no_half_precision(device, fault, expected):
+    """An encoder runs on CUDA in whatever it was exported in."""
+    assert place_graph(device, fault=fault).device == expected
 
 
 def test_the_cuda_provider_gets_its_options_and_the_cpu_stands_behind_it():
@@ -83,7 +92,17 @@ def test_a_failed_device_is_recognised_where_there_is_one(text):
     assert translate(RuntimeError(text), ON_CPU) is None
 
 
+NO_KERNEL = (
+    "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for Rope(1), CUDAExecutionProvider",
+    "Failed to find kernel for MatMulNBits(1) (node:'x' ep:'CUDAExecutionProvider'). Op with name (x)",
+)
+
+
 def test_other_errors_are_not_taken_for_either():
     """An error in the graph or its inputs moves no model to the CPU."""
-    for text in ("Got invalid dimensions for input: input_ids", "NOT_IMPLEMENTED : no kernel for MatMul(13)"):
+    for text in (
+        "Got invalid dimensions for input: input_ids",
+        "NOT_IMPLEMENTED : no kernel for MatMul(13)",
+        *NO_KERNEL,
+    ):
         assert translate(RuntimeError(text), ON_CUDA) is None

@@ -1,6 +1,9 @@
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -102,6 +105,42 @@ def test_a_silent_stream_is_kept_alive_and_a_cancelled_one_ends(outbox: Outbox):
     stream.delta(Delta("late", 1, "stop"))
     time.sleep(0.3)
     assert len(client.got) == count and not client.late
+
+
+@pytest.mark.parametrize("how", ["ends", "fails", "hangs up", "hung up before"])
+def test_a_stream_that_has_ended_is_freed_without_a_collection(outbox: Outbox, how: str):
+    """Stream and sequence refer to each other, and the stream to Triton's response sender, which must not stay."""
+
+    class Sequence:
+        cancelled = False
+
+    client, sequence = Client(), Sequence()
+    sequence.sink = stream = outbox.open(client, True)
+    if how == "hung up before":
+        client.gone = True
+        assert client.ended.wait(5)
+    stream.attach(partial(setattr, sequence, "cancelled", True))
+    if how == "ends":
+        stream.delta(Delta("one", 1, "stop"))
+    elif how == "fails":
+        stream.error(Internal("no"))
+    client.gone = True
+    assert client.ended.wait(5)
+    began = awake()
+    while outbox._open:
+        assert awake() - began < 5
+        time.sleep(0.001)
+    assert sequence.cancelled is how.startswith("h")
+    sender, here = weakref.ref(client), gc.isenabled()
+    gc.disable()
+    try:
+        del client, sequence, stream
+        while sender() is not None:  # its sending thread is about to end its round
+            assert awake() - began < 5
+            time.sleep(0.01)
+    finally:
+        if here:
+            gc.enable()
 
 
 @pytest.mark.parametrize("finish", [None, "stop"])

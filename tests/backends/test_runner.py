@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto
@@ -16,6 +17,7 @@ from backends.inflight.errors import DeviceLost, OutOfMemory
 from backends.inflight.mover import DeviceMover, identities
 from backends.inflight.runner import Runner
 from backends.inflight.slots import CacheInput, Slots
+from backends.inflight.trt import PROVIDER, TENSORRT
 
 from .decoder import LAYERS, MAX_LEN, VOCAB, write_decoder
 
@@ -112,6 +114,21 @@ def test_the_device_mover_copies_one_slot_and_nothing_else(element) -> None:
     mover.move(2, 0)
     for cache, old in zip(caches, before, strict=True):
         assert (cache.array[0] == old[2]).all() and (cache.array[1:] == old[1:]).all() and (old[0] != old[2]).any()
+
+
+def test_the_mover_leaves_tensorrt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copying slots is CUDA's work: TensorRT would build an engine for it by the decoder's profiles."""
+    asked: list[list[str]] = []
+    real = onnxruntime.InferenceSession
+
+    def session(model: bytes, options: object, providers: list[tuple[str, object]]) -> object:
+        asked.append([name for name, _ in providers])
+        return real(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    given = ((PROVIDER, {"trt_profile_min_shapes": "input_ids:1x1"}), (CUDA_PROVIDER, {}), *ON_CPU.providers)
+    DeviceMover([Slots(CacheInput("past", (2, 5, 8), 1, np.float32), 1, ON_CPU)], Placement(TENSORRT, CUDA, 0, given))
+    assert asked == [[CUDA_PROVIDER, "CPUExecutionProvider"]]
 
 
 def test_the_movers_graph_is_one_that_onnx_accepts() -> None:

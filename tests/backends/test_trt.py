@@ -18,6 +18,7 @@ from backends.inflight.trt import (
     record_engine,
     tensorrt_fault,
     tensorrt_provider,
+    this_machine,
 )
 
 HERE = Machine((("NVIDIA A100-SXM4-40GB", "8.0", "580.95.05"),), "10.13.3", "1.31.1")
@@ -156,6 +157,66 @@ def test_no_record_without_engines(folder: Path) -> None:
     (folder / "engine" / "graph_1.engine").write_text("x")
     record_engine(folder, machine=Machine((), None, "1"))
     assert not (folder / "engine" / "engine.json").exists()
+
+
+@pytest.mark.parametrize("fault", ["write_text", "replace"])
+def test_a_record_that_cannot_be_written_fails_no_load(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """On a full disk nothing is recorded and no half of a record is left; the next load records what it builds."""
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        if fault == "write_text":
+            path.write_bytes(b'{"gpu"')
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, fault, full)
+        (folder / "engine").mkdir()
+        (folder / "engine" / "graph_1.engine").write_bytes(b"kernels")
+        record_engine(folder, machine=HERE)
+    assert [path.name for path in (folder / "engine").iterdir()] == ["graph_1.engine"]
+    check_engine(folder, HERE)
+    built(folder)
+    assert (folder / "engine" / "engine.json").exists()
+
+
+A100, H100 = ("NVIDIA A100-SXM4-40GB", "8.0", "580.95.05"), ("NVIDIA H100 80GB HBM3", "9.0", "580.95.05")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (None, (A100, H100, A100)), ("1", (H100,)), ("2, 1", (A100, H100)), ("GPU-bb", (H100,)), ("", ()), ("-1", ()),
+        ("GPU-bb22,0", (H100, A100)), ("GPU-aa", ()), ("1,7,0", (H100,)), ("MIG-11", ()),
+    ],
+)  # fmt: skip
+def test_gpus_are_numbered_as_cuda_shows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: tuple[tuple[str, str, str], ...]
+) -> None:
+    """A process that is shown some of the GPUs records and compares those, not nvidia-smi's first ones."""
+    uuids = ("GPU-aa11", "GPU-bb22", "GPU-aa33")
+    lines = [", ".join((*gpu, uuid)) for gpu, uuid in zip((A100, H100, A100), uuids, strict=True)]
+    monkeypatch.setenv("PATH", str(nvidia_smi(tmp_path, lines)), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert this_machine().gpus == expected
+
+
+def test_a_mig_instance_is_of_the_only_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi does not list it by its UUID; where all GPUs are alike there is no doubt."""
+    monkeypatch.setenv("PATH", str(nvidia_smi(tmp_path, [", ".join((*A100, "GPU-aa11"))])), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0a1b")
+    assert this_machine().gpus == (A100,)
+
+
+def nvidia_smi(folder: Path, lines: list[str]) -> Path:
+    """A folder with one that says these lines."""
+    script = folder / "nvidia-smi"
+    script.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(lines) + "\nEND\n")
+    script.chmod(0o755)
+    return folder
 
 
 @pytest.mark.skipif(PROVIDER in ort.get_available_providers(), reason="this ONNX Runtime has TensorRT")

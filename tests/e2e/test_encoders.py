@@ -348,18 +348,25 @@ def graph_of(stack: Served, number: int) -> dict[str, Any]:
 
 
 def test_encoders_come_go_and_change_version_under_load(stack: Served) -> None:
-    """Reloads of both kinds fail no request, each version of a native model has its own graph, and one that is unloaded
-    is missing until it is there again, which its neighbours do not notice."""
+    """Reloads of both kinds fail no request, also to a version with other labels, each version of a native model has
+    its own graph, and one that is unloaded is missing until it is there again, which its neighbours do not notice.
+    """
+    config = stack.repository / "mood" / "config.pbtxt"
+    labels = config.read_text()
     with Load(stack) as load:
         publish(stack, "embedder", 2)
         assert models(stack, "reload", "embedder")["version"] == "2"
         publish(stack, "mood--engine", 2)
         publish(stack, "mood", 2, served_by=graph_of(stack, 2))
+        config.write_text(labels.replace("malo", "bad").replace("bueno", "good"))
         assert models(stack, "reload", "mood")["version"] == "2"
         load.more()
         served = {name for name, state in states(stack).items() if state == "READY"}
         assert served == {"counting 1", "embedder 2", "mood 2", "mood--engine 2"}
         assert [set(counter) for counter in load.outcomes.values()] == [{"ok"}] * 3, load.outcomes
+        _, _, answer = stack.request("POST", "/v1/classify", {"model": "mood", "input": TEXTS[0]})
+        assert list(json.loads(answer)["data"][0]["scores"]) == ["bad", "good"]
+        config.write_text(labels)
 
         models(stack, "unload", "mood")
         assert {name for name, state in states(stack).items() if state == "READY"} == {"counting 1", "embedder 2"}

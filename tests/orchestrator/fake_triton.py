@@ -149,7 +149,7 @@ class FakeTriton:
             async with self._batch if self.beats_wait else contextlib.nullcontext():
                 pass
             row = {"name": "heartbeat", "datatype": "BYTES", "shape": [1, 1], "data": [json.dumps(self.beat)]}
-            data = json.dumps({"model_name": name, "model_version": "1", "outputs": [row]}).encode()
+            data = json.dumps({"model_name": name, "model_version": self.version, "outputs": [row]}).encode()
             return 200, data, len(data)
         texts = encoding.texts_of(body[end:])
         self.read.append(texts)
@@ -163,12 +163,13 @@ class FakeTriton:
         elif len(texts) > int(self.encoders[name].get("max_batch_size", 64)):
             status, said = 400, f"inference request batch-size must be <= 64 for '{name}'"
         else:
+            version = self.version
             outputs = encoding.outputs(texts, self.encoders[name], bool(head["parameters"].get("truncate")))
             if isinstance(outputs, dict):
                 if self.broken_encoder is not None:
                     self.broken_encoder(outputs)
                 wanted = [row["name"] for row in head["outputs"]]
-                return 200, *encoding.reply(name, {key: outputs[key] for key in wanted if key in outputs})
+                return 200, *encoding.reply(name, {key: outputs[key] for key in wanted if key in outputs}, version)
             status, said = 500, outputs
         data = json.dumps({"error": said}).encode()
         return status, data, len(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import struct
@@ -10,7 +11,7 @@ import pytest
 
 from orchestrator.cache import Answer, decode, encode, encode_ticket
 from orchestrator.domain import CachePolicy, Caller, Chunk, EncodeRequest, InferResult, Model, Tensor, changed
-from orchestrator.encoding import encoded, parts, placed, together
+from orchestrator.encoding import encoded, parts, placed, require_finite, together
 from orchestrator.errors import InvalidRequest, Text, UpstreamError
 from orchestrator.operations import mismatch
 
@@ -24,17 +25,19 @@ def result(*rows: tuple[float, float]) -> InferResult:
     return InferResult("e", "1", (counts, embedding))
 
 
-def test_parts_and_together() -> None:
+async def test_parts_and_together() -> None:
     """Three texts go two and one; the whole answer has their rows in order, and survives as text bit for bit."""
     first, second = parts(changed(REQUEST, truncate=True), 2)
     assert [part.inputs[0].elements for part in (first, second)] == [(b"a", b"b"), ("ñ".encode(),)]
     assert first.inputs[0].shape == (2, 1)
     assert (first.parameters, list(first.outputs)) == ({"truncate": True}, ["embedding", "num_input_tokens"])
-    chunk = together(REQUEST, MODEL, [result((0.1, 0.2), (-0.0, 1e-40)), result((3.0, 4.0))])
-    assert (chunk.prompt_tokens, chunk.tokens, chunk.finish_reason) == (9, 0, "stop")
+    chunk = await together(REQUEST, MODEL, [result((0.1, 0.2), (-0.0, 1e-40)), result((3.0, 4.0))])
+    assert (chunk.prompt_tokens, chunk.tokens, chunk.finish_reason, chunk.version) == (9, 0, "stop", "1")
+    assert await encoded(MODEL, chunk) is chunk.encoded
     kept = decode(b"TG1 p 0000000000001 embeddings e\n" + encode(_answer(chunk), "e", "embeddings").partition(b"\n")[2])
     assert kept is not None
-    answer = encoded(MODEL, kept.chunk())
+    answer = await encoded(MODEL, kept.chunk())
+    assert answer == chunk.encoded
     assert answer.outputs["embedding"].data == struct.pack("<6f", 0.1, 0.2, -0.0, 1e-40, 3.0, 4.0)
     assert (answer.outputs["embedding"].shape, answer.tokens) == ((3, 2), 9)
 
@@ -54,23 +57,82 @@ def test_vectors_are_not_compressed() -> None:
     "results",
     [
         [result((1, 0), (1, 0))],
-        [result((1, 0), (math.nan, 0)), result((1, 0))],
-        [result((1, 0), (math.inf, -math.inf)), result((1, 0))],
         [result((1, 0), (1, 0)), InferResult("e", "1", ())],
         [result((1, 0), (1, 0)), InferResult("e", "1", (Tensor("embedding", "FP32", (2,), b"\0" * 8),))],
     ],
 )
-def test_answers_that_make_no_sense(results: list[InferResult]) -> None:
-    """Too few rows, numbers that are none, and missing or misshapen outputs are the model's fault."""
+async def test_answers_that_make_no_sense(results: list[InferResult]) -> None:
+    """Too few rows, and missing or misshapen outputs are the model's fault."""
     with pytest.raises(UpstreamError):
-        together(REQUEST, MODEL, results)
+        await together(REQUEST, MODEL, results)
 
 
-@pytest.mark.parametrize("text", ["", "[]x", '[["embedding","FP32",[1,2],"AAAA"]]', '[["e"]]', "3", '[["a","b",1,2]]'])
-def test_a_kept_answer_that_is_none(text: str) -> None:
+@pytest.mark.parametrize("row", [(math.nan, 0), (math.inf, -math.inf)])
+@pytest.mark.parametrize("at", [0, 40_000, 65_536])
+async def test_numbers_that_are_none(row: tuple[float, float], at: int) -> None:
+    """NaN and infinities are the model's fault, in whichever piece of a large part they stand."""
+    rows = [(1.0, 2.0)] * 70_000
+    await require_finite(result(*rows))
+    rows[at] = row
+    with pytest.raises(UpstreamError, match="not finite"):
+        await require_finite(result(*rows))
+
+
+async def test_a_large_answer_holds_nobody_up() -> None:
+    """2048 vectors of 1024 numbers are looked through, put together and read in pieces: others get their turns."""
+    row, model = (0.5,) * 1024, changed(MODEL, dim=1024)
+    data = struct.pack("<1024f", *row) * 64
+    part = InferResult("e", "1", (
+        Tensor("embedding", "FP32", (64, 1024), data), Tensor("num_input_tokens", "UINT32", (64, 1), bytes(256)),
+    ))  # fmt: skip
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    chunk = await together(changed(REQUEST, texts=("a",) * 2048), model, [part] * 32)
+    written, turns = turns, 0
+    answer = await encoded(model, Chunk(chunk.text, prompt_tokens=0))
+    task.cancel()
+    assert written >= 31 and turns >= 31
+    assert answer.outputs["embedding"].data == data * 32
+
+
+FACTS = '{"version":"1","labels":["a","b"],"normalized":true}\n'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]x", "3", "{}", '[["embedding","FP32",[1,2],"AAAA"]]', FACTS + '[["embedding","FP32",[1,2],"AAAA"]]',
+        FACTS + '[["e"]]', FACTS + "3", FACTS + '[["a","b",1,2]]', FACTS + '[["scores","FP32",[1,1],"AAAAAA=="]]',
+        FACTS + '[["scores","FP32",[1,2],"AAAAAAAAAAA="]]',
+        FACTS + '[["scores","FP32",[1,2],"AAAAAAAAAAA="],["label","BYTES",[1,1],"AQAAAHg="]]',
+    ],
+)  # fmt: skip
+async def test_a_kept_answer_that_is_none(text: str) -> None:
     """It is refused, never half read."""
     with pytest.raises(UpstreamError):
-        encoded(MODEL, Chunk(text))
+        await encoded(MODEL, Chunk(text))
+
+
+async def test_an_answer_brings_the_facts_of_its_version() -> None:
+    """Who reads it knows its labels, whatever has been loaded since."""
+    old = changed(MODEL, version="1", labels=("no", "yes"), operation="classify", dim=None, normalized=False)
+    tensors = (
+        Tensor("scores", "FP32", (1, 2), struct.pack("<2f", 0.25, 0.75)),
+        Tensor("label", "BYTES", (1, 1), elements=(b"yes",)),
+        Tensor("num_input_tokens", "UINT32", (1, 1), struct.pack("<I", 3)),
+    )
+    request = changed(REQUEST, operation="classify", texts=("a",))
+    text = (await together(request, old, [InferResult("e", "1", tensors)])).text
+    answer = await encoded(changed(old, version="2", labels=("a", "b", "c"), normalized=True), Chunk(text))
+    assert (answer.model.version, answer.model.labels, answer.model.normalized) == ("1", ("no", "yes"), False)
+    assert answer.outputs["label"].elements == (b"yes",)
 
 
 def test_where_a_text_stands() -> None:

@@ -262,6 +262,19 @@ async def test_an_answer_over_the_bound_is_not_stored(server: RealRedis) -> None
         assert len(await stored(worker)) == 1
 
 
+async def test_vectors_over_the_bound_are_not_written_out(server: RealRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megabytes that do not get smaller are found too large without making an entry of them, and counted."""
+    monkeypatch.setattr("orchestrator.flights.encode", lambda *_: pytest.fail("written out"))
+    async with replica(server.url, Upstream(words=["a" * 3000]).go(), limit_bytes=2000) as worker:
+        await worker.store.call("FLUSHALL")
+        ticket, lookup = await worker.enter()
+        ticket.task = "embeddings"
+        assert await read(worker.flights.join(ticket, lookup, worker.upstream.stream)) == "a" * 3000
+        await until(lambda: not worker.flights._running)
+        assert await stored(worker) == []
+        assert await worker.store.call("HGET", "truthgpt:{t}:s", "large:embeddings") == b"1"
+
+
 async def test_an_answer_that_cannot_be_stored_is_given_and_forgotten(
     one: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:

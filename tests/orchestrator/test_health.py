@@ -215,6 +215,24 @@ async def test_version_and_digest_change_in_one_step(health: Health, fake: FakeT
     assert seen <= {("1", "first"), ("2", "second")} and health.ready
 
 
+@pytest.mark.parametrize("digest", ["", "second"])
+async def test_a_reload_that_an_answer_tells_of_is_read_once(fake: FakeTriton, digest: str) -> None:
+    """Whoever is answered by a version that no heartbeat has told of reads it anew, all who are at once together."""
+    fake.beat["digest"] = digest and "first"
+    triton = Triton(fake.url, Deadlines(heartbeat_s=0.3))
+    health = Health(triton, interval_s=60.0, engine_stall_s=5.0)
+    known = await ready(health, "m")
+    await until(lambda: fake.calls.count("POST /v2/models/m/generate") == 2)  # of who found it, and of its watch
+    fake.version, fake.beat["digest"], fake.parameters["max_len"] = "2", digest, "32"
+    fake.calls.clear()
+    found = await asyncio.gather(*(health.renew(known) for _ in range(10)))
+    assert {(model.version, model.digest, model.max_len, model.ready) for model in found} == {("2", digest, 32, True)}
+    assert fake.calls.count("POST /v2/models/m/generate") == 1
+    for served in health.served():
+        served.task.cancel()
+    await triton.close()
+
+
 async def test_triton_away_is_not_a_missing_model() -> None:
     """While Triton cannot be asked, no model is said not to exist."""
     async with FakeTriton() as fake:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from backends.encoder.answer import best_labels, gathered, scores
-from backends.inflight.errors import Internal, Unavailable
+from backends.inflight.errors import Internal, InvalidArgument, Unavailable
 
 ROW = np.array([1.0, 2.0], np.float32)
 
@@ -26,6 +26,14 @@ def test_a_failed_run_and_a_wrong_shape_are_errors():
     mine = Unavailable("closing")
     assert gathered([mine], 2) is mine
     assert "not 3" in str(gathered([ROW], 3))
+
+
+def test_a_token_beyond_the_table_is_the_texts_fault():
+    """It is refused by the text's place, whether the session says so or an engine in front of it."""
+    said = "INVALID_ARGUMENT : ... indices element out of data bounds, idx=200 must be within [-100,99]"
+    for error in (ValueError(said), Internal(f"mood--engine failed: {said}")):
+        answer = gathered([ROW, error], 2)
+        assert isinstance(answer, InvalidArgument) and str(answer).startswith("text_input[1] has a token ")
 
 
 def test_scores_by_problem():

@@ -58,6 +58,27 @@ def test_a_bad_text_refuses_its_own_request(folder: Path, raw, said: str):
     assert ids(good) == [[0, 4, 1]]
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"one": 0, "two": 1}, unk_token="[UNK]"),  # noqa: S106  (a token of text)
+        models.WordPiece({"one": 0, "two": 1}, unk_token="[UNK]"),  # noqa: S106
+        models.Unigram([("one", 0.0), ("two", 0.0), *((letter, -9.0) for letter in "onetw")]),
+    ],
+    ids=["WordLevel", "WordPiece", "Unigram"],
+)
+@pytest.mark.parametrize("truncate", [False, True])
+def test_a_text_that_cannot_be_tokenised_refuses_its_own_request(tmp_path: Path, model: models.Model, truncate: bool):
+    """A tokenizer without a token for the unknown refuses the word and names its text; neighbours are answered."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    texts = [[b"one", b"two one"], [b"two", b"8"], [b"two"]]
+    first, bad, last = TextCodec(tmp_path, 8).encode([Texts(each, truncate) for each in texts])
+    assert ids(first) == [[0], [1, 0]] and ids(last) == [[1]]
+    assert isinstance(bad, InvalidArgument) and str(bad).startswith("text_input[1] cannot be tokenised: ")
+
+
 def test_a_text_without_tokens_is_refused(folder: Path):
     """Where a tokenizer frames nothing, an empty text has nothing to encode."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

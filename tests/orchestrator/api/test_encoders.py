@@ -455,3 +455,89 @@ async def test_a_batch_that_takes_long_is_no_death(encoders: FakeTriton) -> None
         encoders.beats_wait = True
         status, _, _ = await stack.post(EMBED, {"model": "e", "input": "a"})
         assert status == 200
+
+
+def reload(fake: FakeTriton, version: str, **facts: dict[str, str]) -> None:
+    """Triton switches to another version at once; `facts` change the entries of these models."""
+    fake.version, fake.beat["digest"] = version, version * 32
+    for name, changes in facts.items():
+        fake.encoders[name] = {**fake.encoders[name], **changes}
+
+
+@pytest.fixture
+async def unaware(encoders: FakeTriton, redis_server: RealRedis) -> AsyncIterator[Stack]:
+    """A gateway with a cache that no heartbeat tells of a reload."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    reload(encoders, "1")
+    kept = {"redis_url": redis_server.url, "redis_timeout_s": 2.0, "heartbeat_interval_s": 60.0}
+    async with serving(encoders, **kept) as running:
+        yield running
+
+
+async def test_a_reload_that_no_heartbeat_has_told_of(unaware: Stack) -> None:
+    """A version with another dim and other labels answers before the gateway knows it: by its own facts, once."""
+    embed, classify = {"model": "e", "input": "uno"}, {"model": "c", "input": "uno"}
+    assert len((await unaware.post(EMBED, embed))[1]["data"][0]["embedding"]) == 8
+    assert [(await unaware.post(CLASSIFY, classify))[0]] == [200]
+    reload(unaware.fake, "2", e={"dim": "4"}, c={"labels": '["bad", "so-so", "good"]'})
+    asked = len(unaware.fake.read)
+    status, body, _ = await unaware.post(EMBED, {**embed, "input": "dos"})
+    assert (status, body["data"][0]["embedding"]) == (200, vector("dos", 4))
+    status, body, _ = await unaware.post(CLASSIFY, {**classify, "input": "dos"})
+    assert (status, list(body["data"][0]["scores"])) == (200, ["bad", "so-so", "good"])
+    inputs = [{"name": "text_input", "datatype": "BYTES", "shape": [1, 1], "data": ["tres"]}]
+    assert (await unaware.post("/v2/models/c/infer", {"inputs": inputs}))[1]["model_version"] == "2"
+    assert len(unaware.fake.read) == asked + 3
+    models = {model.name: model for model in unaware.gateway.models}
+    assert (models["e"].version, models["e"].digest, models["e"].dim) == ("2", "2" * 32, 4)
+    reload(unaware.fake, "3", e={"dim": "3"})
+    status, body, _ = await unaware.post(EMBED, {**embed, "input": "tres", "dimensions": 4})
+    assert (status, body["error"]["param"]) == (400, "dimensions")
+
+
+async def test_an_answer_is_wholly_of_one_version(unaware: Stack) -> None:
+    """Parts that two versions have answered are asked once more, all of them; the rows are the new version's."""
+    reload(unaware.fake, "1", e={"max_batch_size": "2"})
+
+    def switch(outputs: dict[str, Any]) -> None:
+        if len(unaware.fake.read) >= 3 and unaware.fake.version == "9":
+            reload(unaware.fake, "2", e={"dim": "4"})
+
+    unaware.fake.broken_encoder = switch
+    unaware.fake.version = "9"  # it is read anew once, with the batches of two
+    await unaware.post(EMBED, {"model": "e", "input": "nueve"})
+    unaware.fake.read.clear()
+    texts = [f"text {number}" for number in range(8)]
+    status, body, _ = await unaware.post(EMBED, {"model": "e", "input": texts})
+    assert (status, [row["embedding"] for row in body["data"]]) == (200, [vector(text, 4) for text in texts])
+    assert len(unaware.fake.read) == 8
+
+
+async def test_an_answer_is_not_kept_for_another_version(unaware: Stack) -> None:
+    """What a newer version answered is not found under the old one's key once that is back; its own key has it."""
+    body = {"model": "e", "input": "uno"}
+    reload(unaware.fake, "2", e={"dim": "4"})
+    seen = [await unaware.post(EMBED, body) for _ in range(3)]
+    assert [answer[2]["x-cache"] for answer in seen] == ["miss", "miss", "hit"]
+    reload(unaware.fake, "1", e={"dim": "8"})
+    await unaware.post(EMBED, {"model": "e", "input": "tells the gateway"})
+    status, answer, headers = await unaware.post(EMBED, body)
+    assert (status, headers["x-cache"], len(answer["data"][0]["embedding"])) == (200, "miss", 8)
+
+
+async def test_a_reload_while_no_heartbeat_fits_in_the_queue(unaware: Stack) -> None:
+    """What the new version answers is taken all the same: its facts are read from Triton, not from its full queue."""
+    reload(unaware.fake, "2", e={"dim": "4"})
+    unaware.fake.beat_error = "Exceeds maximum queue size"
+    status, body, _ = await unaware.post(EMBED, {"model": "e", "input": "uno"})
+    assert (status, body["data"][0]["embedding"]) == (200, vector("uno", 4))
+
+
+async def test_a_model_that_changes_with_every_part(unaware: Stack) -> None:
+    """It is asked twice, and its client told to come back."""
+    versions = iter(range(2, 99))
+    unaware.fake.broken_encoder = lambda outputs: reload(unaware.fake, str(next(versions)))
+    status, body, _ = await unaware.post(EMBED, {"model": "e", "input": ["a"] * 200})
+    assert (status, body["error"]["code"]) == (503, "model_unavailable")
+    assert len(unaware.fake.read) == 8
