@@ -20,8 +20,8 @@ DEVICES = ("auto", "cpu", "cuda")
 class Entry:
     """One version folder and how to run it.
 
-    The graph takes ``inputs`` int64 [rows, seq], padded with ``pad``, and answers ``output`` float32 [rows, width]. Where
-    it ``skips_padding``, its products compute live tokens only.
+    The graph takes ``inputs`` int64 [rows, seq], padded with ``pad``, and answers ``output`` float32 [rows, width].
+    Where it ``skips_padding``, its products compute live tokens only.
     ``engine`` names the model that runs it, at ``engine_version``, where it is not this process. ``digest`` is the
     first 32 hex digits of the SHA-256 of its manifest, which names every other file's.
     """

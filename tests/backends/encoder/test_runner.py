@@ -24,8 +24,8 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 def entry(folder: Path, **changes) -> Entry:
     facts = dict(
         folder=folder, digest="", task="embeddings", inputs=INPUTS, output="embedding", width=1, max_len=64, pad=9,
-        skips_padding=False, prompt="", problem="single_label", labels=(), device="cpu", threads=1, max_tokens_per_batch=64, engine=None,
-        engine_version=0,
+        skips_padding=False, prompt="", problem="single_label", labels=(), device="cpu", threads=1,
+        max_tokens_per_batch=64, engine=None, engine_version=0,
     )  # fmt: skip
     return Entry(**{**facts, **changes})
 
