@@ -51,9 +51,8 @@ class Faults:
 
 @dataclass
 class _Watched:
-    """One model, of `instances` processes as version `counted` has them. Monotonic times: `good_at` of the last good
-    heartbeat or of what was done last, `due_at` before which nothing is done, `patient_until` before which a load may
-    be under way.
+    """One model, of `processes` as Triton has loaded it. Monotonic times: `good_at` of the last good heartbeat or of
+    what was done last, `due_at` before which nothing is done, `patient_until` before which a load may be under way.
     """
 
     name: str
@@ -61,8 +60,7 @@ class _Watched:
     lost: bool = False
     due_at: float | None = None
     patient_until: float = 0.0
-    instances: int = 1
-    counted: int | None = None
+    processes: int = 0
     faults: Faults = field(default_factory=Faults)
     mending: asyncio.Task[None] | None = None
 
@@ -85,7 +83,10 @@ class ModelWatch:
     async def answers(self, name: str) -> bool:
         """Whether a model answers its heartbeat, and no step of its engine takes for ever."""
         try:
-            beat = await self._repository.beat(name, self._settings.engine_stall_s)
+            config = await self._triton.model_config(name)
+            if name in self._watched:
+                self._watched[name].processes = config.processes
+            beat = await self._triton.beat(name, config, self._settings.engine_stall_s)
         except Overloaded:  # that its queue is full Triton itself says
             return True
         except TruthGPTError:
@@ -107,7 +108,7 @@ class ModelWatch:
         self._agree()
         every = list(self._watched.values())
         good = await asyncio.gather(*(self.answers(watched.name) for watched in every))
-        whole = [answers and self._complete(watched) for watched, answers in zip(every, good, strict=True)]
+        whole = [answers and await self._complete(watched) for watched, answers in zip(every, good, strict=True)]
         self._answering = {watched.name for watched, answers in zip(every, whole, strict=True) if answers}
         actions: dict[str, Action] = {}
         for watched in every:
@@ -133,21 +134,21 @@ class ModelWatch:
             watched.due_at, watched.good_at = None, now
             watched.mending = asyncio.create_task(self._reload(watched), name=f"reload {name}")
 
-    def _complete(self, watched: _Watched) -> bool:
-        """Whether every instance of a model has its process: one that has died fails its share of the requests, while
-        the others answer the heartbeats.
+    async def _complete(self, watched: _Watched) -> bool:
+        """Whether a model has all of its processes: one that has died fails its share of the requests, while the others
+        answer the heartbeats.
+
+        How many there are to be, Triton says: config.pbtxt may have been changed and not been loaded since.
         """
         version = modelset.read(self._home).get(watched.name)
-        if version is None:
+        if version is None or watched.processes < 2 or self._running(watched, version) >= watched.processes:
             return True
-        if watched.counted != version:
-            with contextlib.suppress(models.ModelsError):
-                watched.instances = models.get(self._settings.model_repository, watched.name).instances()
-            watched.counted = version
-        return watched.instances < 2 or self._running(watched.name, version) >= watched.instances
+        with contextlib.suppress(TruthGPTError):  # there may be fewer since it was asked last
+            watched.processes = (await self._triton.model_config(watched.name)).processes
+        return self._running(watched, version) >= watched.processes
 
-    def _running(self, name: str, version: int) -> int:
-        return sum(runs(stub.pid) for stub in tritonserver.stubs(self._server().pid, name, version))
+    def _running(self, watched: _Watched, version: int) -> int:
+        return sum(runs(stub.pid) for stub in tritonserver.stubs(self._server().pid, watched.name, version))
 
     def _agree(self) -> None:
         """Watch what is to be served, and nothing else."""
@@ -173,7 +174,7 @@ class ModelWatch:
             return Action.WAIT
         evidence = healing.Evidence(
             failing_s=now - watched.good_at,
-            stub_runs=self._complete(watched)
+            stub_runs=await self._complete(watched)
             and any(runs(stub.pid) for stub in tritonserver.stubs(server.pid, watched.name)),
             server_runs=server.returncode is None and runs(server.pid),
             server_answers=await self._alive(),
