@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -25,6 +26,7 @@ from orchestrator.triton import Repository, Triton
 from orchestrator.triton.repository import LOADING, READY
 
 POLL_S = 0.4
+BEATS_S = 0.2  # what a look waits for the answers; one that takes longer is seen by a later look
 UNLOAD_S = 8.0
 HEALTHY_AGAIN_S = 10.0  # after this long without a fault the back-off starts anew
 
@@ -53,6 +55,7 @@ class Faults:
 class _Watched:
     """One model, of `processes` as Triton has loaded it. Monotonic times: `good_at` of the last good heartbeat or of
     what was done last, `due_at` before which nothing is done, `patient_until` before which a load may be under way.
+    `asked`: whether it answers, while that is not known yet.
     """
 
     name: str
@@ -63,6 +66,16 @@ class _Watched:
     processes: int = 0
     faults: Faults = field(default_factory=Faults)
     mending: asyncio.Task[None] | None = None
+    asked: asyncio.Task[bool] | None = None
+
+    def tasks(self) -> list[asyncio.Task[Any]]:
+        return [task for task in (self.mending, self.asked) if task is not None]
+
+    def forget(self) -> None:
+        """Cancel what was asked: the answer would be about what is no more."""
+        if self.asked is not None:
+            self.asked.cancel()
+            self.asked = None
 
 
 class ModelWatch:
@@ -100,25 +113,29 @@ class ModelWatch:
                 await asyncio.sleep(POLL_S)
                 await self._look()
         finally:
-            for watched in self._watched.values():
-                if watched.mending is not None:
-                    watched.mending.cancel()
+            await self._cancel(self._watched.values())
+
+    async def _cancel(self, several: Collection[_Watched]) -> None:
+        """End what is under way for some models, and wait until it has ended."""
+        tasks = [task for watched in several for task in watched.tasks()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for watched in several:
+            watched.mending = watched.asked = None
 
     async def _look(self) -> None:
-        self._agree()
-        every = list(self._watched.values())
-        good = await asyncio.gather(*(self.answers(watched.name) for watched in every))
-        whole = [answers and await self._complete(watched) for watched, answers in zip(every, good, strict=True)]
-        self._answering = {watched.name for watched, answers in zip(every, whole, strict=True) if answers}
+        await self._agree()
         actions: dict[str, Action] = {}
-        for watched in every:
-            if watched.name in self._answering:
+        for watched, answers in await self._ask():
+            if answers and (watched.processes < 2 or await self._complete(watched)):
+                self._answering.add(watched.name)
                 self._found_good(watched)
-            elif watched.mending is None or watched.mending.done():
-                if watched.mending is not None and not watched.mending.cancelled():
-                    watched.mending.result()  # a fault of ours is not passed over
-                    watched.mending = None
-                actions[watched.name] = await self._action(watched)
+                continue
+            if answers is not None:
+                self._answering.discard(watched.name)
+            if watched.mending is None:
+                actions[watched.name] = await self._action(watched, pending=answers is None)
         now = time.monotonic()
         for name, action in actions.items():
             watched = self._watched[name]
@@ -132,7 +149,33 @@ class ModelWatch:
             if action is Action.RESTART:
                 return await self._start_again()
             watched.due_at, watched.good_at = None, now
+            watched.forget()
+            self._answering.discard(watched.name)
             watched.mending = asyncio.create_task(self._reload(watched), name=f"reload {name}")
+
+    async def _ask(self) -> list[tuple[_Watched, bool | None]]:
+        """Which models answer; None where that is not known yet.
+
+        An encoder says nothing while it is in a batch, which may take long: no other model waits for it.
+        """
+        every = list(self._watched.values())
+        for watched in every:
+            if watched.mending is not None and watched.mending.done():
+                watched.mending.result()  # a fault of ours is not passed over
+                watched.mending = None
+            if watched.asked is None and watched.mending is None:
+                watched.asked = asyncio.create_task(self.answers(watched.name), name=f"ask {watched.name}")
+        asked = {watched.asked for watched in every if watched.asked is not None}
+        if asked:
+            await asyncio.wait(asked, timeout=BEATS_S)
+        found: list[tuple[_Watched, bool | None]] = []
+        for watched in every:
+            if watched.asked is not None and watched.asked.done():
+                found.append((watched, watched.asked.result()))
+                watched.asked = None
+            else:
+                found.append((watched, None))
+        return found
 
     async def _complete(self, watched: _Watched) -> bool:
         """Whether a model has all of its processes: one that has died fails its share of the requests, while the others
@@ -140,23 +183,24 @@ class ModelWatch:
 
         How many there are to be, Triton says: config.pbtxt may have been changed and not been loaded since.
         """
-        version = modelset.read(self._home).get(watched.name)
-        if version is None or watched.processes < 2 or self._running(watched, version) >= watched.processes:
+        if self._running(watched) >= watched.processes:
             return True
         with contextlib.suppress(TruthGPTError):  # there may be fewer since it was asked last
             watched.processes = (await self._triton.model_config(watched.name)).processes
-        return self._running(watched, version) >= watched.processes
+        return self._running(watched) >= watched.processes
 
-    def _running(self, watched: _Watched, version: int) -> int:
-        return sum(runs(stub.pid) for stub in tritonserver.stubs(self._server().pid, watched.name, version))
+    def _running(self, watched: _Watched) -> int:
+        """How many processes run of the version that is to be served, or of what an administrator has loaded instead."""
+        server, version = self._server().pid, modelset.read(self._home).get(watched.name)
+        stubs = tritonserver.stubs(server, watched.name, version) or tritonserver.stubs(server, watched.name)
+        return sum(runs(stub.pid) for stub in stubs)
 
-    def _agree(self) -> None:
+    async def _agree(self) -> None:
         """Watch what is to be served, and nothing else."""
         wanted = modelset.read(self._home)
-        for name in [name for name in self._watched if name not in wanted]:
-            gone = self._watched.pop(name)
-            if gone.mending is not None:
-                gone.mending.cancel()
+        gone = [self._watched.pop(name) for name in list(self._watched) if name not in wanted]
+        self._answering &= wanted.keys()
+        await self._cancel(gone)
         for name in wanted:
             if name not in self._watched:
                 self._watched[name] = _Watched(name, time.monotonic())
@@ -168,17 +212,20 @@ class ModelWatch:
             self._report(f"{watched.name} is ready again")
             self._changed()
 
-    async def _action(self, watched: _Watched) -> Action:
+    async def _action(self, watched: _Watched, pending: bool) -> Action:
         server, now = self._server(), time.monotonic()
+        failing_s = now - watched.good_at
+        if failing_s < healing.SUSPECT_S:
+            return Action.WAIT
         if now < watched.patient_until and server.returncode is None and not await self._left_out(watched.name):
             return Action.WAIT
-        evidence = healing.Evidence(
-            failing_s=now - watched.good_at,
-            stub_runs=await self._complete(watched)
-            and any(runs(stub.pid) for stub in tritonserver.stubs(server.pid, watched.name)),
-            server_runs=server.returncode is None and runs(server.pid),
-            server_answers=await self._alive(),
-        )
+        if pending and modelset.changed_now(self._home) == watched.name:
+            watched.forget()  # what it was asked may be waiting for a version that goes
+        # One that has no process cannot be told from one that has lost it, but that answers at once, if only an error.
+        stub_runs = await self._complete(watched) and (pending or self._running(watched) > 0)
+        server_runs = server.returncode is None and runs(server.pid)
+        server_answers = server_runs and await self._alive()
+        evidence = healing.Evidence(failing_s, stub_runs, server_runs, server_answers, pending)
         action = healing.decide(evidence)
         if action is Action.RELOAD and modelset.changed_now(self._home) == watched.name:
             return Action.WAIT  # somebody is at work on it
@@ -200,14 +247,13 @@ class ModelWatch:
         return False
 
     async def _start_again(self) -> None:
-        for watched in self._watched.values():
-            if watched.mending is not None:
-                watched.mending.cancel()
+        await self._cancel(self._watched.values())
+        self._answering.clear()
         await self._restart()
         self._changed()
         now = time.monotonic()
         for watched in self._watched.values():
-            watched.mending, watched.due_at, watched.lost = None, None, True
+            watched.due_at, watched.lost = None, True
             watched.good_at, watched.patient_until = now, now + self._settings.start_timeout_s
 
     async def _reload(self, watched: _Watched) -> None:

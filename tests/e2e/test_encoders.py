@@ -441,6 +441,59 @@ def test_dead_processes_are_seen(stack: Served) -> None:
     assert told <= {"ok", "503", "404"}, load.outcomes
 
 
+@pytest.mark.slow
+def test_a_stopped_encoder_keeps_nobody_from_being_mended(stack: Served) -> None:
+    """An encoder whose processes are all stopped, and a model that is killed while it says nothing, are both back soon,
+    although the encoder might have been in a batch for longer.
+    """
+
+    def good(call: Callable[[Served, int], str], at: int) -> bool:
+        try:
+            return call(stack, at) == "ok"
+        except (OSError, http.client.HTTPException):  # it hangs until its model is ended
+            return False
+
+    def back(call: Callable[[Served, int], str]) -> float:
+        seeds = iter(range(1000, 10_000) if call is generate else [0] * 9000)  # no answer is to come from the cache
+        return wait_until(lambda: good(call, next(seeds)), 15, f"{call.__name__} answers")
+
+    server = stack.pid("triton")
+    for stub in tritonserver.stubs(server, "embedder"):
+        os.kill(stub.pid, signal.SIGSTOP)
+    time.sleep(0.7)  # the watch has asked it meanwhile
+    os.kill(stack.pid("stub"), signal.SIGKILL)
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(back, (embed, generate)))
+    assert time.monotonic() - began < 15 and stack.pid("triton") == server, "both by themselves"
+    whole(stack)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes(stack: Served) -> None:
+    """It counts once it is loaded: neither an edited config.pbtxt nor a reload with it has the watch end a process that
+    is well.
+    """
+    config = stack.repository / "embedder" / "config.pbtxt"
+    before = config.read_text()
+
+    def left_alone(count: int) -> None:
+        pids = {stub.pid for stub in tritonserver.stubs(stack.pid("triton"), "embedder")}
+        assert len(pids) == count
+        time.sleep(3.0)  # the watch would have acted after one
+        assert {stub.pid for stub in tritonserver.stubs(stack.pid("triton"), "embedder")} == pids
+        assert embed(stack, 0) == "ok"
+
+    for count in (1, 3, INSTANCES):
+        had = len(tritonserver.stubs(stack.pid("triton"), "embedder"))
+        config.write_text(re.sub(r"KIND_CPU count: \d+", f"KIND_CPU count: {count}", before))
+        left_alone(had)
+        assert models(stack, "reload", "embedder")["changed"]
+        left_alone(count)
+    config.write_text(before)
+    whole(stack)
+
+
 def whole(stack: Served) -> None:
     """Wait until both encoders answer with all of their processes, and the watch has nothing left to mend."""
 
