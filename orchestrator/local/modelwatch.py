@@ -23,7 +23,7 @@ from orchestrator.local.healing import Action
 from orchestrator.local.process import Child, runs
 from orchestrator.settings import Settings
 from orchestrator.triton import Repository, Triton
-from orchestrator.triton.repository import LOADING, READY
+from orchestrator.triton.repository import ENGINE, LOADING, READY
 
 POLL_S = 0.4
 BEATS_S = 0.2  # what a look waits for the answers; one that takes longer is seen by a later look
@@ -148,10 +148,20 @@ class ModelWatch:
                 continue
             if action is Action.RESTART:
                 return await self._start_again()
-            watched.due_at, watched.good_at = None, now
-            watched.forget()
-            self._answering.discard(watched.name)
-            watched.mending = asyncio.create_task(self._reload(watched), name=f"reload {name}")
+            self._mend(watched)
+
+    def _mend(self, watched: _Watched) -> None:
+        """Begin to reload a model, unless an operator is at work on it: the next look sees what came of that."""
+        lock = contextlib.ExitStack()
+        try:
+            lock.enter_context(modelset.mending(self._home, watched.name))
+        except modelset.Busy:
+            return
+        watched.due_at, watched.good_at = None, time.monotonic()
+        watched.forget()
+        self._answering.discard(watched.name)
+        watched.mending = asyncio.create_task(self._reload(watched), name=f"reload {watched.name}")
+        watched.mending.add_done_callback(lambda _: lock.close())  # also of a task that was cancelled before it began
 
     async def _ask(self) -> list[tuple[_Watched, bool | None]]:
         """Which models answer; None where that is not known yet.
@@ -190,7 +200,7 @@ class ModelWatch:
         return self._running(watched) >= watched.processes
 
     def _running(self, watched: _Watched) -> int:
-        """How many processes run of the version that is to be served, or of what an administrator has loaded instead."""
+        """How many processes run of the version to be served, or of what an administrator has loaded instead."""
         server, version = self._server().pid, modelset.read(self._home).get(watched.name)
         stubs = tritonserver.stubs(server, watched.name, version) or tritonserver.stubs(server, watched.name)
         return sum(runs(stub.pid) for stub in stubs)
@@ -219,7 +229,8 @@ class ModelWatch:
             return Action.WAIT
         if now < watched.patient_until and server.returncode is None and not await self._left_out(watched.name):
             return Action.WAIT
-        if pending and modelset.changed_now(self._home) == watched.name:
+        at_work = modelset.changed_now(self._home) == watched.name.removesuffix(ENGINE)
+        if pending and at_work:
             watched.forget()  # what it was asked may be waiting for a version that goes
         # One that has no process cannot be told from one that has lost it, but that answers at once, if only an error.
         stub_runs = await self._complete(watched) and (pending or self._running(watched) > 0)
@@ -227,8 +238,8 @@ class ModelWatch:
         server_answers = server_runs and await self._alive()
         evidence = healing.Evidence(failing_s, stub_runs, server_runs, server_answers, pending)
         action = healing.decide(evidence)
-        if action is Action.RELOAD and modelset.changed_now(self._home) == watched.name:
-            return Action.WAIT  # somebody is at work on it
+        if action is Action.RELOAD and at_work:
+            return Action.WAIT
         if action is Action.RELOAD and not watched.lost and await self._unloaded(watched.name):
             return Action.WAIT  # an administrator's doing: no fault ends like that
         return action
