@@ -92,6 +92,7 @@ class ModelWatch:
         self._changed, self._report = changed, report
         self._watched: dict[str, _Watched] = {}
         self._answering: set[str] = set()
+        self._in_vain = False  # a reload has failed since the last look
 
     async def answers(self, name: str) -> bool:
         """Whether a model answers its heartbeat, and no step of its engine takes for ever."""
@@ -126,6 +127,10 @@ class ModelWatch:
 
     async def _look(self) -> None:
         await self._agree()
+        in_vain, self._in_vain, now = self._in_vain, False, time.monotonic()
+        loading = any(now < watched.patient_until for watched in self._watched.values())
+        if in_vain and not self._answering and not loading:  # nobody is disturbed by a server that starts anew
+            return await self._start_again()
         actions: dict[str, Action] = {}
         for watched, answers in await self._ask():
             if answers and (watched.processes < 2 or await self._complete(watched)):
@@ -283,13 +288,8 @@ class ModelWatch:
             await self._repository.load(name, limit_s, config)
         except (TruthGPTError, models.ModelsError) as error:
             self._report(f"{name} could not be reloaded: {error}")
-            if not self._answering:  # nobody is disturbed by a server that starts anew
-                await self._start_again_for(watched)
+            watched.patient_until, self._in_vain = 0.0, True
             return
         tritonserver.sweep(tritonserver.shm_prefix(self._settings.home), kill=False)
         watched.good_at = time.monotonic()
         watched.patient_until = watched.good_at + limit_s
-
-    async def _start_again_for(self, watched: _Watched) -> None:
-        watched.mending = None  # it is this task: it is not to cancel itself
-        await self._start_again()
