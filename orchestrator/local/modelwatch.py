@@ -20,6 +20,7 @@ from orchestrator import models
 from orchestrator.errors import Overloaded, TruthGPTError
 from orchestrator.local import healing, modelset, tritonserver
 from orchestrator.local.healing import Action
+from orchestrator.local.preflight import StartError
 from orchestrator.local.process import Child, runs
 from orchestrator.settings import Settings
 from orchestrator.triton import Repository, Triton
@@ -79,17 +80,20 @@ class _Watched:
 
 
 class ModelWatch:
-    """`server` is the process of the moment, `restart` replaces it, `changed` is told that something was mended."""
+    """`server` is the process of the moment, `restart` replaces it, `changed` is told that something was mended.
+    `check` raises StartError where a version may not be loaded.
+    """
 
     def __init__(
         self, settings: Settings, triton: Triton, server: Callable[[], Child], alive: Callable[[], Awaitable[bool]],
         restart: Callable[[], Awaitable[None]], changed: Callable[[], object], report: Report,
+        check: Callable[[str, int], Awaitable[None]],
     ) -> None:  # fmt: skip
         self._settings, self._triton = settings, triton
         self._repository = Repository(triton, f"127.0.0.1:{settings.triton_grpc_port}")
         self._home: Path = settings.home.resolve()
         self._server, self._alive, self._restart = server, alive, restart
-        self._changed, self._report = changed, report
+        self._changed, self._report, self._check = changed, report, check
         self._watched: dict[str, _Watched] = {}
         self._answering: set[str] = set()
         self._in_vain = False  # a reload has failed since the last look
@@ -280,15 +284,17 @@ class ModelWatch:
             if version is None:
                 return
             config = models.get(self._settings.model_repository, name).pinned(version)
+            await self._check(name, version)
             for stub in tritonserver.stubs(self._server().pid, name, version):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     stub.kill()
             with contextlib.suppress(TruthGPTError):  # it may not be loaded
                 await self._repository.unload(name, UNLOAD_S)
             await self._repository.load(name, limit_s, config)
-        except (TruthGPTError, models.ModelsError) as error:
+        except (TruthGPTError, models.ModelsError, StartError) as error:
             self._report(f"{name} could not be reloaded: {error}")
-            watched.patient_until, self._in_vain = 0.0, True
+            watched.patient_until = 0.0
+            self._in_vain |= not isinstance(error, StartError)  # what is damaged is so for another server, too
             return
         tritonserver.sweep(tritonserver.shm_prefix(self._settings.home), kill=False)
         watched.good_at = time.monotonic()

@@ -202,13 +202,9 @@ class Control:
     def _verify(self, entry: Entry, version: Version) -> None:
         """Raises ControlError when anything is wrong, before Triton has heard of it."""
         self._say(f"verifying {entry.name} version {version.number}")
-        verdict = verification.verify(entry, version, self._advance)
-        if not verdict.ok:
-            raise ControlError(
-                f"{entry.name} version {version.number} is not loaded: "
-                + "; ".join(text for _, text in verdict.problems),
-                f"export {entry.name} again, or choose an intact version: `truthgpt models verify {entry.name} --all`",
-            )
+        refused = verification.refusal(entry, version, self._advance)
+        if refused is not None:
+            raise ControlError(*refused)
         engine = models.engine_of(self._settings.model_repository, version)
         if engine is not None:
             self._verify(*engine)

@@ -26,7 +26,7 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from orchestrator.local import tritonserver
+from orchestrator.local import modelset, tritonserver
 from tests.counting import write_entry
 from tests.encoding import EMBEDS, write_encoder
 
@@ -439,6 +439,51 @@ def test_dead_processes_are_seen(stack: Served) -> None:
         whole(stack)
     told = {outcome for counter in load.outcomes.values() for outcome in counter}
     assert told <= {"ok", "503", "404"}, load.outcomes
+
+
+def test_a_damaged_graph_is_refused_at_the_start(stack: Served, tmp_path: Path) -> None:
+    """Triton's own backends check no file: `up` does before Triton starts, and says what `models load` says."""
+    repository = tmp_path / "repository"
+    for name in ("counting", "mood", "mood--engine"):
+        shutil.copytree(stack.repository / name, repository / name)
+    number = max(int(path.name) for path in (repository / "mood").glob("[0-9]*"))
+    manifest = json.loads((repository / "mood" / str(number) / "manifest.json").read_text())
+    graph = repository / "mood--engine" / str(manifest["served_by"]["version"])
+    other = Served(tmp_path / "home", repository, extra={"TRUTHGPT_MODELS": "mood"})
+
+    def refused(what: str) -> None:
+        done = other.cli("up", "--detach")
+        assert done.returncode == 1 and what in done.stderr and "hint: " in done.stderr, done.stderr
+        assert not (other.home / "logs" / "triton.log").exists() and other.leftovers() == []
+
+    whole_graph = (graph / "model.onnx").read_bytes()
+    (graph / "model.onnx").write_bytes(whole_graph + b" ")
+    refused(f"mood--engine version {graph.name} is not loaded: {graph / 'model.onnx'} is damaged")
+    (graph / "model.onnx").write_bytes(whole_graph)
+    path = graph / "manifest.json"
+    path.write_text(path.read_text() + " ")
+    refused(f"mood version {number} is not loaded: {path} is not the one that mood version {number} was exported with")
+
+
+@pytest.mark.slow
+def test_a_graph_that_was_damaged_does_not_come_back_after_a_crash(stack: Served) -> None:
+    """Triton is started without it, the supervisor says why, the others are served; restored, it is there again."""
+    number = modelset.read(stack.home)["mood--engine"]
+    graph = stack.repository / "mood--engine" / str(number) / "model.onnx"
+    log = stack.home / "logs" / "supervisor.log"
+    before, data = len(log.read_text()), graph.read_bytes()
+    graph.write_bytes(data + b" ")
+    try:
+        os.kill(stack.pid("triton"), signal.SIGKILL)
+        said = f"could not be reloaded: mood--engine version {number} is not loaded: {graph} is damaged"
+        wait_until(lambda: said in log.read_text()[before:], 30, "it is refused")
+        wait_until(lambda: embed(stack, 0) == "ok", 30, "the others are back")
+        server = stack.pid("triton")
+        assert classify(stack, 0) in ("503", "404")
+    finally:
+        graph.write_bytes(data)
+    whole(stack)
+    assert stack.pid("triton") == server
 
 
 @pytest.mark.slow

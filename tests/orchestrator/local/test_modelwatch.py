@@ -74,9 +74,12 @@ async def watching(home: Path, fake: FakeTriton, stubs: Any, *names: str) -> Asy
         task = asyncio.current_task()
         found.restarts.append(task.get_name() if task is not None else "")
 
+    async def check(name: str, number: int) -> None:
+        return None
+
     triton = Triton(fake.url, Deadlines(heartbeat_s=0.5))
     server = cast(Child, Server())
-    watch = ModelWatch(settings, triton, lambda: server, alive, restart, lambda: None, found.said.append)
+    watch = ModelWatch(settings, triton, lambda: server, alive, restart, lambda: None, found.said.append, check)
     running = asyncio.create_task(watch.run(), name="the watch")
     try:
         await asyncio.sleep(1.0)
