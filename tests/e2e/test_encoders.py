@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -487,30 +488,38 @@ def test_a_graph_that_was_damaged_does_not_come_back_after_a_crash(stack: Served
 
 
 @pytest.mark.slow
-def test_a_stopped_encoder_keeps_nobody_from_being_mended(stack: Served) -> None:
-    """An encoder whose processes are all stopped, and a model that is killed while it says nothing, are both back soon,
-    although the encoder might have been in a batch for longer.
+def test_an_encoder_that_says_nothing_keeps_nobody_from_being_mended(stack: Served) -> None:
+    """While one is in a long batch, a model that is killed comes back as fast as ever and the batch goes on; where its
+    process is stopped in the batch, it is brought back without waiting for what a batch may take.
     """
+    write_encoder(stack.repository, "lengthy", EMBEDS | {"pause_s": "25"})
+    control(stack, "lengthy", "load")
+    wanted, server = modelset.read(stack.home), stack.pid("triton")
 
-    def good(call: Callable[[Served, int], str], at: int) -> bool:
-        try:
-            return call(stack, at) == "ok"
-        except (OSError, http.client.HTTPException):  # it hangs until its model is ended
-            return False
+    def pid(name: str) -> int:
+        return next((stub.pid for stub in tritonserver.stubs(server, name)), 0)
 
-    def back(call: Callable[[Served, int], str]) -> float:
-        seeds = iter(range(1000, 10_000) if call is generate else [0] * 9000)  # no answer is to come from the cache
-        return wait_until(lambda: good(call, next(seeds)), 15, f"{call.__name__} answers")
+    def fetch() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            stack.request("POST", "/v1/embeddings", {"model": "lengthy", "input": "one"}, timeout=60)
 
-    server = stack.pid("triton")
-    for stub in tritonserver.stubs(server, "embedder"):
-        os.kill(stub.pid, signal.SIGSTOP)
-    time.sleep(0.7)  # the watch has asked it meanwhile
-    os.kill(stack.pid("stub"), signal.SIGKILL)
-    began = time.monotonic()
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(back, (embed, generate)))
-    assert time.monotonic() - began < 15 and stack.pid("triton") == server, "both by themselves"
+    lengthy, batch = pid("lengthy"), threading.Thread(target=fetch)
+    modelset.write(stack.home, wanted | {"lengthy": 1})  # as `models load` does for an export
+    try:
+        batch.start()
+        time.sleep(1.5)  # the watch has asked it meanwhile, too
+        os.kill(pid("counting"), signal.SIGKILL)
+        seeds = iter(range(1000, 10_000))  # no answer is to come from the cache
+        wait_until(lambda: generate(stack, next(seeds)) != "ok", 5, "it is missed")
+        wait_until(lambda: generate(stack, next(seeds)) == "ok", 8, "it is back")
+        assert pid("lengthy") == lengthy and batch.is_alive(), "in its batch as before"
+        os.kill(lengthy, signal.SIGSTOP)
+        wait_until(lambda: pid("lengthy") not in (0, lengthy) and ready(stack, "lengthy"), 12, "it is back, too")
+        assert stack.pid("triton") == server
+    finally:
+        modelset.write(stack.home, wanted)
+        batch.join(70)
+        control(stack, "lengthy", "unload")
     whole(stack)
 
 
