@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from orchestrator.domain import Model
+from orchestrator.domain import Abilities, Model
 from orchestrator.errors import ModelNotFound, Overloaded, TruthGPTError, UpstreamUnavailable
 from orchestrator.triton import Attendance, Heartbeat, ModelConfig, Triton, is_engine
 
@@ -291,7 +291,7 @@ class Health:
     async def _configure(self, served: Served) -> ModelConfig:
         config = await self._triton.model_config(served.model.name)
         served.config = config
-        facts = {name: value for name, value in vars(config).items() if name != "beats"}
+        facts = {row.name: getattr(config, row.name) for row in dataclasses.fields(Abilities)}
         served.model = dataclasses.replace(served.model, seen=True, **facts)
         served.configured = True
         return config

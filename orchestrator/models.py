@@ -36,9 +36,6 @@ class ModelsError(Exception):
         self.hint = hint
 
 
-OUR_BACKENDS = ("inflight", "encoder")  # each instance is a process of its own
-
-
 @dataclass(frozen=True)
 class Engine:
     """What a natively served encoder's manifest says of the entry that has its graph, which is loaded before it."""
@@ -112,14 +109,6 @@ class Entry:
             return pbtxt.parse(self.config_path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelsError(f"{self.config_path} cannot be read: {error}", "export the model again") from error
-
-    def instances(self) -> int:
-        """How many of our backend processes serve a version; 1 where another backend does. Raises ModelsError."""
-        config = self.config()
-        if (config.get("backend") or [None])[-1] not in OUR_BACKENDS:
-            return 1
-        groups = [group for group in config.get("instance_group", []) if isinstance(group, dict)]
-        return sum(int((group.get("count") or [1])[-1]) for group in groups) or 1
 
     def pinned(self, *numbers: int) -> dict[str, Any]:
         """config.pbtxt as Triton's `load` takes it, by which these versions are served and no other.

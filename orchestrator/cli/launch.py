@@ -21,6 +21,7 @@ from orchestrator.local import state
 from orchestrator.local.process import kill_group
 from orchestrator.local.redisserver import RedisMissing
 from orchestrator.local.supervisor import Supervisor
+from orchestrator.ops import verification
 from orchestrator.settings import Settings
 
 POLL_S = 0.1
@@ -52,7 +53,7 @@ class _Foreground:
     ) -> None:
         self._settings, self._progress = settings, progress
         self._as_json, self._hello, self._quiet = as_json, hello, quiet
-        self._supervisor = Supervisor(settings, served, progress.step)
+        self._supervisor = Supervisor(settings, served, progress.step, verification.graph_refusal)
         self._state: state.State | None = None
         self._presenting: asyncio.Task[None] | None = None
         self._stopped_by = 0

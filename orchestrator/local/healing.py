@@ -20,14 +20,16 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """One look at a model. `failing_s`: seconds since its last good heartbeat. `stub_runs`, `server_runs`: the
-    process exists and is not
-    stopped. `server_answers`: Triton itself answered its liveness probe."""
+    """One look at a model. `failing_s`: seconds since its last good heartbeat. `stub_runs`, `server_runs`: the process
+    exists and is not stopped. `server_answers`: Triton itself answered its liveness probe. `pending`: it was asked for
+    a heartbeat and may still answer in time.
+    """
 
     failing_s: float
     stub_runs: bool
     server_runs: bool
     server_answers: bool
+    pending: bool = False
 
 
 # Without proof of a dead process a model may just be slow, and a restart costs every running stream: wait longer.
@@ -43,7 +45,7 @@ def decide(evidence: Evidence) -> Action:
         return Action.RESTART
     if not evidence.stub_runs and evidence.server_answers:
         return Action.RELOAD
-    if evidence.failing_s < PATIENCE_S:
+    if evidence.pending or evidence.failing_s < PATIENCE_S:
         return Action.WAIT
     return Action.RELOAD if evidence.server_answers else Action.RESTART
 

@@ -1,7 +1,9 @@
 """Which models of a home are to be served, and in which version: a file that outlives a crash of Triton.
 
 The supervisor writes it when it starts, `truthgpt models load|unload|reload` change it, and after a restart of Triton
-the supervisor loads what it says. Whoever changes it holds a lock, so that two operators do not work at once.
+the supervisor loads what it says. Whoever changes it holds a lock, so that two operators do not work at once. A second
+lock, one a model, is held by whoever loads or unloads that model: an operator, or the supervisor that mends it. So the
+two do not undo each other's work, and an operator who is busy with one model keeps no other one from being mended.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from orchestrator.triton.repository import ENGINE
 
 POLL_S = 0.1
 
@@ -53,12 +57,37 @@ def clear(home: Path) -> None:
 
 @contextlib.contextmanager
 def changing(home: Path, model: str, wait_s: float) -> Iterator[None]:
-    """Hold the lock while a model is loaded or unloaded. Raises Busy when somebody else does for all of `wait_s`."""
+    """Hold both locks while a model is loaded or unloaded. Raises Busy when one is another's for all of `wait_s`."""
     deadline = time.monotonic() + wait_s
-    with _lock_path(home).open("a+", encoding="utf-8") as file:
+    with _held(_lock_path(home), model, "another command is", deadline):
+        with _held(_model_lock_path(home, model), model, "the supervisor is", deadline):
+            yield
+
+
+@contextlib.contextmanager
+def mending(home: Path, model: str) -> Iterator[None]:
+    """Hold the lock of one model and its graph. Raises Busy when somebody else has it."""
+    with _held(_model_lock_path(home, model), model, "another command is", 0.0):
+        yield
+
+
+def changed_now(home: Path) -> str | None:
+    """The model that an operator is loading or unloading at this moment."""
+    try:
+        with _lock_path(home).open("r", encoding="utf-8") as file:
+            if _try(file.fileno()):
+                return None
+            return str(json.loads(file.read())["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def _held(path: Path, model: str, who: str, deadline: float) -> Iterator[None]:
+    with path.open("a+", encoding="utf-8") as file:
         while not _try(file.fileno()):
             if time.monotonic() >= deadline:
-                raise Busy(f"another command is {_told(home) or 'changing what is loaded'}", "wait until it has ended")
+                raise Busy(f"{who} {_told(path) or 'changing what is loaded'}", "wait until it has ended")
             time.sleep(POLL_S)
         file.truncate(0)
         file.write(json.dumps({"model": model, "pid": os.getpid()}))
@@ -69,21 +98,10 @@ def changing(home: Path, model: str, wait_s: float) -> Iterator[None]:
             file.truncate(0)
 
 
-def changed_now(home: Path) -> str | None:
-    """The model that somebody is loading or unloading at this moment."""
+def _told(path: Path) -> str:
+    """What the holder of a lock is doing."""
     try:
-        with _lock_path(home).open("r", encoding="utf-8") as file:
-            if _try(file.fileno()):
-                return None
-            return str(json.loads(file.read())["model"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _told(home: Path) -> str:
-    """What the holder of the lock is doing."""
-    try:
-        holder = json.loads(_lock_path(home).read_text(encoding="utf-8"))
+        holder = json.loads(path.read_text(encoding="utf-8"))
         return f"working on {holder['model']} (process {holder['pid']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
@@ -91,6 +109,11 @@ def _told(home: Path) -> str:
 
 def _lock_path(home: Path) -> Path:
     return home / "models.lock"
+
+
+def _model_lock_path(home: Path, model: str) -> Path:
+    """A graph has the lock of its model: the two come and go together."""
+    return home / f"models-{model.removesuffix(ENGINE)}.lock"
 
 
 def _try(handle: int) -> bool:

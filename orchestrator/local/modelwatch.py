@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -19,12 +20,14 @@ from orchestrator import models
 from orchestrator.errors import Overloaded, TruthGPTError
 from orchestrator.local import healing, modelset, tritonserver
 from orchestrator.local.healing import Action
+from orchestrator.local.preflight import StartError
 from orchestrator.local.process import Child, runs
 from orchestrator.settings import Settings
 from orchestrator.triton import Repository, Triton
-from orchestrator.triton.repository import LOADING, READY
+from orchestrator.triton.repository import ENGINE, LOADING, READY
 
 POLL_S = 0.4
+BEATS_S = 0.2  # what a look waits for the answers; one that takes longer is seen by a later look
 UNLOAD_S = 8.0
 HEALTHY_AGAIN_S = 10.0  # after this long without a fault the back-off starts anew
 
@@ -51,9 +54,9 @@ class Faults:
 
 @dataclass
 class _Watched:
-    """One model, of `instances` processes as version `counted` has them. Monotonic times: `good_at` of the last good
-    heartbeat or of what was done last, `due_at` before which nothing is done, `patient_until` before which a load may
-    be under way.
+    """One model, of `processes` as Triton has loaded it. Monotonic times: `good_at` of the last good heartbeat or of
+    what was done last, `due_at` before which nothing is done, `patient_until` before which a load may be under way.
+    `asked`: whether it answers, while that is not known yet.
     """
 
     name: str
@@ -61,31 +64,47 @@ class _Watched:
     lost: bool = False
     due_at: float | None = None
     patient_until: float = 0.0
-    instances: int = 1
-    counted: int | None = None
+    processes: int = 0
     faults: Faults = field(default_factory=Faults)
     mending: asyncio.Task[None] | None = None
+    asked: asyncio.Task[bool] | None = None
+
+    def tasks(self) -> list[asyncio.Task[Any]]:
+        return [task for task in (self.mending, self.asked) if task is not None]
+
+    def forget(self) -> None:
+        """Cancel what was asked: the answer would be about what is no more."""
+        if self.asked is not None:
+            self.asked.cancel()
+            self.asked = None
 
 
 class ModelWatch:
-    """`server` is the process of the moment, `restart` replaces it, `changed` is told that something was mended."""
+    """`server` is the process of the moment, `restart` replaces it, `changed` is told that something was mended.
+    `check` raises StartError where a version may not be loaded.
+    """
 
     def __init__(
         self, settings: Settings, triton: Triton, server: Callable[[], Child], alive: Callable[[], Awaitable[bool]],
         restart: Callable[[], Awaitable[None]], changed: Callable[[], object], report: Report,
+        check: Callable[[str, int], Awaitable[None]],
     ) -> None:  # fmt: skip
         self._settings, self._triton = settings, triton
         self._repository = Repository(triton, f"127.0.0.1:{settings.triton_grpc_port}")
         self._home: Path = settings.home.resolve()
         self._server, self._alive, self._restart = server, alive, restart
-        self._changed, self._report = changed, report
+        self._changed, self._report, self._check = changed, report, check
         self._watched: dict[str, _Watched] = {}
         self._answering: set[str] = set()
+        self._in_vain = False  # a reload has failed since the last look
 
     async def answers(self, name: str) -> bool:
         """Whether a model answers its heartbeat, and no step of its engine takes for ever."""
         try:
-            beat = await self._repository.beat(name, self._settings.engine_stall_s)
+            config = await self._triton.model_config(name)
+            if name in self._watched:
+                self._watched[name].processes = config.processes
+            beat = await self._triton.beat(name, config, self._settings.engine_stall_s)
         except Overloaded:  # that its queue is full Triton itself says
             return True
         except TruthGPTError:
@@ -99,25 +118,33 @@ class ModelWatch:
                 await asyncio.sleep(POLL_S)
                 await self._look()
         finally:
-            for watched in self._watched.values():
-                if watched.mending is not None:
-                    watched.mending.cancel()
+            await self._cancel(self._watched.values())
+
+    async def _cancel(self, several: Collection[_Watched]) -> None:
+        """End what is under way for some models, and wait until it has ended."""
+        tasks = [task for watched in several for task in watched.tasks()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for watched in several:
+            watched.mending = watched.asked = None
 
     async def _look(self) -> None:
-        self._agree()
-        every = list(self._watched.values())
-        good = await asyncio.gather(*(self.answers(watched.name) for watched in every))
-        whole = [answers and self._complete(watched) for watched, answers in zip(every, good, strict=True)]
-        self._answering = {watched.name for watched, answers in zip(every, whole, strict=True) if answers}
+        await self._agree()
+        in_vain, self._in_vain, now = self._in_vain, False, time.monotonic()
+        loading = any(now < watched.patient_until for watched in self._watched.values())
+        if in_vain and not self._answering and not loading:  # nobody is disturbed by a server that starts anew
+            return await self._start_again()
         actions: dict[str, Action] = {}
-        for watched in every:
-            if watched.name in self._answering:
+        for watched, answers in await self._ask():
+            if answers and (watched.processes < 2 or await self._complete(watched)):
+                self._answering.add(watched.name)
                 self._found_good(watched)
-            elif watched.mending is None or watched.mending.done():
-                if watched.mending is not None and not watched.mending.cancelled():
-                    watched.mending.result()  # a fault of ours is not passed over
-                    watched.mending = None
-                actions[watched.name] = await self._action(watched)
+                continue
+            if answers is not None:
+                self._answering.discard(watched.name)
+            if watched.mending is None:
+                actions[watched.name] = await self._action(watched, pending=answers is None)
         now = time.monotonic()
         for name, action in actions.items():
             watched = self._watched[name]
@@ -130,32 +157,69 @@ class ModelWatch:
                 continue
             if action is Action.RESTART:
                 return await self._start_again()
-            watched.due_at, watched.good_at = None, now
-            watched.mending = asyncio.create_task(self._reload(watched), name=f"reload {name}")
+            self._mend(watched)
 
-    def _complete(self, watched: _Watched) -> bool:
-        """Whether every instance of a model has its process: one that has died fails its share of the requests, while
-        the others answer the heartbeats.
+    def _mend(self, watched: _Watched) -> None:
+        """Begin to reload a model, unless an operator is at work on it: the next look sees what came of that."""
+        lock = contextlib.ExitStack()
+        try:
+            lock.enter_context(modelset.mending(self._home, watched.name))
+        except modelset.Busy:
+            return
+        watched.due_at, watched.good_at = None, time.monotonic()
+        watched.forget()
+        self._answering.discard(watched.name)
+        watched.mending = asyncio.create_task(self._reload(watched), name=f"reload {watched.name}")
+        watched.mending.add_done_callback(lambda _: lock.close())  # also of a task that was cancelled before it began
+
+    async def _ask(self) -> list[tuple[_Watched, bool | None]]:
+        """Which models answer; None where that is not known yet.
+
+        An encoder says nothing while it is in a batch, which may take long: no other model waits for it.
         """
-        version = modelset.read(self._home).get(watched.name)
-        if version is None:
+        every = list(self._watched.values())
+        for watched in every:
+            if watched.mending is not None and watched.mending.done():
+                watched.mending.result()  # a fault of ours is not passed over
+                watched.mending = None
+            if watched.asked is None and watched.mending is None:
+                watched.asked = asyncio.create_task(self.answers(watched.name), name=f"ask {watched.name}")
+        asked = {watched.asked for watched in every if watched.asked is not None}
+        if asked:
+            await asyncio.wait(asked, timeout=BEATS_S)
+        found: list[tuple[_Watched, bool | None]] = []
+        for watched in every:
+            if watched.asked is not None and watched.asked.done():
+                found.append((watched, watched.asked.result()))
+                watched.asked = None
+            else:
+                found.append((watched, None))
+        return found
+
+    async def _complete(self, watched: _Watched) -> bool:
+        """Whether a model has all of its processes: one that has died fails its share of the requests, while the others
+        answer the heartbeats.
+
+        How many there are to be, Triton says: config.pbtxt may have been changed and not been loaded since.
+        """
+        if self._running(watched) >= watched.processes:
             return True
-        if watched.counted != version:
-            with contextlib.suppress(models.ModelsError):
-                watched.instances = models.get(self._settings.model_repository, watched.name).instances()
-            watched.counted = version
-        return watched.instances < 2 or self._running(watched.name, version) >= watched.instances
+        with contextlib.suppress(TruthGPTError):  # there may be fewer since it was asked last
+            watched.processes = (await self._triton.model_config(watched.name)).processes
+        return self._running(watched) >= watched.processes
 
-    def _running(self, name: str, version: int) -> int:
-        return sum(runs(stub.pid) for stub in tritonserver.stubs(self._server().pid, name, version))
+    def _running(self, watched: _Watched) -> int:
+        """How many processes run of the version to be served, or of what an administrator has loaded instead."""
+        server, version = self._server().pid, modelset.read(self._home).get(watched.name)
+        stubs = tritonserver.stubs(server, watched.name, version) or tritonserver.stubs(server, watched.name)
+        return sum(runs(stub.pid) for stub in stubs)
 
-    def _agree(self) -> None:
+    async def _agree(self) -> None:
         """Watch what is to be served, and nothing else."""
         wanted = modelset.read(self._home)
-        for name in [name for name in self._watched if name not in wanted]:
-            gone = self._watched.pop(name)
-            if gone.mending is not None:
-                gone.mending.cancel()
+        gone = [self._watched.pop(name) for name in list(self._watched) if name not in wanted]
+        self._answering &= wanted.keys()
+        await self._cancel(gone)
         for name in wanted:
             if name not in self._watched:
                 self._watched[name] = _Watched(name, time.monotonic())
@@ -167,20 +231,24 @@ class ModelWatch:
             self._report(f"{watched.name} is ready again")
             self._changed()
 
-    async def _action(self, watched: _Watched) -> Action:
+    async def _action(self, watched: _Watched, pending: bool) -> Action:
         server, now = self._server(), time.monotonic()
+        failing_s = now - watched.good_at
+        if failing_s < healing.SUSPECT_S:
+            return Action.WAIT
         if now < watched.patient_until and server.returncode is None and not await self._left_out(watched.name):
             return Action.WAIT
-        evidence = healing.Evidence(
-            failing_s=now - watched.good_at,
-            stub_runs=self._complete(watched)
-            and any(runs(stub.pid) for stub in tritonserver.stubs(server.pid, watched.name)),
-            server_runs=server.returncode is None and runs(server.pid),
-            server_answers=await self._alive(),
-        )
+        at_work = modelset.changed_now(self._home) == watched.name.removesuffix(ENGINE)
+        if pending and at_work:
+            watched.forget()  # what it was asked may be waiting for a version that goes
+        # One that has no process cannot be told from one that has lost it, but that answers at once, if only an error.
+        stub_runs = await self._complete(watched) and (pending or self._running(watched) > 0)
+        server_runs = server.returncode is None and runs(server.pid)
+        server_answers = server_runs and await self._alive()
+        evidence = healing.Evidence(failing_s, stub_runs, server_runs, server_answers, pending)
         action = healing.decide(evidence)
-        if action is Action.RELOAD and modelset.changed_now(self._home) == watched.name:
-            return Action.WAIT  # somebody is at work on it
+        if action is Action.RELOAD and at_work:
+            return Action.WAIT
         if action is Action.RELOAD and not watched.lost and await self._unloaded(watched.name):
             return Action.WAIT  # an administrator's doing: no fault ends like that
         return action
@@ -199,14 +267,13 @@ class ModelWatch:
         return False
 
     async def _start_again(self) -> None:
-        for watched in self._watched.values():
-            if watched.mending is not None:
-                watched.mending.cancel()
+        await self._cancel(self._watched.values())
+        self._answering.clear()
         await self._restart()
         self._changed()
         now = time.monotonic()
         for watched in self._watched.values():
-            watched.mending, watched.due_at, watched.lost = None, None, True
+            watched.due_at, watched.lost = None, True
             watched.good_at, watched.patient_until = now, now + self._settings.start_timeout_s
 
     async def _reload(self, watched: _Watched) -> None:
@@ -217,21 +284,18 @@ class ModelWatch:
             if version is None:
                 return
             config = models.get(self._settings.model_repository, name).pinned(version)
+            await self._check(name, version)
             for stub in tritonserver.stubs(self._server().pid, name, version):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     stub.kill()
             with contextlib.suppress(TruthGPTError):  # it may not be loaded
                 await self._repository.unload(name, UNLOAD_S)
             await self._repository.load(name, limit_s, config)
-        except (TruthGPTError, models.ModelsError) as error:
+        except (TruthGPTError, models.ModelsError, StartError) as error:
             self._report(f"{name} could not be reloaded: {error}")
-            if not self._answering:  # nobody is disturbed by a server that starts anew
-                await self._start_again_for(watched)
+            watched.patient_until = 0.0
+            self._in_vain |= not isinstance(error, StartError)  # what is damaged is so for another server, too
             return
         tritonserver.sweep(tritonserver.shm_prefix(self._settings.home), kill=False)
         watched.good_at = time.monotonic()
         watched.patient_until = watched.good_at + limit_s
-
-    async def _start_again_for(self, watched: _Watched) -> None:
-        watched.mending = None  # it is this task: it is not to cancel itself
-        await self._start_again()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -11,8 +13,10 @@ import psutil
 from orchestrator import engines, models
 from orchestrator.local import state, tritonserver
 from orchestrator.local.process import kill_group
+from orchestrator.models import Entry, Version
 from orchestrator.settings import Settings
 
+Refusal = Callable[[Entry, Version], tuple[str, str] | None]  # why a version is not loaded, and what to do about it
 GONE_S = 5.0  # a killed process, or one whose supervisor was, takes a moment to let go of its ports
 
 
@@ -45,17 +49,35 @@ def check_ports(settings: Settings, patience_s: float = 0.0) -> None:
             time.sleep(0.02)
 
 
-def check_engine(settings: Settings, model: str) -> None:
+def check_engine(settings: Settings, model: str, number: int) -> None:
     """Refuse a TensorRT engine of another machine before Triton reads it. Raises StartError saying how to rebuild it.
 
-    A model that is not in the repository is Triton's to report.
+    A version that is not in the repository is Triton's to report.
     """
-    for entry in models.read(settings.model_repository):
-        if entry.name == model:
-            try:
-                engines.require(entry.newest)
-            except engines.ForeignEngine as error:
-                raise StartError(str(error), error.hint) from error
+    for _, version in _find(settings, model, number):
+        try:
+            engines.require(version)
+        except engines.ForeignEngine as error:
+            raise StartError(str(error), error.hint) from error
+
+
+def check_graph(settings: Settings, model: str, number: int, refusal: Refusal) -> None:
+    """Refuse a graph that is damaged or another model's before Triton runs it, whose own backends check nothing.
+
+    Raises StartError. A version that is not in the repository is Triton's to report.
+    """
+    for entry, version in _find(settings, model, number):
+        refused = refusal(entry, version)
+        if refused is not None:
+            raise StartError(*refused)
+
+
+def _find(settings: Settings, model: str, number: int) -> list[tuple[Entry, Version]]:
+    """The entry and its version, if it is there."""
+    with contextlib.suppress(models.ModelsError):
+        entry = models.get(settings.model_repository, model)
+        return [(entry, entry.version(number))]
+    return []
 
 
 def _bind(host: str, port: int) -> OSError | None:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import aiohttp
 import psutil
@@ -35,11 +35,12 @@ Report = Callable[[str], None]
 class Supervisor:
     """One home's stack. `run` returns when `stop` is called; `report` gets one line an event, for people.
 
-    `served` are the models to start with, the default one first; later ones come and go with the model set.
+    `served` are the models to start with, the default one first; later ones come and go with the model set. `refusal`
+    is asked of each before Triton loads it, for what no backend of ours checks.
     """
 
-    def __init__(self, settings: Settings, served: Sequence[str], report: Report) -> None:
-        self._settings, self._served, self._report = settings, tuple(served), report
+    def __init__(self, settings: Settings, served: Sequence[str], report: Report, refusal: preflight.Refusal) -> None:
+        self._settings, self._served, self._report, self._refusal = settings, tuple(served), report, refusal
         self._model = self._served[0]
         self._home = settings.home.resolve()
         self._logs = self._home / "logs"
@@ -67,13 +68,16 @@ class Supervisor:
             repository = self._settings.model_repository
             newest = {name: models.get(repository, name).newest.number for name in self._served}
             self._wanted = models.with_engines(repository, newest)
-            for name in self._wanted:
-                preflight.check_engine(self._settings, name)
+            for name, number in self._wanted.items():
+                preflight.check_engine(self._settings, name, number)
+                if name not in newest:  # a graph
+                    self._report(f"verifying {name} version {number}")
+                await self._check_graph(name, number)
             self._triton = Triton(self._triton_url, Deadlines(heartbeat_s=self._settings.heartbeat_timeout_s))
             self._installation = installation
             self._models = ModelWatch(
                 self._settings, self._triton, lambda: self._children["triton"], self._triton_lives,
-                self._restart_triton, self._write_state, self._report,
+                self._restart_triton, self._write_state, self._report, self._check_graph,
             )  # fmt: skip
             try:
                 if not await self._start():
@@ -102,6 +106,10 @@ class Supervisor:
         self._report("starting the gateway")
         await self._start_gateway()
         return await self._until(self._gateway_ready, "gateway", "the gateway did not become ready")
+
+    async def _check_graph(self, name: str, number: int) -> None:
+        """Raises StartError. In a thread, because a graph may be large."""
+        await asyncio.to_thread(preflight.check_graph, self._settings, name, number, self._refusal)
 
     async def _note_versions(self) -> None:
         """What was loaded is what comes back after a crash, even if an export has published a newer version since."""
@@ -135,12 +143,12 @@ class Supervisor:
             await self._restart_triton()
             return await self._until(answers, "triton", failure, refused)
 
-    async def _start_triton(self) -> None:
+    async def _start_triton(self, without: Collection[str] = ()) -> None:
         """Start it with the models that it would load by itself in the version that is to be served.
 
         The others are loaded by the model watch, which can name a version.
         """
-        wanted = modelset.read(self._home)
+        wanted = {name: number for name, number in modelset.read(self._home).items() if name not in without}
         by_itself = {
             entry.name: entry.versions[: ENGINE_VERSIONS if entry.newest.graph_only else 1]
             for entry in models.read(self._settings.model_repository)
@@ -226,7 +234,13 @@ class Supervisor:
     async def _restart_triton(self) -> None:
         await self._children["triton"].kill()
         tritonserver.sweep(self._prefix, kill=True)
-        await self._start_triton()
+        damaged = []
+        for name, number in modelset.read(self._home).items():
+            try:
+                await self._check_graph(name, number)
+            except StartError:  # the model watch says why, when it tries to load it
+                damaged.append(name)
+        await self._start_triton(without=damaged)
 
     async def _watch_gateway(self) -> None:
         faults, good_at = Faults(), time.monotonic()

@@ -24,6 +24,7 @@ from orchestrator import models
 from orchestrator.client import GatewayClient, GatewayError
 from orchestrator.errors import TruthGPTError, UpstreamError
 from orchestrator.local import modelset, state, tritonserver
+from orchestrator.local.process import runs
 from orchestrator.models import Entry, Version
 from orchestrator.ops import verification
 from orchestrator.ops.verification import Advance
@@ -119,13 +120,14 @@ class Control:
             if served is None:
                 raise ControlError(f"{name} is not loaded", f"`truthgpt models load {name}` loads it")
             self._verify(entry, version)
-            before = await self._instances(name, version.number) if served == version.number else None
+            before, same = self._processes(name), self._processes(name, served)
             await self._bring_up(entry, version, served)
-            if before is not None and before == await self._instances(name, version.number):
+            if served == version.number and same == self._processes(name, served):
                 return Outcome(name, version.number, served, changed=False)
             noticed = await self._noticed(version)
             self._say(f"letting version {served} end what runs on it")
             draining = await self._gone(name, version.number, self._settings.drain_s)
+            draining = self._without_stopped(name, before, draining)
             await self._trim(self._engine_name(name, served), version)
             tritonserver.sweep(self._found.shm_prefix, kill=False)
             return Outcome(name, version.number, served, draining=draining, noticed=noticed)
@@ -158,11 +160,17 @@ class Control:
         self._say("letting it end what runs on it")
         draining = await self._gone(name, None, self._settings.drain_s + CUT_OFF_S)
         if draining:  # a stub that is stopped or hangs ends by no other means
-            for stub in tritonserver.stubs(self._found.processes.get("triton"), name):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    stub.kill()
-                    stub.wait(CUT_OFF_S)
+            for stub in self._stubs(name):
+                _kill(stub)
         return draining
+
+    def _without_stopped(self, name: str, before: set[int], draining: tuple[int, ...]) -> tuple[int, ...]:
+        """End those processes of the former version that are stopped, and so never would; the versions that go on."""
+        had = {number for number in draining if self._stubs(name, number)}
+        for stub in self._stubs(name):
+            if stub.pid in before and not runs(stub.pid):
+                _kill(stub)
+        return tuple(number for number in draining if number not in had or self._stubs(name, number))
 
     def _chosen(self, name: str, number: int | None) -> tuple[Entry, Version]:
         """What is to be loaded. Raises ModelsError, or ControlError for a graph that belongs to another model."""
@@ -194,13 +202,9 @@ class Control:
     def _verify(self, entry: Entry, version: Version) -> None:
         """Raises ControlError when anything is wrong, before Triton has heard of it."""
         self._say(f"verifying {entry.name} version {version.number}")
-        verdict = verification.verify(entry, version, self._advance)
-        if not verdict.ok:
-            raise ControlError(
-                f"{entry.name} version {version.number} is not loaded: "
-                + "; ".join(text for _, text in verdict.problems),
-                f"export {entry.name} again, or choose an intact version: `truthgpt models verify {entry.name} --all`",
-            )
+        refused = verification.refusal(entry, version, self._advance)
+        if refused is not None:
+            raise ControlError(*refused)
         engine = models.engine_of(self._settings.model_repository, version)
         if engine is not None:
             self._verify(*engine)
@@ -303,8 +307,11 @@ class Control:
     async def _ready(self, name: str) -> set[int]:
         return {int(row.version) for row in await self._rows(name) if row.state == "READY"}
 
-    async def _instances(self, name: str, version: int) -> set[int]:
-        return {stub.pid for stub in tritonserver.stubs(self._found.processes.get("triton"), name, version)}
+    def _stubs(self, name: str, version: int | None = None) -> list[psutil.Process]:
+        return tritonserver.stubs(self._found.processes.get("triton"), name, version)
+
+    def _processes(self, name: str, version: int | None = None) -> set[int]:
+        return {stub.pid for stub in self._stubs(name, version)}
 
     async def _gone(self, name: str, kept: int | None, within_s: float) -> tuple[int, ...]:
         """Wait until every version but `kept` has ended; those that have not within the time."""
@@ -315,7 +322,7 @@ class Control:
                 if not row.occupied or int(row.version) == kept:
                     continue
                 # Triton says UNLOADING for ever of one whose stub was killed
-                if await self._instances(name, int(row.version)):
+                if self._stubs(name, int(row.version)):
                     seen.add(int(row.version))
                 elif int(row.version) in seen:
                     continue
@@ -353,6 +360,12 @@ class Control:
                     return True
             await asyncio.sleep(POLL_S)
         return False
+
+
+def _kill(stub: psutil.Process) -> None:
+    with contextlib.suppress(psutil.Error):  # it has just ended, or takes its time: nobody waits for it for ever
+        stub.kill()
+        stub.wait(CUT_OFF_S)
 
 
 def _of_graph(verb: str, model: str) -> str:

@@ -6,7 +6,7 @@ target that needs one of its own, such as an engine that runs on one kind of GPU
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +80,31 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def verify(entry: Entry, version: Version, advance: Advance = lambda count: None) -> Verdict:
+def verify(
+    entry: Entry, version: Version, advance: Advance = lambda count: None, checks: Mapping[str, Check] = CHECKS
+) -> Verdict:
     """Run every check. Reads each file once, a piece at a time, however large it is."""
-    problems = [(name, text) for name, check in CHECKS.items() for text in check(entry, version, advance)]
+    problems = [(name, text) for name, check in checks.items() for text in check(entry, version, advance)]
     files = _files(version)
     return Verdict(version.name, version.number, len(files), size(version), tuple(problems))
+
+
+def refusal(
+    entry: Entry, version: Version, advance: Advance = lambda count: None, checks: Mapping[str, Check] = CHECKS
+) -> tuple[str, str] | None:
+    """Why a version is not loaded, and what to do about it; None when nothing is wrong."""
+    verdict = verify(entry, version, advance, checks)
+    if verdict.ok:
+        return None
+    return (
+        f"{entry.name} version {version.number} is not loaded: " + "; ".join(text for _, text in verdict.problems),
+        f"export {entry.name} again, or choose an intact version: `truthgpt models verify {entry.name} --all`",
+    )
+
+
+def graph_refusal(entry: Entry, version: Version) -> tuple[str, str] | None:
+    """As `refusal`, of what no backend of ours checks when it is loaded: a graph, and that it is its model's."""
+    return refusal(entry, version, checks=CHECKS if version.graph_only else {"graph": check_graph})
 
 
 def size(version: Version) -> int:

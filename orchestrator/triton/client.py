@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from orchestrator.triton.wire import Reply, decode, error_of, payload, read_body
 
 _T = TypeVar("_T")
 OUR_BACKEND = "inflight"
+IN_PROCESSES = (OUR_BACKEND, "encoder", "python")  # backends each of whose instances is a process of its own
 # What an encoder is known by, whichever backend runs it: its task, and the outputs that it has.
 ENCODERS = {"embeddings": ("embed", "embedding"), "sentiment_analysis": ("classify", "scores")}
 HEARTBEAT = "heartbeat"  # an output of a model that has one
@@ -59,9 +60,12 @@ class Heartbeat:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Abilities):
-    """What the gateway needs of a model's config.pbtxt. `beats`: it has a heartbeat."""
+    """What is needed of a model's configuration. `beats`: it has a heartbeat. `processes`: how many a version of it
+    has, 0 where it runs in the server's own.
+    """
 
     beats: bool
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,7 @@ class Triton:
             raise UpstreamError("the repository index makes no sense") from error
 
     async def model_config(self, model: str) -> ModelConfig:
-        """The parameters in a model's config.pbtxt."""
+        """What Triton has loaded of a model's config.pbtxt, which may have been changed on disk since."""
         answer = await self._call("GET", self._model_path(model, "config"), None)
         try:
             values = {name: str(value["string_value"]) for name, value in answer.get("parameters", {}).items()}
@@ -233,6 +237,7 @@ class Triton:
                 normalized=values.get("normalized") == "true",
                 labels=tuple(map(str, orjson.loads(values.get("labels") or "[]"))),
                 max_batch=max(1, int(answer.get("max_batch_size") or 0)),
+                processes=_processes(answer.get("backend"), answer.get("instance_group", [])),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UpstreamError(f"the configuration of {model} makes no sense") from error
@@ -307,6 +312,13 @@ def _operation(backend: object, task: str, outputs: Collection[str]) -> str:
         return "generate"
     operation, output = ENCODERS.get(task, ("infer", ""))
     return operation if {output, "num_input_tokens"} <= {*outputs} else "infer"
+
+
+def _processes(backend: object, groups: Sequence[Mapping[str, Any]]) -> int:
+    if backend not in IN_PROCESSES:
+        return 0
+    # where a group names GPUs, its count is for each of them
+    return sum(int(group.get("count") or 1) * max(1, len(group.get("gpus") or ())) for group in groups) or 1
 
 
 def _beat(model: str, answer: Mapping[str, Any], read: Callable[[], Any]) -> Heartbeat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -26,7 +27,7 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from orchestrator.local import tritonserver
+from orchestrator.local import modelset, tritonserver
 from tests.counting import write_entry
 from tests.encoding import EMBEDS, write_encoder
 
@@ -445,6 +446,112 @@ def test_dead_processes_are_seen(stack: Served) -> None:
         whole(stack)
     told = {outcome for counter in load.outcomes.values() for outcome in counter}
     assert told <= {"ok", "503", "404"}, load.outcomes
+
+
+def test_a_damaged_graph_is_refused_at_the_start(stack: Served, tmp_path: Path) -> None:
+    """Triton's own backends check no file: `up` does before Triton starts, and says what `models load` says."""
+    repository = tmp_path / "repository"
+    for name in ("counting", "mood", "mood--engine"):
+        shutil.copytree(stack.repository / name, repository / name)
+    number = max(int(path.name) for path in (repository / "mood").glob("[0-9]*"))
+    manifest = json.loads((repository / "mood" / str(number) / "manifest.json").read_text())
+    graph = repository / "mood--engine" / str(manifest["served_by"]["version"])
+    other = Served(tmp_path / "home", repository, extra={"TRUTHGPT_MODELS": "mood"})
+
+    def refused(what: str) -> None:
+        done = other.cli("up", "--detach")
+        assert done.returncode == 1 and what in done.stderr and "hint: " in done.stderr, done.stderr
+        assert not (other.home / "logs" / "triton.log").exists() and other.leftovers() == []
+
+    whole_graph = (graph / "model.onnx").read_bytes()
+    (graph / "model.onnx").write_bytes(whole_graph + b" ")
+    refused(f"mood--engine version {graph.name} is not loaded: {graph / 'model.onnx'} is damaged")
+    (graph / "model.onnx").write_bytes(whole_graph)
+    path = graph / "manifest.json"
+    path.write_text(path.read_text() + " ")
+    refused(f"mood version {number} is not loaded: {path} is not the one that mood version {number} was exported with")
+
+
+@pytest.mark.slow
+def test_a_graph_that_was_damaged_does_not_come_back_after_a_crash(stack: Served) -> None:
+    """Triton is started without it, the supervisor says why, the others are served; restored, it is there again."""
+    number = modelset.read(stack.home)["mood--engine"]
+    graph = stack.repository / "mood--engine" / str(number) / "model.onnx"
+    log = stack.home / "logs" / "supervisor.log"
+    before, data = len(log.read_text()), graph.read_bytes()
+    graph.write_bytes(data + b" ")
+    try:
+        os.kill(stack.pid("triton"), signal.SIGKILL)
+        said = f"could not be reloaded: mood--engine version {number} is not loaded: {graph} is damaged"
+        wait_until(lambda: said in log.read_text()[before:], 30, "it is refused")
+        wait_until(lambda: embed(stack, 0) == "ok", 30, "the others are back")
+        server = stack.pid("triton")
+        assert classify(stack, 0) in ("503", "404")
+    finally:
+        graph.write_bytes(data)
+    whole(stack)
+    assert stack.pid("triton") == server
+
+
+@pytest.mark.slow
+def test_an_encoder_that_says_nothing_keeps_nobody_from_being_mended(stack: Served) -> None:
+    """While one is in a long batch, a model that is killed comes back as fast as ever and the batch goes on; where its
+    process is stopped in the batch, it is brought back without waiting for what a batch may take.
+    """
+    write_encoder(stack.repository, "lengthy", EMBEDS | {"pause_s": "25"})
+    control(stack, "lengthy", "load")
+    wanted, server = modelset.read(stack.home), stack.pid("triton")
+
+    def pid(name: str) -> int:
+        return next((stub.pid for stub in tritonserver.stubs(server, name)), 0)
+
+    def fetch() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            stack.request("POST", "/v1/embeddings", {"model": "lengthy", "input": "one"}, timeout=60)
+
+    lengthy, batch = pid("lengthy"), threading.Thread(target=fetch)
+    modelset.write(stack.home, wanted | {"lengthy": 1})  # as `models load` does for an export
+    try:
+        batch.start()
+        time.sleep(1.5)  # the watch has asked it meanwhile, too
+        os.kill(pid("counting"), signal.SIGKILL)
+        seeds = iter(range(1000, 10_000))  # no answer is to come from the cache
+        wait_until(lambda: generate(stack, next(seeds)) != "ok", 5, "it is missed")
+        wait_until(lambda: generate(stack, next(seeds)) == "ok", 8, "it is back")
+        assert pid("lengthy") == lengthy and batch.is_alive(), "in its batch as before"
+        os.kill(lengthy, signal.SIGSTOP)
+        wait_until(lambda: pid("lengthy") not in (0, lengthy) and ready(stack, "lengthy"), 12, "it is back, too")
+        assert stack.pid("triton") == server
+    finally:
+        modelset.write(stack.home, wanted)
+        batch.join(70)
+        control(stack, "lengthy", "unload")
+    whole(stack)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes(stack: Served) -> None:
+    """It counts once it is loaded: neither an edited config.pbtxt nor a reload with it has the watch end a process that
+    is well.
+    """
+    config = stack.repository / "embedder" / "config.pbtxt"
+    before = config.read_text()
+
+    def left_alone(count: int) -> None:
+        pids = {stub.pid for stub in tritonserver.stubs(stack.pid("triton"), "embedder")}
+        assert len(pids) == count
+        time.sleep(3.0)  # the watch would have acted after one
+        assert {stub.pid for stub in tritonserver.stubs(stack.pid("triton"), "embedder")} == pids
+        assert embed(stack, 0) == "ok"
+
+    for count in (1, 3, INSTANCES):
+        had = len(tritonserver.stubs(stack.pid("triton"), "embedder"))
+        config.write_text(re.sub(r"KIND_CPU count: \d+", f"KIND_CPU count: {count}", before))
+        left_alone(had)
+        assert models(stack, "reload", "embedder")["changed"]
+        left_alone(count)
+    config.write_text(before)
+    whole(stack)
 
 
 def whole(stack: Served) -> None:

@@ -274,6 +274,24 @@ def test_a_model_whose_process_dies_leaves_the_others_alone(stack: Stack, sig: s
 
 
 @pytest.mark.slow
+def test_a_stopped_process_of_the_former_version_is_ended(stack: Stack) -> None:
+    """A reload whose old version is stopped takes its time to drain and no longer, and leaves nothing of it."""
+    publish(stack, 2)
+    server = stack.pid("triton")
+    (old,) = tritonserver.stubs(server, "counting", 1)
+    with ThreadPoolExecutor(1) as pool:
+        reloading = pool.submit(command, stack, "reload", "counting")
+        wait_until(lambda: modelset.changed_now(stack.home) == "counting", 20, "the watch leaves it to the command")
+        kill(old.pid, signal.SIGSTOP)
+        done = reloading.result(60)
+    assert (done["version"], done["draining"]) == ("2", [])
+    assert [stub.pid for stub in tritonserver.stubs(server, "counting", 1)] == [] and stack.pid("triton") == server
+    assert ask(stack, "a new one")[1] <= set(VOCABULARIES[2])
+    assert command(stack, "reload", "counting", "--version", "1")["before"] == "2"
+    shutil.rmtree(stack.repository / "counting" / "2")
+
+
+@pytest.mark.slow
 def test_a_changed_configuration_is_taken_up_under_load(stack: Stack) -> None:
     """The same version with another config.pbtxt is a reload like any other."""
     config = stack.repository / "counting" / "config.pbtxt"

@@ -57,6 +57,7 @@ class FakeTriton:
         self.inspected = 0
         self.other_backends: set[str] = set()  # models that are only inferred with
         self.infer_error: str | None = None
+        self.config_facts: dict[str, Any] = {}  # further facts of a configuration
         self.encoders: dict[str, dict[str, Any]] = {}  # models that embed or classify: their config.pbtxt's facts
         self.read: list[list[str]] = []  # what these were given, a list a call
         self.encode_pause_s = 0.0
@@ -185,6 +186,7 @@ class FakeTriton:
                 "name": name,
                 "backend": "python" if name in self.other_backends else "inflight",
                 "parameters": {k: {"string_value": v} for k, v in self.parameters.items()},
+                **self.config_facts,
             }
         if path.endswith("/ready"):
             return 200, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -96,13 +97,21 @@ def test_a_damaged_engine_is_refused(tmp_path: Path, fault: str) -> None:
 
 
 def test_up_refuses_before_triton_starts(tmp_path: Path) -> None:
-    """The preflight of a stack raises its own error with the hint; a model that is not there is not its matter."""
+    """The preflight of a stack raises its own error with the hint, for the version that is wanted and no other; what is
+    not there is not its matter.
+    """
     write(tmp_path, gpu="NVIDIA Another 1")
     settings = Settings.load({"model_repository": tmp_path})
-    preflight.check_engine(settings, "missing")
+    preflight.check_engine(settings, "missing", 1)
     with pytest.raises(preflight.StartError, match="NVIDIA Another 1") as caught:
-        preflight.check_engine(settings, "model")
+        preflight.check_engine(settings, "model", 1)
     assert "rm -r" in caught.value.hint
+    preflight.check_engine(settings, "model", 2)
+    shutil.copytree(tmp_path / "model" / "1", tmp_path / "model" / "2")
+    shutil.rmtree(tmp_path / "model" / "1" / "engine")
+    preflight.check_engine(settings, "model", 1)
+    with pytest.raises(preflight.StartError, match="model version 2"):
+        preflight.check_engine(settings, "model", 2)
 
 
 def test_the_machine_is_asked_within_a_deadline() -> None:

@@ -297,6 +297,24 @@ async def test_heartbeat_index_and_config(triton: Triton, fake: FakeTriton) -> N
     assert (config.task, config.chat, config.max_len) == ("text_generation", True, 64)
 
 
+@pytest.mark.parametrize(
+    ("backend", "groups", "processes"),
+    [
+        ("inflight", [], 1),
+        ("encoder", [{"kind": "KIND_CPU", "count": 2, "gpus": []}], 2),
+        ("encoder", [{"count": 2, "gpus": [0, 1]}, {"kind": "KIND_CPU"}], 5),
+        ("python", [{"count": 3}], 3),
+        ("onnxruntime", [{"count": 3}], 0),
+    ],
+)
+async def test_processes_are_counted_as_loaded(
+    triton: Triton, fake: FakeTriton, backend: str, groups: list[dict[str, Any]], processes: int
+) -> None:
+    """Each instance of a Python-based backend is a process, one for each GPU of its group; others have none."""
+    fake.config_facts = {"backend": backend, "instance_group": groups}
+    assert (await triton.model_config("m")).processes == processes
+
+
 async def test_heartbeat_faults(triton: Triton, fake: FakeTriton) -> None:
     """A dead stub, a nonsense answer, a stopped server and a refused connection are told apart from an answer."""
     fake.beat_error = "Stub process 'm' is not healthy."

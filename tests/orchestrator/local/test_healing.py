@@ -9,6 +9,7 @@ evidences = st.builds(
     stub_runs=st.booleans(),
     server_runs=st.booleans(),
     server_answers=st.booleans(),
+    pending=st.booleans(),
 )
 
 
@@ -28,8 +29,8 @@ def test_a_live_server_that_answers_is_never_restarted(evidence: Evidence):
 
 @given(evidences)
 def test_a_failing_model_is_always_mended_in_the_end(evidence: Evidence):
-    """After the patience has run out, some action is taken on any evidence."""
-    if evidence.failing_s >= PATIENCE_S:
+    """After the patience has run out and no answer is under way, some action is taken on any evidence."""
+    if evidence.failing_s >= PATIENCE_S and not evidence.pending:
         assert decide(evidence) is not Action.WAIT
 
 
@@ -38,6 +39,15 @@ def test_a_dead_stub_is_reloaded_at_once_and_a_slow_one_is_waited_for():
     assert decide(Evidence(1.1, stub_runs=False, server_runs=True, server_answers=True)) is Action.RELOAD
     assert decide(Evidence(1.1, stub_runs=True, server_runs=True, server_answers=True)) is Action.WAIT
     assert decide(Evidence(1.1, stub_runs=False, server_runs=False, server_answers=False)) is Action.RESTART
+
+
+@given(evidences)
+def test_while_an_answer_is_under_way_only_a_dead_process_counts(evidence: Evidence):
+    """An encoder in a long batch is left alone for as long as the batch may take."""
+    if evidence.pending and evidence.stub_runs and evidence.server_runs:
+        assert decide(evidence) is Action.WAIT
+    assert decide(Evidence(2.0, False, True, True, pending=True)) is Action.RELOAD
+    assert decide(Evidence(2.0, False, False, True, pending=True)) is Action.RESTART
 
 
 def test_backoff_starts_at_nothing_and_is_bounded():

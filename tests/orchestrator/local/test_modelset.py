@@ -35,3 +35,19 @@ def test_one_operator_at_a_time(tmp_path: Path) -> None:
     assert modelset.changed_now(tmp_path) is None
     with modelset.changing(tmp_path, "b", 0.0):
         assert modelset.changed_now(tmp_path) == "b"
+
+
+def test_an_operator_and_the_supervisor_do_not_work_on_one_model_at_once(tmp_path: Path) -> None:
+    """Nor on a model and its graph; what the supervisor mends is none that an operator changes, and holds up no other
+    model.
+    """
+    with modelset.mending(tmp_path, "mood--engine"):
+        assert modelset.changed_now(tmp_path) is None
+        with pytest.raises(modelset.Busy, match=r"the supervisor is working on mood--engine \(process \d+\)"):
+            with modelset.changing(tmp_path, "mood", 0.2):
+                raise AssertionError("two at once")
+        with modelset.changing(tmp_path, "demo", 0.0), pytest.raises(modelset.Busy, match="working on demo"):
+            with modelset.mending(tmp_path, "demo"):
+                raise AssertionError("two at once")
+    with modelset.changing(tmp_path, "mood", 0.0), modelset.mending(tmp_path, "demo"):
+        pass
