@@ -81,7 +81,7 @@ def test_an_answer_does_not_depend_on_its_company(exported, sampling):
         assert list(pool.map(lambda p: ask(stack, p, **sampling), PROMPTS)) == alone
 
 
-@pytest.fixture(params=["fp16", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.fixture(params=["fp16", "int4"])
 def narrow(request: pytest.FixtureRequest) -> Iterator[tuple[Stack, Path]]:
     """A running stack that serves the tiny GPT-2 in a narrow precision on the processor, and the entry's folder."""
     folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
@@ -102,6 +102,7 @@ def narrow(request: pytest.FixtureRequest) -> Iterator[tuple[Stack, Path]]:
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_narrow_entries_are_served_as_they_were_verified(narrow):
     """Through Triton, four at a time, an fp16 or int4 entry gives the text that its own graph gives one at a time."""
     stack, entry = narrow

@@ -27,15 +27,9 @@ logging.getLogger("torch.__trace").propagate = False
 # On both sides of a chunk, of the tiny windows (16), and near the end of the 128 positions.
 LENGTHS = (1, 5, 17, 40, 104)
 NEW = 16
-# Sinks, caches of different shapes, experts and windows in one. The rest takes minutes.
-QUICK = {"mimo_v2_flash"}
 
 
-def cases() -> Iterator[Any]:
-    for family in FAMILIES:
-        yield pytest.param(family, id=family.name, marks=() if family.name in QUICK else pytest.mark.slow)
-    for name, family in VARIANTS.items():
-        yield pytest.param(family, id=name.replace(" ", "-"), marks=pytest.mark.slow)
+CASES = [(family.name, family) for family in FAMILIES] + [*VARIANTS.items()]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +59,9 @@ def triton(stack: Stack, path: str, body: dict[str, Any]) -> dict[str, Any]:
         connection.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("family", [*cases()])
+@pytest.mark.parametrize("family", [pytest.param(family, id=name.replace(" ", "-")) for name, family in CASES])
 def test_a_family_generates_what_transformers_generates(stack: Stack, tmp_path: Path, family: Family) -> None:
     """Exported, verified and served in flight, its greedy answers to prompts of many lengths are `generate`'s."""
     checkpoint = write_family(tmp_path / "checkpoint", family)

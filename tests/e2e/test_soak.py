@@ -23,6 +23,7 @@ def test_a_minute_of_everything_leaves_nothing_behind() -> None:
     assert report.problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_leak_is_found() -> None:
     """The same check fails for workers that keep 16 KiB of each request and a file of every 60th, some 5 in all of what

@@ -49,6 +49,7 @@ def external(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return export_model(ExportOptions(str(_untied_twins(root / "twins")), root / "repository"))
 
 
+@pytest.mark.slow
 def test_weights_beside_the_graph(external: Exported) -> None:
     """External weights are one file that everybody may read, listed with its hash, and the graph itself is small."""
     data = external.path / "model.onnx.data"
@@ -60,6 +61,7 @@ def test_weights_beside_the_graph(external: Exported) -> None:
     assert external.parity["greedy_agreement"] == 1.0
 
 
+@pytest.mark.slow
 def test_identical_weights_are_stored_once(external: Exported) -> None:
     """Two identical matrices of an untied checkpoint are one in the artefact, and so are tied ones."""
     graph = onnx.load(external.path / "model.onnx").graph
@@ -70,6 +72,7 @@ def test_identical_weights_are_stored_once(external: Exported) -> None:
     assert (external.path / "model.onnx.data").stat().st_size < once + 300_000
 
 
+@pytest.mark.slow
 def test_the_backend_reads_weights_beside_the_graph(external: Exported, tmp_path: Path) -> None:
     """The serving backend checks the data file's hash and runs it: same logits as the exporter's runtime."""
     from backends.inflight.entry import EntryError, load

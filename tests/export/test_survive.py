@@ -249,6 +249,7 @@ def test_killed_at_every_stage_of_a_later_version(gpt2: Path, tmp_path: Path) ->
     assert exported.version == "2" and not (tmp_path / ".staging").exists()
 
 
+@pytest.mark.slow
 def test_unused_code_is_told(tmp_path: Path) -> None:
     """Code that a checkpoint brings for a family of transformers' is not run, and terminal and manifest say so."""
     folder = write_gpt2(tmp_path / "m")

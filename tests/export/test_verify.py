@@ -118,6 +118,7 @@ def test_a_checkpoint_of_nans_is_refused(tmp_path: Path) -> None:
     assert list((tmp_path / "repository").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_int8_that_drifts_is_not_published(tmp_path: Path) -> None:
     """A model whose activations have outliers loses too much in int8: nothing is published, and fp32 is suggested."""
     import torch

@@ -40,6 +40,7 @@ def collecting() -> Iterator[set[str]]:
     found: set[str] = set()
     logging.disable()  # pytest keeps log records, and with them the tracebacks of errors
     gc.collect()
+    gc.freeze()  # what a test process holds besides takes a while to look through
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
@@ -54,6 +55,7 @@ def collecting() -> Iterator[set[str]]:
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
+        gc.unfreeze()
         gc.enable()
         logging.disable(logging.NOTSET)
 
