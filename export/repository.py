@@ -173,14 +173,20 @@ class Repository:
             os.close(handle)
 
     def _remove_abandoned(self) -> None:
-        owned = re.compile(rf"{NAME.pattern}-\d+-[0-9a-f]{{8}}")
-        for folder in sorted(self._hidden.iterdir()):
-            if not owned.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+        owned = re.compile(rf"{NAME.pattern}(-\d+-[0-9a-f]{{8}}|\.lock)")
+        for path in sorted(self._hidden.iterdir()):
+            if not owned.fullmatch(path.name) or path.is_symlink() or path.is_dir() is (path.suffix == ".lock"):
                 continue
-            handle = os.open(folder, os.O_RDONLY)
+            try:
+                handle = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # its owner has just ended
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
             except BlockingIOError:
                 continue  # its owner lives
             finally:
