@@ -275,16 +275,24 @@ class Supervisor:
 
     async def _watch_logs(self) -> None:
         """Rotate the logs of programs that cannot do it by themselves, and that of this process."""
-        limit, keep = self._settings.log_max_bytes, self._settings.log_files
         while True:
-            pause_s = LOGS_S
-            for name in ("triton.log", "redis.log", "supervisor.log"):
-                try:
-                    await asyncio.to_thread(rotation.trim, self._logs / name, limit, keep)
-                except OSError as error:  # the stack goes on with a log that grows
-                    self._report(f"{name} cannot be rotated: {error}")
-                    pause_s = LOGS_FAILED_S
-            await asyncio.sleep(pause_s)
+            failed = await asyncio.to_thread(self._trim_logs)
+            for name, error in failed.items():
+                self._report(f"{name} cannot be rotated: {error}")
+            await asyncio.sleep(LOGS_FAILED_S if failed else LOGS_S)
+
+    def _trim_logs(self) -> dict[str, OSError]:
+        """Those that cannot be rotated: the stack goes on with a log that grows.
+
+        All in one call: a pool that is asked again at once may start one more thread for it.
+        """
+        failed = {}
+        for name in ("triton.log", "redis.log", "supervisor.log"):
+            try:
+                rotation.trim(self._logs / name, self._settings.log_max_bytes, self._settings.log_files)
+            except OSError as error:
+                failed[name] = error
+        return failed
 
     def _write_state(self) -> state.State:
         settings = self._settings
