@@ -23,6 +23,9 @@ _RULES = (
      rf"\1{MASK}"),
 )  # fmt: skip
 
+# greedy: a password with an unescaped @ or / is masked whole
+_URL_PASSWORD = re.compile(r"(?s)(?<=://)([^:/?#@]*):.*@")
+
 
 def suspicious(text: str) -> bool:
     """Whether there may be a secret in a text; no is certain."""
@@ -39,3 +42,20 @@ def masked(text: str) -> str:
         for pattern, shown in _RULES:
             text = pattern.sub(shown, text)
     return text
+
+
+def mask_url(url: str) -> str:
+    """The URL with its password (and any password query parameter) replaced by `***`."""
+    masked = _URL_PASSWORD.sub(r"\1:***@", url)
+    return re.sub(r"(?i)([?&](?:password|username)=)[^&#]*", r"\1***", masked)
+
+
+def mask_secret(value: str) -> str:
+    """Of a server's URL all but its password; of a web address the host alone, for its path may be the secret."""
+    scheme, found, rest = value.partition("://")
+    if not found:
+        return "***"
+    if scheme.lower() in ("http", "https"):
+        host = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+        return f"{scheme}://{host}/***"
+    return mask_url(value)

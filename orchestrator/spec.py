@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+def setting(default: object, help: str, **rules: Any) -> Any:
+    """A field of a settings table; `rules` are those of `Spec`."""
+    return field(default=default, metadata={"help": help, **rules})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ REGISTRY = "truthgpt:{registry}"  # hash: "key:<id>" and "limits:<subject>" -> J
 REGISTRY_VERSION = "truthgpt:{registry}:version"  # counter, raised with every change of the registry
 BREAKERS = "truthgpt:breakers"  # hash: model -> JSON
 EVENTS = "truthgpt:events"  # channel of JSON objects
+JOBS = "truthgpt:{jobs}"  # hash: "<job>:<field>" -> what jobs/ledger.py says
 
 _PLAIN = re.compile(r"[A-Za-z0-9._:-]+").fullmatch
 
@@ -75,6 +76,26 @@ def stats_pattern() -> str:
 def tenant_of(key: str) -> str:
     """Whose a key is."""
     return unquote(key.partition("{")[2].partition("}")[0])
+
+
+def lease_key(job: str) -> str:
+    """Who runs a job now; it ends by itself."""
+    return f"truthgpt:{{jobs}}:lease:{_part(job)}"
+
+
+def history_key(job: str) -> str:
+    """List of JSON objects: a job's last runs, newest first."""
+    return f"truthgpt:{{jobs}}:history:{_part(job)}"
+
+
+def users_key(minute: int) -> str:
+    """HyperLogLog: the callers of one minute since 1970."""
+    return f"truthgpt:{{users}}:{minute}"
+
+
+def told_key(alert: str) -> str:
+    """That a replica has sent, or is sending, a message about an alert; it ends by itself."""
+    return f"truthgpt:told:{_part(alert)}"
 
 
 def worker_channel(worker: str) -> str:

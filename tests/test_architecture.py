@@ -17,7 +17,8 @@ MAX_LINES = 400
 BASE = {"settings", "errors", "domain"}
 ROOMS: dict[str, set[str]] = {
     "spec": set(),
-    "settings": {"spec"},
+    "settings_operations": {"spec"},
+    "settings": {"masking", "settings_operations", "spec"},
     "errors": set(),
     "domain": set(),
     "context": set(),
@@ -82,21 +83,29 @@ ROOMS: dict[str, set[str]] = {
     "metrics": {"domain", "errors", "metrics_table"},
     "metrics_readings": {"audit", "breaker", "gateway", "limiter", "metrics", "store"},
     "scrape": {"metrics", "metrics_table"},
+    # operating: `monitor` watches and tells, `jobs` says when what is due; what is done about it is in `ops`
+    "activity": {"domain", "store"},
+    "monitor": {"metrics", "metrics_table", "scrape", "settings", "store", "jobs"},
+    "jobs": {"settings", "store"},
     # processes
     "httpcycle": set(),
     "refusals": {"errors"},
     "hardening": {"httpcycle", "refusals"},
     "server": {"settings", "hardening", "openfiles"},
     "worker": {"settings", "logs", "app", "server"},
-    "parent": {"settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape"},
+    "parent": {
+        "settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape", "monitor", "jobs", "store",
+    },
     "local": {"rotation", "settings", "errors", "models", "engines", "pbtxt", "client", "triton"},
     "ops": {
         "settings", "errors", "domain", "triton", "store", "models", "engines", "pbtxt", "client", "local", "sse",
-        "keys", "cache", "limits", "audit", "auditevents", "auditlog", "auditwriter", "fingerprint",
+        "keys", "cache", "limits", "audit", "auditevents", "auditlog", "auditwriter", "fingerprint", "jobs", "monitor",
+        "rotation", "breaker", "masking",
     },
 }  # fmt: skip
 ROOMS["app"] = set(ROOMS) - {
-    "local", "ops", "client", "models", "engines", "pbtxt", "server", "hardening", "worker", "scrape",
+    "local", "ops", "client", "models", "engines", "pbtxt", "server", "hardening", "worker", "scrape", "monitor",
+    "jobs",
 }  # fmt: skip
 ROOMS["cli"] = {*ROOMS}
 
