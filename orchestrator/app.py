@@ -12,8 +12,9 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import audit, logs
+from orchestrator.activity import Activity
 from orchestrator.admission import Admission
-from orchestrator.api.admin import Admin, Scrape
+from orchestrator.api.admin import Admin, Figures, Scrape
 from orchestrator.api.credentials import credential_of
 from orchestrator.api.encoders import Encoders
 from orchestrator.api.fields import Defaults
@@ -130,7 +131,9 @@ class Application(_Application):
         upstream = Upstream(triton, health, breakers, retries, fallback, settings.max_output_chars, metrics.upstream)
         tracer = self._tracer = Tracer(settings) if settings.otlp_endpoint else None
         auditing = self._audit = audit.start(settings)
-        sinks = [logs.log_request, metrics.record, *([tracer.record] if tracer else [])]
+        activity = Activity(store) if store else None
+        sinks = [logs.log_request, metrics.record]
+        sinks += [part.record for part in (activity, tracer, auditing) if part]
         gateway = self.gateway = Gateway(
             health=health,
             admission=Admission(settings.max_concurrency),
@@ -140,7 +143,7 @@ class Application(_Application):
             flights=flights,
             breakers=breakers,
             upstream=upstream,
-            sinks=[*sinks, auditing.record] if auditing else sinks,
+            sinks=sinks,
             answer_rules=f"{settings.max_new_tokens} tokens, {settings.max_output_chars} characters",
             fingerprint=auditing.prints.request if auditing else lambda request: "",
             trace=tracer.begin if tracer else lambda traceparent: None,
@@ -167,6 +170,8 @@ class Application(_Application):
         running = {"health": health.run(), "limiter": limiter.run(), "registry": registry.run()}
         if store:
             running["store"] = store.run()
+        if activity:
+            running["activity"] = activity.run()
         if flights:
             running["flights"] = flights.run()
         self._run(**running)
@@ -191,14 +196,14 @@ class Application(_Application):
 
 
 class AdminApplication(_Application):
-    """The admin edge: Triton's model control and settings, for admin keys alone, and what `scrape` gives to all.
+    """The admin edge: Triton's model control and settings, for admin keys alone; `scrape` and `figures` are for all.
 
     `metrics` count what this edge refuses.
     """
 
-    def __init__(self, settings: Settings, scrape: Scrape, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, scrape: Scrape, figures: Figures, metrics: Metrics) -> None:
         super().__init__(settings)
-        self._scrape, self._metrics = scrape, metrics
+        self._scrape, self._figures, self._metrics = scrape, figures, metrics
 
     async def start(self) -> None:
         """Assemble everything; needs a running loop."""
@@ -215,7 +220,7 @@ class AdminApplication(_Application):
         self._metrics.readings |= audit_readings(auditing)
         tell = auditing.incident if auditing else lambda incident: None
         repository = Repository(triton, f"127.0.0.1:{settings.triton_grpc_port}")
-        routes = Admin(repository.forward, ADMIN_CALL_S, self._scrape, tell).routes
+        routes = Admin(repository.forward, ADMIN_CALL_S, self._scrape, self._figures, tell).routes
         self._door = FrontDoor(routes, settings.body_limit_bytes, identify, reporting(self._metrics, auditing))
         self._run(registry=registry.run(), **({"store": store.run()} if store else {}))
         if store:

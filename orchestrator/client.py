@@ -70,6 +70,10 @@ class GatewayClient:
         """The gateway's deep health. Raises GatewayError."""
         return self._get("/health")
 
+    def summary(self) -> dict[str, Any]:
+        """The main figures; of the ops port. Raises GatewayError."""
+        return self._get("/summary")
+
     def live(self) -> bool:
         """Whether the gateway's process answers."""
         try:

@@ -24,6 +24,7 @@ from orchestrator.metrics import Metrics
 from orchestrator.scrape import Scrape, build_info
 from orchestrator.server import IN_BAND_S, BindError, Server, configure, listen, raise_file_limit, reserve, url
 from orchestrator.settings import CONFIG_ENV, Settings, SettingsError
+from orchestrator.upkeep import Upkeep
 
 log = logging.getLogger("orchestrator.parent")  # run as a program, its module has no name of its own
 
@@ -229,12 +230,16 @@ async def serve(settings: Settings, listeners: list[socket.socket], ops: list[so
         return
 
     parent = Parent(settings, listeners)
-    application = AdminApplication(settings, parent.scrape.text, parent.metrics)
+    upkeep = Upkeep(settings, parent.scrape, parent.metrics)
+    application = AdminApplication(settings, parent.scrape.text, upkeep.figures, parent.metrics)
     config = configure(application, settings, connections=ADMIN_CONNECTIONS)
     admin = Server(config, nothing_to_drain)
     serving = asyncio.create_task(admin.serve_beside(ops), name="admin")
+    keeping = asyncio.create_task(upkeep.run(), name="upkeep")
     code = await parent.run()
+    keeping.cancel()
     admin.should_exit = True
+    await asyncio.wait([keeping])
     await serving
     return code
 

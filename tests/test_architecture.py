@@ -87,25 +87,24 @@ ROOMS: dict[str, set[str]] = {
     "activity": {"domain", "store"},
     "monitor": {"metrics", "metrics_table", "scrape", "settings", "store", "jobs"},
     "jobs": {"settings", "store"},
+    "upkeep": {"metrics", "scrape", "settings", "store", "monitor", "jobs"},
     # processes
     "httpcycle": set(),
     "refusals": {"errors"},
     "hardening": {"httpcycle", "refusals"},
     "server": {"settings", "hardening", "openfiles"},
     "worker": {"settings", "logs", "app", "server"},
-    "parent": {
-        "settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape", "monitor", "jobs", "store",
-    },
+    "parent": {"settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape", "upkeep"},
     "local": {"rotation", "settings", "errors", "models", "engines", "pbtxt", "client", "triton"},
     "ops": {
         "settings", "errors", "domain", "triton", "store", "models", "engines", "pbtxt", "client", "local", "sse",
         "keys", "cache", "limits", "audit", "auditevents", "auditlog", "auditwriter", "fingerprint", "jobs", "monitor",
-        "rotation", "breaker", "masking",
+        "rotation", "breaker", "masking", "flights", "limiter", "sanitize",
     },
 }  # fmt: skip
 ROOMS["app"] = set(ROOMS) - {
     "local", "ops", "client", "models", "engines", "pbtxt", "server", "hardening", "worker", "scrape", "monitor",
-    "jobs",
+    "jobs", "upkeep",
 }  # fmt: skip
 ROOMS["cli"] = {*ROOMS}
 

@@ -1,7 +1,7 @@
 """The admin edge: Triton's model control, trace, log and shared-memory settings, handed on as they are.
 
-It has a front door of its own on the ops port, where everything needs an admin key but the liveness of the process and
-what Prometheus reads, which names no user and no text.
+It has a front door of its own on the ops port, where everything needs an admin key but the liveness of the process,
+what Prometheus reads and the summary of it, which name no user and no text.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from orchestrator.api.http import SLOW_READER_S, Exchange
@@ -51,22 +51,26 @@ class Reply(Protocol):
 Forward = Callable[[str, str, bytes | None, Mapping[str, str], float], Awaitable[Reply]]
 # what the Accept header says -> the metrics as text, and their media type
 Scrape = Callable[[str], tuple[bytes, str]]
+# the main figures, as JSON
+Figures = Callable[[], Mapping[str, Any]]
 
 
 class Admin:
     """The handlers. `timeout_s` bounds each call: loading a model takes long. `report` is told of each one."""
 
     def __init__(
-        self, forward: Forward, timeout_s: float, scrape: Scrape,
+        self, forward: Forward, timeout_s: float, scrape: Scrape, figures: Figures,
         report: Callable[[Incident], None] = lambda incident: None,
     ) -> None:  # fmt: skip
         self._forward, self._timeout_s, self._scrape, self._report = forward, timeout_s, scrape, report
+        self._figures = figures
 
     @property
     def routes(self) -> Routes:
         return {
             "/health/live": {"GET": self.live},
             "/metrics": {"GET": self.metrics},
+            "/summary": {"GET": self.summary},
             **{path: {method: self._handler(method) for method in methods} for path, methods in CONTROL.items()},
         }
 
@@ -82,6 +86,10 @@ class Admin:
             body = gzip.compress(body, compresslevel=1)
             headers.append((b"content-encoding", b"gzip"))
         await exchange.reply(200, body, media_type.encode(), headers)
+
+    async def summary(self, exchange: Exchange) -> None:
+        """The main figures of the last five minutes and of now, as one JSON object (docs/monitoring.md)."""
+        await exchange.reply_json(200, dict(self._figures()))
 
     def _handler(self, method: str) -> Callable[[Exchange], Awaitable[None]]:
         async def hand_on(exchange: Exchange) -> None:

@@ -22,10 +22,11 @@ Handler = Callable[[Exchange], Awaitable[None]]
 Routes = Mapping[str, Mapping[str, Handler]]  # path template -> method -> handler; {name} takes any one segment
 Identify = Callable[[dict[bytes, bytes], str], Caller]  # headers by lower-case name, the client's address
 
-# Probes, the API's description, and on the ops port what Prometheus reads: no credential is asked for.
-OPEN = frozenset(
-    {"/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/metrics"}
-)
+# Probes, the API's description, and on the ops port the figures: no credential is asked for.
+OPEN = frozenset({
+    "/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/metrics",
+    "/summary",
+})  # fmt: skip
 NOBODY = "anonymous"
 _NOBODIES = {language: Caller(NOBODY, language=language) for language in ("en", "es")}
 MAX_HEADERS = 100

@@ -21,6 +21,7 @@ Examples:
         "up": "orchestrator.cli.up:up",
         "down": "orchestrator.cli.down:down",
         "status": "orchestrator.cli.status:status",
+        "top": "orchestrator.cli.top:top",
         "generate": "orchestrator.cli.generate:generate",
         "batch": "orchestrator.cli.batch:batch",
         "keys": "orchestrator.cli.keys:keys",

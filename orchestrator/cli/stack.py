@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -38,18 +39,22 @@ def addresses(found: state.State) -> dict[str, object]:
 
 
 def report(settings: Settings) -> dict[str, Any]:
-    """What `status --json` prints: `ready`, `models`, `triton`, `redis`, `uptime_s`, and what else is known.
+    """What `status --json` prints: `ready`, `models`, `triton`, `redis`, `uptime_s`, `figures`, and what else is known.
 
-    Values that nobody can tell are null. `detail` says in one sentence why the stack is not ready.
+    `figures` are the summary's (monitor/summary.py). Values that nobody can tell are null. `detail` says in one
+    sentence why the stack is not ready.
     """
     found = running(settings)
     empty: dict[str, Any] = {"ready": False, "models": [], "triton": {"url": None, "up": None}}
-    empty |= {"redis": {"url": None, "up": None}, "uptime_s": None, "running": found is not None}
+    empty |= {"redis": {"url": None, "up": None}, "uptime_s": None, "running": found is not None, "figures": None}
     if found is None:
         return empty | {"detail": f"no stack is running from {settings.home}"}
     empty["uptime_s"] = round(max(0.0, time.time() - found.started), 1)
     empty["triton"]["url"], empty["redis"]["url"] = found.triton_http, mask_url(found.redis)
-    known = {"pid": found.pid, "http": found.http, "grpc": found.grpc, "home": str(Path(settings.home).absolute())}
+    known: dict[str, Any] = {"pid": found.pid, "http": found.http, "grpc": found.grpc}
+    known["home"] = str(Path(settings.home).absolute())
+    with contextlib.suppress(GatewayError):
+        known["figures"] = GatewayClient(found.ops, ASK_S).summary()
     try:
         health = GatewayClient(found.http, ASK_S).health()
     except GatewayError as error:

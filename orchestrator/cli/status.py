@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from orchestrator.cli import figures
 from orchestrator.cli.base import Command, json_option, print_json, settings_options
 from orchestrator.settings import Settings
 
@@ -21,7 +22,11 @@ Examples:
 @json_option
 @settings_options("home")
 def status(settings: Settings, as_json: bool) -> None:
-    """Show the running stack. Exit code 0 if it is ready to serve, 1 if not or if nothing runs."""
+    """Show the running stack. Exit code 0 if it is ready to serve, 1 if not or if nothing runs.
+
+    Rates and latencies are those of the last five minutes. Active users are callers, counted approximately (to within
+    2 %) over all replicas.
+    """
     from orchestrator.cli import stack
 
     found = stack.report(settings)
@@ -38,18 +43,25 @@ def status(settings: Settings, as_json: bool) -> None:
 
 
 def _show(found: dict[str, Any]) -> None:
-    if not found["running"]:
-        return
+    if found["running"]:
+        for line in shown(found):
+            click.echo(line)
+
+
+def shown(found: dict[str, Any]) -> list[str]:
+    """A running stack for people, as `stack.report` has it."""
     word = "ready" if found["ready"] else "not ready"
     grpc = f", gRPC {found['grpc']}" if found["grpc"] else ""
-    click.echo(f"{word}, up for {_duration(found['uptime_s'])}, {found['http']}{grpc} (process {found['pid']})")
+    lines = [f"{word}, up for {_duration(found['uptime_s'])}, {found['http']}{grpc} (process {found['pid']})"]
     for row in found["models"]:
         what = {"embed": ", embeds", "classify": ", classifies", "infer": ", infers"}.get(row.get("operation"), "")
         load = f", {row['running']} running, {row['waiting']} waiting, {row['slots']} slots" if "slots" in row else ""
-        click.echo(f"  model   {row['name']} version {row['version']}: {row['state']}{what}{_device(row)}{load}")
+        name = f"{row['name']} version {row['version']}"
+        lines.append(f"  {'model':<9} {name}: {row['state']}{what}{_device(row)}{load}")
     for name in ("triton", "redis"):
         up = {True: "up", False: "away", None: "unknown"}[found[name]["up"]]
-        click.echo(f"  {name:<7} {up}, {found[name]['url']}")
+        lines.append(f"  {name:<9} {up}, {found[name]['url']}")
+    return lines + [f"  {what:<9} {how}" for what, how in figures.lines(found["figures"] or {})]
 
 
 def _device(row: dict[str, Any]) -> str:

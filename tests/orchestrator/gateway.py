@@ -52,6 +52,7 @@ class Gateway:
             "name": "demo", "version": "1", "ready": True, "reason": None, "chat": True, "running": 0, "waiting": 0,
             "slots": 4,
         }  # fmt: skip
+        self.summary: dict[str, Any] | None = None  # what its ops port would say
         self.ready = True
         self.health_status = 200
         self.health_stall_s = 0.0
@@ -99,6 +100,8 @@ class Gateway:
                 time.sleep(gateway.health_stall_s)
                 if self.path == "/v1/models":
                     return self._json(200, {"object": "list", "data": [{"id": gateway.row["name"]}]})
+                if self.path == "/summary" and gateway.summary is not None:
+                    return self._json(200, gateway.summary)
                 if self.path == "/health/live":
                     return self._json(200, {"live": True})
                 return self._json(gateway.health_status, gateway.health())

@@ -63,7 +63,8 @@ async def exchange(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    door = FrontDoor(Admin(upstream.fetch, 5.0, scrape, upstream.told.append).routes, 1000, identify)
+    admin = Admin(upstream.fetch, 5.0, scrape, lambda: {"requests": 3}, upstream.told.append)
+    door = FrontDoor(admin.routes, 1000, identify)
     headers = [(b"content-type", b"text/x")] + ([(b"x-api-key", key)] if key else [])
     headers += [(name.replace("_", "-").encode(), value) for name, value in more.items()]
     scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": headers}
@@ -157,3 +158,9 @@ async def test_failures_and_large_bodies(upstream: Upstream) -> None:
     upstream.reply = UpstreamUnavailable("Triton does not answer")
     status, body = await ask(upstream, "POST", "/v2/repository/index")
     assert (status, list(json.loads(body))) == (503, ["error"])
+
+
+async def test_the_summary_is_for_all(upstream: Upstream) -> None:
+    """The main figures need no key: they name no user and no text."""
+    status, body = await ask(upstream, "GET", "/summary", key=None)
+    assert (status, json.loads(body)) == (200, {"requests": 3})

@@ -1,0 +1,61 @@
+"""What keeps a deployment well, assembled: figures, readings of the machine, history, alerts and the jobs' loop.
+
+It runs in the gateway's first process. Nothing in it may hold that process up or end it: what may take long is in
+threads and in processes of its own, and a part that fails is told of and begun again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from orchestrator.metrics import Metrics
+from orchestrator.monitor.shared import Shared
+from orchestrator.monitor.summary import Summary
+from orchestrator.scrape import Scrape
+from orchestrator.settings import Settings
+from orchestrator.store import Store
+
+log = logging.getLogger(__name__)
+
+AGAIN_S = 5.0
+
+
+class Upkeep:
+    """`metrics` get the series of all parts. `run` runs them until cancelled."""
+
+    def __init__(self, settings: Settings, scrape: Scrape, metrics: Metrics) -> None:
+        self._store = Store(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
+        self._parts: dict[str, Callable[[], Awaitable[None]]] = {}
+        shared = Shared(self._store) if self._store else None
+        self._summary = Summary(scrape.totals, [part.figures for part in (shared,) if part])
+        self._parts["summary"] = self._summary.run
+        if self._store and shared:
+            self._parts |= {"store": self._store.run, "shared": shared.run}
+            metrics.readings |= shared.readings()
+
+    def figures(self) -> Mapping[str, Any]:
+        """The summary of now, and under `minute` the rates of the last minute alone."""
+        return self._summary.figures() | {"minute": self._summary.minute()}
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        tasks = [asyncio.create_task(_kept(name, part), name=name) for name, part in self._parts.items()]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _kept(name: str, part: Callable[[], Awaitable[None]]) -> None:
+    """Run a part for ever, whatever becomes of it."""
+    while True:
+        try:
+            return await part()
+        except Exception:
+            log.exception("%s failed and begins again", name)
+        await asyncio.sleep(AGAIN_S)
