@@ -74,6 +74,13 @@ class GatewayClient:
         """The main figures; of the ops port. Raises GatewayError."""
         return self._get("/summary")
 
+    def metrics(self) -> str:
+        """Its series as Prometheus reads them; of the ops port. Raises GatewayError."""
+        response, data = self._send("GET", "/metrics", None)
+        if response.status != 200:
+            raise _refusal(response.status, data, self.url, response.getheader("retry-after"))
+        return data.decode("utf-8", "replace")
+
     def live(self) -> bool:
         """Whether the gateway's process answers."""
         try:
@@ -119,18 +126,20 @@ class GatewayClient:
         return self._exchange("GET", path, None)
 
     def _exchange(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
-        exchange = _Exchange(self, time.monotonic() + self._timeout_s)
-        try:
-            response = exchange.send(method, path, body)
-            data = exchange.body()
-        finally:
-            exchange.close()
+        response, data = self._send(method, path, body)
         answer = _json(data)
         if response.status != 200:
             raise _refusal(response.status, data, self.url, response.getheader("retry-after"))
         if not isinstance(answer, dict):
             raise _nonsense(self.url)
         return answer
+
+    def _send(self, method: str, path: str, body: bytes | None) -> tuple[http.client.HTTPResponse, bytes]:
+        exchange = _Exchange(self, time.monotonic() + self._timeout_s)
+        try:
+            return exchange.send(method, path, body), exchange.body()
+        finally:
+            exchange.close()
 
     def connect(self, timeout_s: float) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._scheme == "https" else http.client.HTTPConnection

@@ -23,8 +23,9 @@ def doctor(overrides: dict[str, Any], as_json: bool) -> None:
     """Look for the commonest set-up faults, with or without a running stack.
 
     Looks at the system, packages, Triton's server and its libraries, folders, disk, shared memory, ports, Redis, the
-    model and its files, the gateway, and what a killed stack left behind. Says how to mend each fault. Exit code 0
-    only if all is well.
+    model and its files, the gateway, and what a killed stack left behind. Proves each switch of the production profile
+    by using it: a test alert is sent, a scratch breaker tripped, an answer cached, the newest backup verified. Says how
+    to mend each fault. Exit code 0 only if all is well.
     """
     from orchestrator.ops.doctor import examine
     from orchestrator.ops.finding import Deployment, Finding
@@ -39,12 +40,12 @@ def doctor(overrides: dict[str, Any], as_json: bool) -> None:
         hint = "correct or unset it" if settings.warnings else ""
         told = "; ".join(settings.warnings) or f"profile {settings.environment}"
         findings = [Finding("settings", True, told, hint), *examine(Deployment(settings))]
-    ok = all(found.ok for found in findings)
+    ok = all(found.ok is not False for found in findings)
     if as_json:
         print_json({"ok": ok, "checks": [asdict(found) for found in findings]})
     else:
         for found in findings:
-            mark = ("warn" if found.hint else "ok") if found.ok else "FAULT"
+            mark = "n/a" if found.ok is None else ("warn" if found.hint else "ok") if found.ok else "FAULT"
             click.echo(f"{mark:<6} {found.name:<14} {found.detail}")
             if found.hint:
                 click.echo(f"{'':<21} -> {found.hint}")

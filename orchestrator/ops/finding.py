@@ -14,10 +14,10 @@ from orchestrator.settings import Settings
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's result. A finding that is ok and has a hint is a warning."""
+    """One check's result. A finding that is ok and has a hint is a warning; `ok` is None for what does not exist yet."""
 
     name: str
-    ok: bool
+    ok: bool | None
     detail: str
     hint: str = ""
 

@@ -24,7 +24,7 @@ def problems(deployment: Deployment) -> list[Problem]:
         machine.check_repository, _redis_url, stack.check_choice, stack.check_entry,
     )  # fmt: skip
     findings = [check(replace(deployment, offline=True)) for check in checks]
-    return [Problem(found.detail, found.hint) for found in findings if not found.ok]
+    return [Problem(found.detail, found.hint) for found in findings if found.ok is False]
 
 
 def _redis_url(deployment: Deployment) -> Finding:

@@ -1,0 +1,167 @@
+"""Checks of the production profile's switches: each is proven by using what it switches on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from orchestrator.client import GatewayClient, GatewayError
+from orchestrator.ops import proofs
+from orchestrator.ops.finding import Deployment, Finding
+
+ASK_S = 3.0
+HISTORY_S = 180.0  # the metric history has a line a minute
+NO_KEY = "tg_aaaaaaaaaaaa_doctor-looks-whether-this-is-refused"
+_NOT_RUNNING = "it is looked at while the stack runs"
+
+
+def check_monitoring(deployment: Deployment) -> Finding:
+    """The ops port answers with series and figures, and the history is written."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from orchestrator.monitor import history
+
+    name, settings, stack = "monitoring", deployment.settings, deployment.stack
+    if stack is None:
+        return Finding(name, True, _off("monitoring") if not settings.monitoring else _NOT_RUNNING)
+    log = settings.home / "logs" / "gateway.log"
+    try:
+        client = GatewayClient(stack.ops, ASK_S)
+        requests = client.summary()["requests"]
+        series = sum(1 for _ in text_string_to_metric_families(client.metrics()))
+    except (GatewayError, ValueError, KeyError) as error:
+        return Finding(name, False, f"{stack.ops} does not say how the stack is doing: {error}", f"see {log}")
+    detail = f"{series} series, {requests} requests in the last five minutes"
+    if not settings.monitoring:
+        return Finding(name, True, f"{detail}; {_off('monitoring')}", _on("monitoring"))
+    now = time.time()
+    if now - stack.started > HISTORY_S and next(history.read(settings.home, now - HISTORY_S, now), None) is None:
+        return Finding(name, False, f"{detail}, but no metric history was written for three minutes", f"see {log}")
+    return Finding(name, True, detail)
+
+
+def check_alerts(deployment: Deployment) -> Finding:
+    """A test alert goes out through every sender that is set."""
+    from orchestrator.monitor.testing import test_senders
+
+    settings = deployment.settings
+    if not settings.monitoring:
+        return Finding("alerts", True, _off("monitoring"), _on("monitoring"))
+    results = test_senders(settings)
+    if not results:
+        hint = "set TRUTHGPT_ALERT_WEBHOOK_URL, TRUTHGPT_ALERT_SLACK_URL or TRUTHGPT_ALERT_EMAIL_TO"
+        return Finding("alerts", True, "nobody is told of alerts: no sender is set", hint)
+    failed = [f"{result.sender}: {result.detail}" for result in results if not result.ok]
+    if failed:
+        return Finding("alerts", False, "; ".join(failed), "`truthgpt alerts test` tries it again; correct its settings")
+    return Finding("alerts", True, f"a test alert was sent by {', '.join(result.sender for result in results)}")
+
+
+def check_security(deployment: Deployment) -> Finding:
+    """A wrong key and a call to the admin port without one are refused; dangerous prompts are; limits hold."""
+    settings, stack = deployment.settings, deployment.stack
+    try:
+        told = [proofs.sanitizer(settings)]
+        if stack is not None:
+            told += [_refuses_strangers(deployment), proofs.limits(stack.redis, settings)]
+    except proofs.NotProven as error:
+        return Finding("security", False, str(error), "look into logs/gateway.log, and report it as a fault of truthgpt")
+    open_ = [f"{what} is off" for what, off in (
+        ("TRUTHGPT_AUTH", settings.auth == "open"), ("TRUTHGPT_SANITIZE", settings.sanitize == "off"),
+        ("TRUTHGPT_LIMITS", settings.limits != "enforce"),
+    ) if off]  # fmt: skip
+    hint = f"{', '.join(open_)}: right for development only" if open_ and settings.environment != "development" else ""
+    return Finding("security", True, "; ".join(told), hint)
+
+
+def _refuses_strangers(deployment: Deployment) -> str:
+    stack = deployment.stack
+    if stack is None:
+        raise proofs.NotProven("no stack is running")
+    doors: list[tuple[str, Callable[[], object]]] = [
+        ("the admin port", lambda: GatewayClient(stack.ops, ASK_S, NO_KEY).ask("/v2/repository/index", {}))
+    ]
+    if deployment.settings.auth == "keys":
+        doors.append(("the gateway", lambda: GatewayClient(stack.http, ASK_S, NO_KEY).models()))
+    for whose, knock in doors:
+        try:
+            knock()
+        except GatewayError as error:
+            if error.status in (401, 403):
+                continue
+            raise proofs.NotProven(f"{whose} did not refuse a wrong key but said: {error}") from error
+        raise proofs.NotProven(f"{whose} let a wrong key in")
+    return "a wrong key is refused" if len(doors) > 1 else "a wrong key is refused at the admin port"
+
+
+def check_audit(deployment: Deployment) -> Finding:
+    """What happens is written down: an event is written and read again, and follows what was before."""
+    from orchestrator.audit import AuditKeyError, AuditLogError, folder_of
+    from orchestrator.ops import auditing, auditread
+
+    settings = deployment.settings
+    if not settings.audit:
+        return Finding("audit", True, _off("audit"), _on("audit"))
+    if deployment.stack is None:
+        return Finding("audit", True, _NOT_RUNNING)
+    hint = "free space or give the folder back to this user; `truthgpt audit verify` checks all of it"
+    problem = auditing.note(settings, "doctor", detail="is this written?")
+    if problem:
+        return Finding("audit", False, f"nothing can be written: {problem}", hint)
+    try:
+        rows = auditread.tail(folder_of(settings.home), 50, auditread.Wanted(("security",)))
+    except (OSError, auditing.NoAuditLog, AuditKeyError, AuditLogError) as error:
+        return Finding("audit", False, f"it cannot be read: {error}", hint)
+    if not any(row.get("operation") == "doctor" for row in rows):
+        return Finding("audit", False, "an event that was written is not there", hint)
+    return Finding("audit", True, f"an event was written and read again, number {rows[-1]['seq']}")
+
+
+def check_cache(deployment: Deployment) -> Finding:
+    """An answer is stored and found again."""
+    if not deployment.settings.cache:
+        return Finding("cache", True, _off("cache"), _on("cache"))
+    if deployment.stack is None:
+        return Finding("cache", True, _NOT_RUNNING)
+    return _proven("cache", lambda: proofs.cache(deployment.stack.redis, deployment.settings),  # type: ignore[union-attr]
+                   "see the check of Redis; its memory may be full (TRUTHGPT_REDIS_MAX_BYTES)")  # fmt: skip
+
+
+def check_breaker(deployment: Deployment) -> Finding:
+    """A breaker opens at the failures that are set, and closes."""
+    return _proven("breaker", lambda: proofs.breaker(deployment.settings), "report it as a fault of truthgpt")
+
+
+def check_cleanup(deployment: Deployment) -> Finding:
+    """The jobs run: none is failing, paused or long overdue, and what could be cleaned up can be told."""
+    raise NotImplementedError
+
+
+def check_backup(deployment: Deployment) -> Finding:
+    """Every byte of the newest backup is right, and it is not too old."""
+    raise NotImplementedError
+
+
+def check_load_balancing(deployment: Deployment) -> Finding:
+    """Several Triton servers behind one gateway."""
+    return Finding("load_balancing", None, "not available: one Triton server serves all")
+
+
+def check_auto_scaling(deployment: Deployment) -> Finding:
+    """Replicas that come and go with the load."""
+    return Finding("auto_scaling", None, "not available: start more replicas by hand")
+
+
+def _proven(name: str, prove: Callable[[], str], hint: str) -> Finding:
+    try:
+        return Finding(name, True, prove())
+    except proofs.NotProven as error:
+        return Finding(name, False, str(error), hint)
+
+
+def _off(setting: str) -> str:
+    return f"off (TRUTHGPT_{setting.upper()}=false)"
+
+
+def _on(setting: str) -> str:
+    return f"switch it on: TRUTHGPT_{setting.upper()}=true"
