@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from orchestrator import audit, logs, tracing
 from orchestrator.app import AdminApplication
 from orchestrator.metrics import Metrics
+from orchestrator.monitor.machine import Machine
 from orchestrator.scrape import Scrape, build_info
 from orchestrator.server import IN_BAND_S, BindError, Server, configure, listen, raise_file_limit, reserve, url
 from orchestrator.settings import CONFIG_ENV, Settings, SettingsError
@@ -129,6 +130,8 @@ class Parent:
         self.metrics = Metrics(lambda model: False)
         self.metrics.readings["truthgpt_cpu_seconds_total"] = lambda: {(): time.process_time()}
         self.metrics.readings["truthgpt_build_info"] = build_info
+        self.machine = Machine(settings)
+        self.metrics.readings |= self.machine.readings()
         self.scrape = Scrape(len(listeners), self.metrics.snapshot)
         self._exit_code = 0
 
@@ -136,6 +139,7 @@ class Parent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told, number)
+        self.machine.start()
         ticking = asyncio.create_task(self._tick(), name="tick")
         # The first one alone: what is wrong with all of them is said once.
         keepers = [asyncio.create_task(self._keep(1), name="worker 1")]
@@ -149,6 +153,7 @@ class Parent:
             await self._ending.wait()
         await self._end(keepers)
         ticking.cancel()
+        self.machine.stop()
         return self._exit_code
 
     def _told(self, number: signal.Signals) -> None:
