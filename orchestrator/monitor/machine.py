@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Machine:
         self._known_gpus: tuple[Gpu, ...] = ()
         self._newest: Sampled[NewestBackup] = sampled("the newest backup", lambda: newest_backup(settings.backups))
         self._disks: dict[str, Sampled[Disk]] = {
-            folder: sampled(f"the disk of {folder}", lambda folder=folder, path=path: disk(folder, path, statvfs))
+            folder: sampled(f"the disk of {folder}", partial(disk, folder, path, statvfs))
             for folder, path in folders.items()
         }
 
@@ -152,7 +153,10 @@ class Machine:
         }
 
     def figures(self) -> dict[str, Any]:
-        """The same as JSON: memory, gpus, disks and backup; what is unknown is None."""
+        """The same as JSON: memory, gpus, disks and backup; what is unknown is None.
+
+        Of the newest backup None says that there is none; while that is unknown `newest_at` is left out.
+        """
         found, newest = self.memory, self.newest_backup
         return {
             "memory": asdict(found) if found else {"used_bytes": None, "total_bytes": None},
@@ -162,7 +166,7 @@ class Machine:
                 {"folder": folder, "free_bytes": None, "total_bytes": None}
                 for folder, sampled in self._disks.items()
             ],
-            "backup": {"wanted": self._wanted, "newest_at": newest.at if newest else None},
+            "backup": {"wanted": self._wanted, **({"newest_at": newest.at} if newest else {})},
         }  # fmt: skip
 
     def _all(self) -> tuple[Sampled[Any], ...]:

@@ -137,7 +137,7 @@ def test_nothing_is_known_before_the_first_reading(tmp_path: Path) -> None:
         "gpus": [],
         "disks": [{"folder": name, "free_bytes": None, "total_bytes": None}
                   for name in ("home", "model_repository", "backups")],
-        "backup": {"wanted": True, "newest_at": None},
+        "backup": {"wanted": True},
     }  # fmt: skip
 
 
@@ -162,6 +162,7 @@ def test_backups_that_are_not_wanted_have_no_series(tmp_path: Path) -> None:
         machine = Machine(settings)
         machine._newest.sample()
         assert machine.readings()["truthgpt_backup_newest_timestamp_seconds"]() == expected
+        assert machine.figures()["backup"] == {"wanted": wanted, "newest_at": None}
 
 
 def test_a_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
