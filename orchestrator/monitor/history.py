@@ -27,7 +27,7 @@ FOLDER = "metrics"
 EVERY_S = 60.0
 LOCK_S = 2.0  # another writer needs some 0.1 ms; one that is suspended would be waited for without end
 LOCK_STEP_S = 0.01
-LINE_BYTES = 1 << 20  # a line has some 1,000; a longer one is none of ours
+LINE_BYTES = 1 << 20  # a line has some 2,000; a longer one is none of ours
 _DAY = re.compile(r"(\d{4}-\d{2}-\d{2})\.jsonl")
 
 

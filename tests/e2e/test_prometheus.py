@@ -29,6 +29,8 @@ from .stack import Stack, free_ports, kill, wait_until
 from .test_metrics import scrape
 
 START_S = 20.0
+# a machine that is full or slow is no fault of the stack
+OF_THE_HOST = {"TruthGPTDiskFull", "TruthGPTMemoryHigh", "TruthGPTGpuMemoryHigh", "TruthGPTTimeToFirstTokenSlow"}
 OF_THE_MACHINE = {
     "system_memory_used_bytes", "system_memory_total_bytes", "disk_free_bytes", "disk_total_bytes",
 }  # fmt: skip
@@ -185,7 +187,7 @@ def test_it_scrapes_and_every_rule_can_be_evaluated(stack: Stack, prometheus: Pr
     assert {rule["name"] for rule in rules} == {rule["alert"] for rule in RULES}
     assert [(rule["name"], rule["lastError"]) for rule in rules if rule["health"] != "ok"] == []
     wait_until(
-        lambda: not {row["metric"]["alertname"] for row in prometheus.query("ALERTS")} - {"TruthGPTDiskFull"},
+        lambda: not {row["metric"]["alertname"] for row in prometheus.query("ALERTS")} - OF_THE_HOST,
         15, "nothing fires",
     )  # fmt: skip
 
