@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from orchestrator.metrics import Metrics
+from orchestrator.monitor.history import History
+from orchestrator.monitor.machine import Machine
 from orchestrator.monitor.shared import Shared
 from orchestrator.monitor.summary import Summary
 from orchestrator.scrape import Scrape
@@ -21,6 +23,7 @@ from orchestrator.store import Store
 log = logging.getLogger(__name__)
 
 AGAIN_S = 5.0
+HISTORY_S = 60.0  # a line of the history is of its minute
 
 
 class Upkeep:
@@ -30,8 +33,14 @@ class Upkeep:
         self._store = Store(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
         self._parts: dict[str, Callable[[], Awaitable[None]]] = {}
         shared = Shared(self._store) if self._store else None
-        self._summary = Summary(scrape.totals, [part.figures for part in (shared,) if part])
+        self._machine = Machine(settings)
+        metrics.readings |= self._machine.readings()
+        known = [self._machine.figures, *([shared.figures] if shared else [])]
+        self._summary = Summary(scrape.totals, known)
         self._parts["summary"] = self._summary.run
+        if settings.monitoring:
+            history = History(settings.home)
+            self._parts["history"] = lambda: history.run(lambda: self._summary.figures(HISTORY_S))
         if self._store and shared:
             self._parts |= {"store": self._store.run, "shared": shared.run}
             metrics.readings |= shared.readings()
@@ -42,10 +51,12 @@ class Upkeep:
 
     async def run(self) -> None:
         """Until cancelled."""
+        self._machine.start()
         tasks = [asyncio.create_task(_kept(name, part), name=name) for name, part in self._parts.items()]
         try:
             await asyncio.gather(*tasks)
         finally:
+            self._machine.stop()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

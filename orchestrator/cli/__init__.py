@@ -29,6 +29,7 @@ Examples:
         "cache": "orchestrator.cli.cache:cache",
         "breaker": "orchestrator.cli.breaker:breaker",
         "audit": "orchestrator.cli.audit:audit",
+        "metrics": "orchestrator.cli.metrics:metrics",
         "models": "orchestrator.cli.models:models",
         "config": "orchestrator.cli.config:config",
         "doctor": "orchestrator.cli.doctor:doctor",

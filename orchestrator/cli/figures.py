@@ -89,7 +89,8 @@ def _part(used: float | None, total: float | None) -> str:
 
 
 def _disks(disks: Any) -> str:
-    return ", ".join(f"{disk['folder']} {size(disk['free_bytes'])} free" for disk in disks)
+    known = [disk for disk in disks if disk.get("free_bytes") is not None]
+    return ", ".join(f"{disk['folder']} {size(disk['free_bytes'])} free" for disk in known)
 
 
 def _jobs(jobs: Any) -> str:
@@ -102,9 +103,9 @@ def _jobs(jobs: Any) -> str:
 def _backup(backup: Mapping[str, Any], now: object) -> str:
     from datetime import datetime
 
-    if not backup.get("wanted"):
+    if not backup.get("wanted") or "newest_at" not in backup:
         return ""
-    newest = backup.get("newest_at")
+    newest = backup["newest_at"]
     if newest is None:
         return "none yet"
     return f"the newest is {ago(datetime.fromisoformat(str(now)).timestamp() - newest)} old"

@@ -53,7 +53,7 @@ def check_alerts(deployment: Deployment) -> Finding:
         return Finding("alerts", True, "nobody is told of alerts: no sender is set", hint)
     failed = [f"{result.sender}: {result.detail}" for result in results if not result.ok]
     if failed:
-        return Finding("alerts", False, "; ".join(failed), "`truthgpt alerts test` tries it again; correct its settings")
+        return Finding("alerts", False, "; ".join(failed), "`truthgpt alerts test` tries it again")
     return Finding("alerts", True, f"a test alert was sent by {', '.join(result.sender for result in results)}")
 
 
@@ -65,7 +65,7 @@ def check_security(deployment: Deployment) -> Finding:
         if stack is not None:
             told += [_refuses_strangers(deployment), proofs.limits(stack.redis, settings)]
     except proofs.NotProven as error:
-        return Finding("security", False, str(error), "look into logs/gateway.log, and report it as a fault of truthgpt")
+        return Finding("security", False, str(error), "see logs/gateway.log, and report it as a fault of truthgpt")
     open_ = [f"{what} is off" for what, off in (
         ("TRUTHGPT_AUTH", settings.auth == "open"), ("TRUTHGPT_SANITIZE", settings.sanitize == "off"),
         ("TRUTHGPT_LIMITS", settings.limits != "enforce"),

@@ -14,7 +14,7 @@ from orchestrator.settings import Settings
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's result. A finding that is ok and has a hint is a warning; `ok` is None for what does not exist yet."""
+    """One check's result. Ok with a hint is a warning; `ok` is None for what does not exist yet."""
 
     name: str
     ok: bool | None
