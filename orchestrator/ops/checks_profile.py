@@ -96,7 +96,8 @@ def _refuses_strangers(deployment: Deployment) -> str:
 
 def check_audit(deployment: Deployment) -> Finding:
     """What happens is written down: an event is written and read again, and follows what was before."""
-    from orchestrator.audit import AuditKeyError, AuditLogError, folder_of
+    from orchestrator.audit import AuditKeyError, AuditLogError
+    from orchestrator.auditlog import folder_of
     from orchestrator.ops import auditing, auditread
 
     settings = deployment.settings
