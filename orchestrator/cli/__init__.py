@@ -27,6 +27,7 @@ Examples:
         "limits": "orchestrator.cli.limits:limits",
         "cache": "orchestrator.cli.cache:cache",
         "breaker": "orchestrator.cli.breaker:breaker",
+        "backup": "orchestrator.cli.backup:backup",
         "audit": "orchestrator.cli.audit:audit",
         "models": "orchestrator.cli.models:models",
         "config": "orchestrator.cli.config:config",
