@@ -16,7 +16,7 @@ from orchestrator.cli.keyflags import confirmed, when
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
-    from orchestrator.ops.backup import Difference, Info, Report
+    from orchestrator.ops.backup import Difference, Report
 
 SHOWN = 10  # names of each kind of change
 _PATH = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -80,8 +80,9 @@ def list_(settings: Settings, as_json: bool) -> None:
         print_json([{**asdict(info), "path": str(info.path)} for info in found])
     elif not found:
         click.echo(f"there are no backups in {settings.backups}", err=True)
-    else:
-        _table(found)
+    for info in [] if as_json else found:
+        kind = "encrypted" if info.encrypted else "not encrypted"
+        click.echo(f"{when(info.created)}  {_size(info.bytes):>9}  {kind:<13}  {info.path}")
 
 
 _VERIFY_EPILOG = """\b
@@ -207,9 +208,9 @@ def keygen(as_json: bool) -> None:
     if as_json:
         print_json({"key": key, "recipient": recipient})
         return
-    click.echo(f"{key}\n")
-    click.echo("Keep it where the backups are not. To use it from now on:\n", err=True)
-    click.echo(f"  export TRUTHGPT_BACKUP_KEY={key}", err=True)
+    click.echo(key)
+    click.echo("Keep it where the backups are not, and give it to the stack and to these commands:\n", err=True)
+    click.echo("  export TRUTHGPT_BACKUP_KEY=AGE-SECRET-KEY-…", err=True)
 
 
 class _Bar:
@@ -287,18 +288,6 @@ def _show(report: Report, difference: Difference) -> None:
                    f"now {_printable(known)}")  # fmt: skip
     for name, before, after in difference.settings:
         click.echo(f"{'setting':<9} {name} was {_printable(before) or '(unset)'}, is {after or '(unset)'}")
-
-
-def _table(found: list[Info]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    rows = Table(box=None, pad_edge=False)
-    for title in ("ID", "CREATED", "SIZE", "ENCRYPTED", "PATH"):
-        rows.add_column(title, overflow="fold")
-    for info in found:
-        rows.add_row(info.id, when(info.created), _size(info.bytes), "yes" if info.encrypted else "no", str(info.path))
-    Console(markup=False, highlight=False).print(rows)
 
 
 def _printable(text: str) -> str:
