@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from orchestrator.ops.backup.create import Created, create
+from orchestrator.ops.backup.creation import Created, create
 from orchestrator.ops.backup.difference import Difference
 from orchestrator.ops.backup.errors import BackupError, Changed, Damaged
 from orchestrator.ops.backup.names import Info, infos, newest
 from orchestrator.ops.backup.reading import Report
-from orchestrator.ops.backup.restore import Restored, restore, verify
+from orchestrator.ops.backup.restoring import Restored, restore, verify
 from orchestrator.ops.backup.retention import prune
 from orchestrator.ops.backup.sealing import new_key
 

@@ -108,11 +108,12 @@ def models_now(settings: Settings) -> list[Path]:
     ]  # fmt: skip
 
 
-def _files(path: Path, name: str) -> Iterator[str]:
-    """Names of the files at or below a path; what is no folder counts as one."""
-    if path.is_dir() and not path.is_symlink():
+def _files(path: Path, name: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Names of the files at or below a path, links followed but not into a folder above; what is no folder is one."""
+    real = os.path.realpath(path)
+    if path.is_dir() and real not in above:
         for entry in sorted(os.listdir(path)):
-            yield from _files(path / entry, f"{name}/{entry}")
+            yield from _files(path / entry, f"{name}/{entry}", (*above, real))
     elif os.path.lexists(path):
         yield name
 
