@@ -63,17 +63,16 @@ def export(client: redis.Redis, file: BinaryIO, cache: bool = True) -> dict[str,
 
     Without `cache` cached answers are left out. Raises RedisDataError, redis.RedisError and OSError.
     """
-    began = time.time()
-    at_ms = int(began * 1000)
+    at_ms = int(time.time() * 1000)
     counts = {"keys": 0, "limits": 0, "entries": 0}
     _write(file, {"format": FORMAT, "at_ms": at_ms})
     for row in _together(client):
         if row["key"] == REGISTRY:
-            names = [base64.b64decode(name) for name, _ in row["value"]]
+            names = [base64.b64decode(name) for name, _ in row["value"] or ()]
             counts["keys"] = sum(name.startswith(b"key:") for name in names)
             counts["limits"] = sum(name.startswith(b"limits:") for name in names)
         _write(file, row)
-        counts["entries"] += 1
+        counts["entries"] += row["type"] != "none"
     skipped = {name.encode() for name in TOGETHER}
     found = (
         key for key in client.scan_iter(match=OURS, count=PAGE)
