@@ -78,13 +78,15 @@ def sync_folder(folder: Path) -> None:
 def _undo(moves: Sequence[Move]) -> None:
     for source, target in reversed(moves):
         if os.path.lexists(target) and not os.path.lexists(source):
+            source.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have cleared staging away
             os.rename(target, source)
     _sync(moves)
 
 
 def _sync(moves: Sequence[Move]) -> None:
     for folder in {path.parent for move in moves for path in move}:
-        sync_folder(folder)
+        with contextlib.suppress(FileNotFoundError):  # and so nothing was renamed in it
+            sync_folder(folder)
 
 
 def _write(path: Path, document: object) -> None:
