@@ -1,8 +1,8 @@
 """Exchanging files and folders for others, all or none, also under `kill -9`.
 
 What is to be renamed is written down first (home/restore.json). Whoever finds that note holds the home and undoes what
-was done of it; it is removed once everything is in its place. A rename that was not done is known by its source, which
-is still there.
+was done of it; it is removed once everything is in its place. A rename that was done is known by the inode at its
+target, which was noted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def exchange(home: Path, moves: Sequence[Move], staging: Sequence[Path], kept: S
     are empty. Raises OSError, with everything as it was, unless undoing failed, too: `recover` goes on with that.
     """
     note = home / NOTE
+    inodes = [os.lstat(source).st_ino for source, _ in moves]
     _write(note, {
-        "moves": [[str(source), str(target)] for source, target in moves],
+        "moves": [[str(source), str(target)] for source, target in moves], "inodes": inodes,
         "staging": [str(folder) for folder in staging], "kept": [str(folder) for folder in kept],
     })  # fmt: skip
     try:
@@ -35,7 +36,7 @@ def exchange(home: Path, moves: Sequence[Move], staging: Sequence[Path], kept: S
             os.rename(source, target)
         _sync(moves)
     except BaseException:
-        _undo(moves)
+        _undo(moves, inodes)
         note.unlink()
         raise
     note.unlink()
@@ -52,7 +53,7 @@ def recover(home: Path) -> bool:
         found = json.loads(note.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
-    _undo([(Path(source), Path(target)) for source, target in found["moves"]])
+    _undo([(Path(source), Path(target)) for source, target in found["moves"]], found["inodes"])
     for folder in found["staging"]:
         shutil.rmtree(folder, ignore_errors=True)
     for folder in found["kept"]:
@@ -75,9 +76,9 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _undo(moves: Sequence[Move]) -> None:
-    for source, target in reversed(moves):
-        if os.path.lexists(target) and not os.path.lexists(source):
+def _undo(moves: Sequence[Move], inodes: Sequence[int]) -> None:
+    for (source, target), inode in reversed([*zip(moves, inodes, strict=True)]):
+        if os.path.lexists(target) and os.lstat(target).st_ino == inode and not os.path.lexists(source):
             source.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have cleared staging away
             os.rename(target, source)
     _sync(moves)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,33 @@ def prepared(base: Path) -> list[Move]:
 
 def texts(base: Path) -> dict[str, str]:
     return {str(path.relative_to(base)): path.read_text() for path in base.rglob("*") if path.is_file()}
+
+
+_KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from orchestrator.local import swap
+home, fresh, old, moves, number = json.loads(sys.argv[1])
+count, real = 0, os.rename
+def rename(source, target):
+    global count
+    if count == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count += 1
+    real(source, target)
+os.rename = rename
+swap.sync_folder = lambda folder: count == number and os.kill(os.getpid(), signal.SIGKILL)
+swap.exchange(Path(home), [(Path(a), Path(b)) for a, b in moves], [Path(fresh)], [Path(old)])
+"""
+
+
+def killed(base: Path, moves: list[Move], number: int) -> None:
+    """An exchange by a process that is killed after so many renames."""
+    names = [str(base / name) for name in ("home", "fresh", "old")]
+    given = json.dumps([*names, [[str(path) for path in move] for move in moves], number])
+    done = subprocess.run([sys.executable, "-c", _KILLED, given], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (base / "home" / swap.NOTE).exists()
 
 
 def test_everything_is_exchanged(tmp_path: Path) -> None:
@@ -58,25 +88,17 @@ def test_what_a_killed_process_left(tmp_path: Path, number: int) -> None:
     """After any number of renames a note has everything undone, staging removed, and an empty folder of old ones."""
     moves = prepared(tmp_path)
     before = {name: text for name, text in texts(tmp_path).items() if not name.startswith("fresh/")}
-    note = {
-        "moves": [[str(path) for path in move] for move in moves], "staging": [str(tmp_path / "fresh")],
-        "kept": [str(tmp_path / "old")],
-    }  # fmt: skip
-    (tmp_path / "home" / swap.NOTE).write_text(json.dumps(note))
-    for source, target in moves[:number]:
-        os.rename(source, target)
+    killed(tmp_path, moves, number)
     assert swap.recover(tmp_path / "home")
     assert texts(tmp_path) == before and not (tmp_path / "fresh").exists() and not (tmp_path / "old").exists()
     assert not swap.recover(tmp_path / "home")
 
 
-def test_staging_that_was_cleared_away(tmp_path: Path) -> None:
-    """What was half exchanged is undone although the folder that it came from is gone."""
+@pytest.mark.parametrize("number", range(7))
+def test_staging_that_was_cleared_away(tmp_path: Path, number: int) -> None:
+    """What was half exchanged is undone although the folder that it came from is gone; nothing old is taken for new."""
     moves = prepared(tmp_path)
-    note = {"moves": [[str(path) for path in move] for move in moves], "staging": [str(tmp_path / "fresh")], "kept": []}
-    (tmp_path / "home" / swap.NOTE).write_text(json.dumps(note))
-    for source, target in moves[:2]:
-        os.rename(source, target)
+    killed(tmp_path, moves, number)
     shutil.rmtree(tmp_path / "fresh")
     assert swap.recover(tmp_path / "home")
     assert texts(tmp_path / "home") == {"a": "home/a", "b": "home/b", "gone": "home/gone"}
