@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.local import swap
 from tests.counting import write_entry
 
 from .stack import Stack, wait_until
@@ -35,10 +36,18 @@ def drilled() -> Iterator[Stack]:
         shutil.rmtree(folder)
 
 
+def note_half_done(home: Path) -> None:
+    """As a second restore leaves it that is killed after its first rename: the audit log's key is away."""
+    key = home / "audit.key"
+    note = {"moves": [[str(key), str(home / "away")]], "inodes": [key.stat().st_ino], "staging": [], "kept": []}
+    (home / swap.NOTE).write_text(json.dumps(note))
+    key.rename(home / "away")
+
+
 def test_a_deployment_that_is_lost_comes_back(drilled: Stack) -> None:
     """Home and repository are gone; after restore and up the key, its limits, the model and a cached answer are there.
 
-    And so is the audit log, with the restore in it.
+    And so is the audit log, with the restore in it, although another restore is killed half-way before `up`.
     """
     drilled.start()
     made = json.loads(drilled.cli("keys", "create", "--tenant", "acme", "--per-day", "77", "--json").stdout)
@@ -71,6 +80,7 @@ def test_a_deployment_that_is_lost_comes_back(drilled: Stack) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["restored"] and found["kept"] == [] and found["redis_backup"]["keys"] == 1
+    note_half_done(drilled.home)
     drilled.start()
     assert drilled.knows(made["key"])
     answer, again = ask()

@@ -138,11 +138,9 @@ def write_home(writer: Writer, home: Path) -> None:
     writer.folder("home", 0o700, 0)
     _write_audit(writer, folder_of(home))
     for name in SINGLE:
-        try:
+        if (home / name).exists():
             with _opened(home / name) as file:
                 _write(writer, f"home/{name}", file)
-        except Changed:
-            continue  # it is not there
     if (home / METRICS).is_dir():
         _write_metrics(writer, home / METRICS)
 

@@ -143,6 +143,6 @@ def _told(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise BackupError(
-            f"no room is left for the backup in {folder}: {error.strerror}; nothing of it was kept",
+            f"no room is left in {folder}, or in the home for what Redis has: {error.strerror}; nothing was kept",
             "free some space, set TRUTHGPT_BACKUP_DIR to another disk, or leave the models out with --no-models",
         ) from error

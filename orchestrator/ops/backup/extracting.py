@@ -68,7 +68,7 @@ def beside(folder: Path, word: str, stamp: str) -> Path:
     """A name for another folder on the same file system: beside it, else hidden in it. Raises OSError."""
     parent = folder.parent
     movable = folder.stat().st_dev == parent.stat().st_dev and not os.path.ismount(folder)
-    if movable and os.access(parent, os.W_OK | os.X_OK):
+    if movable and os.access(parent, os.R_OK | os.W_OK | os.X_OK):
         return parent / f"{folder.name}.{word}-{stamp}"
     return folder / f".{word}-{stamp}"
 

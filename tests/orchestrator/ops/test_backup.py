@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -19,6 +20,7 @@ from orchestrator.audit import fingerprint_of
 from orchestrator.auditlog import folder_of
 from orchestrator.local import state
 from orchestrator.ops import auditcheck, auditing, backup
+from orchestrator.ops.backup import redissource
 from orchestrator.ops.keyring import Keyring
 from orchestrator.ops.redis import NoRedis
 from orchestrator.settings import Settings
@@ -179,7 +181,7 @@ def test_each_flipped_bit_and_each_cut_is_found(tmp_path: Path, encrypted: bool)
 
 
 def test_an_encrypted_backup_needs_its_key(tmp_path: Path) -> None:
-    """Nothing readable is in it; without the key and with another one it says so, with a hint; with it it comes back."""
+    """Nothing readable is in it; without the key or with another it fails, with a hint; with the key it comes back."""
     key, other = backup.new_key()[0], backup.new_key()[0]
     settings = deployment(tmp_path, backup_key=key)
     made = backup.create(settings)
@@ -213,7 +215,7 @@ made = backup.create(settings)
 backup.restore(replace(settings, home=base / "h2", model_repository=base / "r2"), made.path, lambda *_: True)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    argv = [os.sys.executable, "-c", script, str(tmp_path), backup.new_key()[0]]  # type: ignore[attr-defined]
+    argv = [sys.executable, "-c", script, str(tmp_path), backup.new_key()[0]]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 160_000  # KiB
@@ -306,7 +308,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         backup.create(settings)
 
 
-def test_a_disk_without_room_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_refused_early(tmp_path: Path) -> None:
     """A repository that is larger than the disk is refused before anything is written."""
     settings = deployment(tmp_path)
     with (settings.model_repository / "demo" / "1" / "model.onnx").open("wb") as file:
@@ -349,9 +351,7 @@ def _fill(client: Any) -> tuple[str, str]:
 
 
 def test_the_redis_of_a_stopped_home(tmp_path: Path) -> None:
-    """Its files are read by a server that runs for that alone; put back, they have the same keys, limits and answers."""
-    from orchestrator.ops.backup import redissource
-
+    """Its files are read by a server that runs for that alone; put back, keys, limits and answers are the same."""
     settings = deployment(tmp_path)
     with redissource.held(settings.home), redissource.started(settings, settings.home) as client:
         id, _ = _fill(client)
