@@ -24,6 +24,7 @@ from orchestrator.ops.backup.tarform import (
     MANIFEST,
     MANIFEST_BYTES,
     MOST_MEMBERS,
+    TREES,
     Manifest,
     Member,
     padding,
@@ -33,6 +34,7 @@ from orchestrator.ops.backup.tarform import (
 
 CHUNK = 1 << 20
 Progress = Callable[[int, int], None]  # bytes done, and of how many
+REDIS = "redis/keys.jsonl"
 # First names below a tree; of the models every one but hidden ones.
 ALLOWED = {
     "settings": {"settings.json", "truthgpt.toml"},
@@ -190,6 +192,10 @@ class _Reader:
         data = b"".join(self._data(member, lambda chunk: None))
         manifest = Manifest.decode(data)
         if manifest.members != self._members:
+            raise Damaged("its manifest says something else than what is in it")
+        if set(manifest.origins) != self._folders & set(TREES) or ("redis" in manifest.origins) != (
+            REDIS in self._names
+        ):
             raise Damaged("its manifest says something else than what is in it")
         return manifest
 

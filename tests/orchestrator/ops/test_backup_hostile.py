@@ -143,6 +143,9 @@ def test_a_manifest_that_lies(tmp_path: Path) -> None:
         [rows[0], replace(rows[1], mode=0o644), rows[2]], [],
     ):  # fmt: skip
         refused(tmp_path, archive(GOOD, manifest(members=members)), "says something else")
+    for origins in ({}, {"home": ""}, {"home": "", "models": "", "redis": ""}, {"home": "", "models": "", "x": ""}):
+        refused(tmp_path, archive(GOOD, manifest(origins=origins)), "says something else")
+    refused(tmp_path, archive([*GOOD, (Member("redis", 0, 0o700, 0), b"")]), "says something else")
     for changes in ({"id": "../x"}, {"created": float("nan")}, {"version": "\x1b[2J"}, {"origins": {"home": "\n"}}):
         refused(tmp_path, archive(GOOD, manifest(**changes)), "manifest cannot be read")
     start = b"".join(header(member) + data + padding(len(data)) for member, data in GOOD)
