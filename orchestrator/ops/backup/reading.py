@@ -191,11 +191,9 @@ class _Reader:
             raise Damaged("its manifest is too large")
         data = b"".join(self._data(member, lambda chunk: None))
         manifest = Manifest.decode(data)
-        if manifest.members != self._members:
-            raise Damaged("its manifest says something else than what is in it")
-        if set(manifest.origins) != self._folders & set(TREES) or ("redis" in manifest.origins) != (
-            REDIS in self._names
-        ):
+        trees = self._folders & set(TREES)
+        whole = set(manifest.origins) == trees and ("redis" in trees) == (REDIS in self._names)
+        if manifest.members != self._members or not whole:
             raise Damaged("its manifest says something else than what is in it")
         return manifest
 
