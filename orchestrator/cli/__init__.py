@@ -28,6 +28,7 @@ Examples:
         "limits": "orchestrator.cli.limits:limits",
         "cache": "orchestrator.cli.cache:cache",
         "breaker": "orchestrator.cli.breaker:breaker",
+        "backup": "orchestrator.cli.backup:backup",
         "audit": "orchestrator.cli.audit:audit",
         "metrics": "orchestrator.cli.metrics:metrics",
         "models": "orchestrator.cli.models:models",

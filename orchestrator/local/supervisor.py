@@ -14,7 +14,7 @@ import psutil
 
 from orchestrator import models, rotation
 from orchestrator.errors import TruthGPTError
-from orchestrator.local import alias, modelset, preflight, state, tritonserver
+from orchestrator.local import alias, modelset, preflight, state, swap, tritonserver
 from orchestrator.local.modelwatch import Faults, ModelWatch
 from orchestrator.local.preflight import StartError
 from orchestrator.local.process import Child, runs
@@ -63,6 +63,8 @@ class Supervisor:
         """
         installation = tritonserver.find()
         with state.lock(self._home):
+            if swap.recover(self._home):
+                self._report("a restore that was interrupted has been undone")
             cleared = preflight.clear_leftovers(self._home)
             preflight.check_ports(self._settings, preflight.GONE_S if cleared else 0.0)
             repository = self._settings.model_repository

@@ -1,0 +1,123 @@
+"""`truthgpt backup` as people and scripts use it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.orchestrator.cli.conftest import Place
+
+
+@pytest.fixture
+def ready(place: Place) -> Place:
+    place.export("demo", 2)
+    place.home.mkdir()
+    return place
+
+
+def test_create_list_verify_and_prune(ready: Place) -> None:
+    """Each prints one document; what they say of the file agrees with it, and the audit log has what was done."""
+    made = ready.json("backup", "create")
+    path = Path(made["path"])
+    assert path.parent == ready.home / "backups" and re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{8}", made["id"])
+    assert made["bytes"] == path.stat().st_size
+    assert made["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    (row,) = ready.json("backup", "list")
+    assert {name: row[name] for name in ("id", "path", "bytes", "encrypted")} == {
+        "id": made["id"], "path": made["path"], "bytes": made["bytes"], "encrypted": False,
+    }  # fmt: skip
+    assert isinstance(row["created"], float)
+    verified = ready.json("backup", "verify", str(path))
+    assert verified["ok"] and verified["files"] == made["files"]
+    ready.json("backup", "create", "--no-models", "--no-cache")
+    ready.set(BACKUP_KEEP=1)
+    planned = ready.json("backup", "prune", "--dry-run")
+    assert len(planned["removed"]) == 1 and len(ready.json("backup", "list")) == 2
+    assert ready.json("backup", "prune")["removed"] == planned["removed"]
+    assert len(ready.json("backup", "list")) == 1
+    assert ready.json("backup", "prune")["removed"] == []
+    told = [row["operation"] for row in ready.json("audit", "tail", "-n", "50")]
+    assert told == ["backup create", "backup create", "backup prune"]
+
+
+def test_what_people_read(ready: Place) -> None:
+    """Without a key a note says what is in the file; list, verify and the diff are lines."""
+    done = ready.run("backup", "create")
+    assert done.exit_code == 0 and "not be encrypted" in done.stderr and "keygen" in done.stderr
+    assert "no stack has ever run" in done.stderr
+    path = done.stdout.partition(":")[0]
+    assert path in ready.run("backup", "list").stdout
+    assert ready.run("backup", "verify", path).stdout.startswith("ok: ")
+    (ready.repository / "demo" / "config.pbtxt").write_text("changed")
+    shown = ready.run("backup", "restore", path, "--dry-run").stdout
+    assert "  ~ demo/config.pbtxt" in shown and "1 changed" in shown
+    done = ready.run("backup", "restore", path, "--yes")
+    assert done.exit_code == 0, done.output
+    assert "what was there before is in" in done.stdout
+    assert (ready.repository / "demo" / "config.pbtxt").read_text() != "changed"
+    assert ready.run("backup", "list", "--backup-dir", str(ready.home / "none")).stderr.startswith("there are no")
+
+
+def test_restore_into_another_home(ready: Place, tmp_path: Path) -> None:
+    """The restore is in the restored home's audit log, which verifies; the settings file and how to use it are told."""
+    config = tmp_path / "own.toml"
+    config.write_text("max_concurrency = 9\n")
+    ready.set(CONFIG=config)
+    made = ready.json("backup", "create")
+    ready.set(CONFIG="")
+    target = tmp_path / "other"
+    arguments = ("backup", "restore", made["path"], "--target", str(target), "--model-repository", str(tmp_path / "r"))
+    found = ready.json(*arguments, "--dry-run")
+    assert not found["restored"] and not target.exists() and found["trees"]["models"]["same"] == 0
+    assert ["max_concurrency", "9", "256"] in found["settings"]
+    found = ready.json(*arguments)
+    assert found["restored"] and found["config"] == str(target / "truthgpt.toml")
+    assert (target / "truthgpt.toml").read_text() == config.read_text()
+    ready.set(HOME=target)
+    # the backup's own event was written once it was complete
+    assert [row["operation"] for row in ready.json("audit", "tail")] == ["backup restore"]
+    assert ready.run("audit", "verify").exit_code == 0
+    assert (tmp_path / "r" / "demo" / "2" / "model.onnx").exists()
+    done = ready.run(*arguments, "--yes")
+    assert f"export TRUTHGPT_CONFIG={target}/truthgpt.toml" in done.stdout
+
+
+def test_encrypted(ready: Place) -> None:
+    """keygen's key encrypts; without it and with another verify and restore fail with a hint that names the setting."""
+    key = ready.json("backup", "keygen")
+    assert ready.run("backup", "keygen").stdout.startswith("AGE-SECRET-KEY-1")
+    ready.set(BACKUP_KEY=key["key"])
+    done = ready.run("backup", "create", "--json")
+    assert done.stderr == ""
+    path = json.loads(done.stdout)["path"]
+    assert path.endswith(".tar.age") and ready.json("backup", "verify", path)["encrypted"]
+    assert key["key"] not in ready.run("config", "show").output
+    for other, what in ((ready.json("backup", "keygen")["key"], "another key"), (None, "is encrypted")):
+        ready.set(BACKUP_KEY=other)
+        for command in (("verify", path), ("restore", path, "--yes")):
+            error = ready.refused("backup", *command)
+            assert what in error and "TRUTHGPT_BACKUP_KEY" in error
+
+
+def test_what_is_no_backup(ready: Place, tmp_path: Path) -> None:
+    """A damaged file is exit code 1, one that is not there wrong usage; names in it cannot move the cursor."""
+    path = tmp_path / "bad.tar"
+    path.write_bytes(b"\x1b[2J" * 1000)
+    assert "\x1b" not in ready.refused("backup", "verify", str(path))
+    ready.refused("backup", "restore", str(path), "--yes")
+    ready.refused("backup", "verify", str(tmp_path / "nowhere"), code=2)
+
+
+def test_nobody_else_may_read_them(ready: Place) -> None:
+    """Folder and file are their owner's alone, whatever the umask."""
+    before = os.umask(0)
+    try:
+        path = Path(ready.json("backup", "create")["path"])
+    finally:
+        os.umask(before)
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
