@@ -86,7 +86,7 @@ ROOMS: dict[str, set[str]] = {
     # operating: `monitor` watches and tells, `jobs` says when what is due; what is done about it is in `ops`
     "activity": {"domain", "store"},
     "monitor": {"metrics", "metrics_table", "scrape", "settings", "store", "jobs"},
-    "jobs": {"settings", "store"},
+    "jobs": {"settings", "store", "local"},
     # processes
     "httpcycle": set(),
     "refusals": {"errors"},

@@ -28,6 +28,8 @@ Examples:
         "cache": "orchestrator.cli.cache:cache",
         "breaker": "orchestrator.cli.breaker:breaker",
         "audit": "orchestrator.cli.audit:audit",
+        "jobs": "orchestrator.cli.jobs:jobs",
+        "cleanup": "orchestrator.cli.cleanup:cleanup",
         "models": "orchestrator.cli.models:models",
         "config": "orchestrator.cli.config:config",
         "doctor": "orchestrator.cli.doctor:doctor",
