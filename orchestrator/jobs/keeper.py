@@ -100,7 +100,8 @@ class Keeper:
             return well
         due = [
             (at, job) for (_, job), one in zip(jobs, known, strict=True)
-            if not one.paused and not one.holder and self._again.get(job.name, (0.0, 0))[0] <= now
+            if not one.paused and not one.holder
+            and not 0 < self._again.get(job.name, (0.0, 0))[0] - now <= AGAIN_MOST_S  # a clock may go back
             and one.mark is not None and (at := self._crons[job.name].due(one.mark, now)) is not None
         ]  # fmt: skip
         if due:

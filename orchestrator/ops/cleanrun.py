@@ -36,21 +36,23 @@ def run(settings: Settings, names: Iterable[str], warn: Callable[[str], None]) -
 
 
 def _leased(settings: Settings, client: redis.Redis, name: str, warn: Callable[[str], None]) -> Tally:
-    kept: list[Tally] = []
+    work = Work()
     try:
-        ended = jobrun.run(settings, JOBS[name], client, force=True, do=partial(_clean, name, kept))
+        ended = jobrun.run(settings, JOBS[name], client, force=True, do=partial(_clean, name, work))
     except OSError as error:  # the folder that it is about is not there, or cannot be read
-        tally = Work().begin(name)
+        work.begin(name)
         if not isinstance(error, FileNotFoundError):
-            tally.failed, tally.errors = 1, [f"{error.filename}: {error.strerror}"]
-        return tally
+            work.failed(str(error.filename), error)
+        return work.tally
     if isinstance(ended, Claim):
         warn(f"{name} is being done by {ended.holder}")
-        return Work().begin(name)
-    return kept[0]
+        return work.begin(name)
+    if ended.result != "ok" and not work.tally.failed:  # it was ended in the middle
+        work.tally.failed, work.tally.errors = 1, [ended.error]
+    return work.tally
 
 
-def _clean(name: str, kept: list[Tally], task: Task) -> str:
-    work = Work(guard=task.guard, elsewhere=task.elsewhere)
-    kept += cleanup.clean(task.settings, work, [name])
-    return work.done(kept[0])
+def _clean(name: str, work: Work, task: Task) -> str:
+    work.guard, work.elsewhere = task.guard, task.elsewhere
+    (tally,) = cleanup.clean(task.settings, work, [name])
+    return work.done(tally)

@@ -45,10 +45,10 @@ class _Made(Protocol):
 class _Backups(Protocol):
     """orchestrator.ops.backup, as far as jobs need it."""
 
-    def create(self, settings: Settings, *, models: bool, cache: bool, progress: Callable[[int], None]) -> object: ...
+    def create(self, settings: Settings, *, models: bool, cache: bool, progress: Callable[..., None]) -> object: ...
     def prune(self, settings: Settings, *, dry_run: bool) -> object: ...
     def newest(self, folder: Path) -> _Made | None: ...
-    def verify(self, path: Path, key: str | None, progress: Callable[[int], None]) -> object: ...
+    def verify(self, path: Path, key: str | None, progress: Callable[..., None]) -> object: ...
 
 
 def body(name: str) -> Callable[[Task], str]:
@@ -76,7 +76,7 @@ def _cache_ttls(task: Task) -> str:
 def _backup(task: Task) -> str:
     backup, settings = _backups(), task.settings
     task.guard()
-    backup.create(settings, models=settings.backup_models, cache=True, progress=lambda count: task.guard())
+    backup.create(settings, models=settings.backup_models, cache=True, progress=lambda *counts: task.guard())
     task.guard()
     backup.prune(settings, dry_run=False)
     made = backup.newest(settings.backups)
@@ -92,7 +92,7 @@ def _backup_check(task: Task) -> str:
     if age_s > settings.alert_backup_age_s:
         hint = "`truthgpt jobs history backup` says why none was made since"
         raise JobFailed(f"the newest backup, {made.path.name}, is {age_s / 3600:.0f} hours old", hint)
-    backup.verify(made.path, settings.backup_key, lambda count: task.guard())
+    backup.verify(made.path, settings.backup_key, lambda *counts: task.guard())
     return f"{made.path.name} verifies"
 
 

@@ -29,7 +29,7 @@ def rows(settings: Settings, client: redis.Redis | None, now: float) -> list[dic
         found.append({
             "name": job.name, "schedule": None if cron is None else cron.text,
             "last_run": None if last is None else last.started, "last_result": None if last is None else last.result,
-            "next_run": None if cron is None or one.paused else max(cron.after(since), one.mark or 0.0),
+            "next_run": None if cron is None or one.paused else cron.after(since),
             "last_success": one.success, "paused": one.paused, "running": bool(one.holder),
             "holder": one.holder or None, "error": last.error if last is not None and last.result != "ok" else None,
             "help": job.help,

@@ -1,7 +1,7 @@
 """What interrupted work has left: an export, a start, a write, a backup.
 
-An export holds an flock on what it works in (export/repository.py), for as long as it lives, however it ends. Others
-name what they are writing by a temporary name and rename it; so what has such a name and is old is nobody's.
+An export (export/repository.py) and a backup hold an flock on what they write, for as long as they live, however they
+end. Others name what they are writing by a temporary name and rename it: what has such a name and is old is nobody's.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _LOCK = re.compile(rf"{MODEL_NAME}\.lock")
 _BACKEND = re.compile(r"\..+-([0-9]+)")
 _RANDOM = r"[a-z0-9_]{8}"  # as tempfile makes names
 # of whoever writes a file beside the one that it takes the place of: state, models to serve, keys, identities
-_WRITTEN = re.compile(rf"(?:(?:state|models|alerts|audit\.key|\.truthgpt-id)-{_RANDOM}|\.[a-z]+\.json-{_RANDOM})")
+_WRITTEN = re.compile(rf"(?:state|models|audit\.key|\.truthgpt-id)-{_RANDOM}")
+_IDENTITY = re.compile(rf"\.truthgpt-id-{_RANDOM}")
 _AUDIT = re.compile(rf"base-{_RANDOM}")
-_BACKUP = re.compile(r"\.truthgpt-.+")
+_BACKUP = re.compile(r"\.truthgpt-.+\.part")
 
 
 def temporary(settings: Settings, work: Work) -> None:
@@ -39,22 +40,17 @@ def temporary(settings: Settings, work: Work) -> None:
             owner = _BACKEND.fullmatch(found.name)
             if owner is not None and found.is_folder and _touched(found) < oldest and not alive(int(owner[1])):
                 _remove(work, found, "backends of a start that was interrupted")
-    for base, names, pattern, what in (
-        (settings.home, (), _WRITTEN, "file that was not written to its end"),
-        (settings.home, ("audit",), _AUDIT, "file that was not written to its end"),
-        (settings.backups, (), _BACKUP, "backup that was not made to its end"),
-        (
-            settings.model_repository,
-            (),
-            re.compile(rf"\.truthgpt-id-{_RANDOM}"),
-            "file that was not written to its end",
-        ),
-    ):
+    for base, names, pattern in (
+        (settings.home, (), _WRITTEN), (settings.home, ("audit",), _AUDIT), (settings.model_repository, (), _IDENTITY),
+    ):  # fmt: skip
         with opened(base, *names) as fd:
             for found in listed(fd, str(base.joinpath(*names)), work.failed) if fd is not None else ():
-                if pattern.fullmatch(found.name) and _touched(found) < oldest:
-                    if found.is_file or (found.is_folder and pattern is _BACKUP):
-                        _remove(work, found, what)
+                if found.is_file and pattern.fullmatch(found.name) and _touched(found) < oldest:
+                    _remove(work, found, "file that was not written to its end")
+    with opened(settings.backups) as fd:
+        for found in listed(fd, str(settings.backups), work.failed) if fd is not None else ():
+            if found.is_file and _BACKUP.fullmatch(found.name) and _touched(found) < oldest:
+                _remove_unlocked(work, found, "backup that was not made to its end")
 
 
 def _staging(repository: Path, work: Work, oldest: float) -> None:
@@ -65,7 +61,7 @@ def _staging(repository: Path, work: Work, oldest: float) -> None:
             folder = found.is_folder and _STAGED.fullmatch(found.name)
             lock = found.is_file and _LOCK.fullmatch(found.name)
             if (folder or lock) and _touched(found) < oldest:
-                _remove_unlocked(work, found)
+                _remove_unlocked(work, found, "export that was interrupted")
     if not work.dry:
         with opened(repository) as above:
             if above is not None:
@@ -73,8 +69,8 @@ def _staging(repository: Path, work: Work, oldest: float) -> None:
                     os.rmdir(STAGING, dir_fd=above)
 
 
-def _remove_unlocked(work: Work, found: Found) -> None:
-    """Remove what an export has left, unless that lives."""
+def _remove_unlocked(work: Work, found: Found, what: str) -> None:
+    """Remove what somebody has left who held a lock on it while he lived."""
     try:
         handle = os.open(found.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=found.folder_fd)
     except FileNotFoundError:
@@ -86,7 +82,7 @@ def _remove_unlocked(work: Work, found: Found) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(handle), found.facts):
-            _remove(work, found, "export that was interrupted")
+            _remove(work, found, what)
     except BlockingIOError:  # its owner lives
         return
     finally:

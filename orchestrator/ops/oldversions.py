@@ -86,7 +86,10 @@ def _remove(settings: Settings, name: str, number: int, elsewhere: Collection[Na
     there = settings.home.is_dir()  # else no stack is run from it
     with modelset.changing(settings.home, name, BUSY_S) if there else contextlib.nullcontext():
         entries = _entries(settings)
-        for version in old(entries, settings.keep_versions, _held(settings, elsewhere)):
+        needed = models.in_front_of(
+            settings.model_repository, name, [number]
+        )  # one that was to go before, and could not
+        for version in old(entries, settings.keep_versions, _held(settings, elsewhere)) if not needed else ():
             if (version.name, version.number) == (name, number):
                 entry = next(entry for entry in entries if entry.name == name)
                 models.remove(settings.model_repository, entry, number)

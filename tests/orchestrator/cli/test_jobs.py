@@ -91,7 +91,7 @@ def test_a_scheduled_run_only_where_it_is_due(deployment: Any, client: redis.Red
 
 
 def test_pausing_and_resuming(deployment: Any) -> None:
-    """A paused job is shown so, has no next time, runs by hand with --force alone; both changes are in the audit log."""
+    """A paused job is shown so, has no next time, runs with --force alone; both changes are in the audit log."""
     assert deployment.run("jobs", "pause", "models").stdout == "models is paused\n"
     assert deployment.json("jobs", "pause", "models") == {"name": "models", "paused": True, "changed": False}
     listed = row(deployment, "models")
@@ -100,8 +100,8 @@ def test_pausing_and_resuming(deployment: Any) -> None:
     assert deployment.run("jobs", "run", "models", "--force").exit_code == 0
     assert deployment.run("jobs", "resume", "models").stdout == "models is resumed\n"
     assert deployment.run("jobs", "resume", "models").stdout == "models was already resumed\n"
-    events = [(one["operation"], one["detail"]) for one in deployment.json("audit", "tail") if one["event"] == "security"]
-    assert events == [("jobs pause", "models"), ("jobs resume", "models")]
+    rows = [one for one in deployment.json("audit", "tail") if one["event"] == "security"]
+    assert [(one["operation"], one["detail"]) for one in rows] == [("jobs pause", "models"), ("jobs resume", "models")]
 
 
 def test_one_that_is_running(deployment: Any, client: redis.Redis) -> None:

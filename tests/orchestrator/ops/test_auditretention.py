@@ -116,7 +116,7 @@ def test_nothing_goes_by_itself(settings: Settings) -> None:
 
 
 def test_the_newest_file_stays_while_the_current_one_is_empty(settings: Settings) -> None:
-    """A crash just after a rotation leaves an empty current file: the chain's end is in the file before, which stays."""
+    """A crash after a rotation leaves an empty current file: the chain's end is in the file before, which stays."""
     folder = folder_of(settings.home)
     current = folder / CURRENT
     current.rename(folder / f"audit-{json.loads(current.read_bytes().splitlines()[0])['seq']:012d}.jsonl")
@@ -243,7 +243,7 @@ def test_it_goes_on_while_lines_are_written(settings: Settings) -> None:
 def test_however_often_it_runs_the_log_verifies(
     tmp_path_factory: pytest.TempPathFactory, days: list[float], per_file: int
 ) -> None:
-    """Whatever the files' sizes and the days on which it runs, also backwards: the chain holds and nothing young goes."""
+    """Whatever the files' sizes and the days on which it runs, also backwards: the chain holds, nothing young goes."""
     settings = replace(Settings(), home=tmp_path_factory.mktemp("home"), audit_days=10)
     write(settings, LINES, BEGAN, per_file)
     for day in days:

@@ -94,7 +94,8 @@ def test_cached_files_go_by_age(settings: Settings) -> None:
     (cache / "fresh").mkdir()
     tally = run(settings, "cache")
     assert (tally.count, tally.failed) == (4, 0) and all(path.exists() for path in young)
-    assert sorted(str(path.relative_to(cache)) for path in cache.rglob("*")) == ["fresh", "mixed", "mixed/young", "young"]
+    left = sorted(str(path.relative_to(cache)) for path in cache.rglob("*"))
+    assert left == ["fresh", "mixed", "mixed/young", "young"]
     assert run(replace(settings, cache_file_age_s=0.0), "cache", now=later(400 * DAY_S)).count == 0
     assert cache.is_dir()
 
@@ -138,18 +139,20 @@ def test_leftovers_go_and_what_somebody_works_on_stays(settings: Settings) -> No
         old(staging / "demo-77-0123abcd" / "demo" / "1" / "model.onnx").parents[2], old(staging / "demo.lock"),
         old(backends / f".python-{gone_pid.pid}" / "x").parent, old(settings.home / "state-abcd_123"),
         old(settings.home / "models-abcd1234"), old(settings.home / "audit" / "base-abcd1234"),
-        old(settings.backups / ".truthgpt-20260101.tmp"), old(settings.backups / ".truthgpt-x" / "y").parent,
+        old(settings.backups / ".truthgpt-20260101T000000Z-1a2b3c4d.tar.part"),
     ]  # fmt: skip
     live, live_lock = old(staging / "live-78-0123abcd" / "x").parent, old(staging / "live.lock")
+    live_backup = old(settings.backups / ".truthgpt-20260102T000000Z-1a2b3c4d.tar.age.part")
     kept = [
-        live, live_lock, old(staging / "notes"), old(staging / ".nfs123"), old(staging / "demo-77-0123abcd.txt"),
+        live, live_lock, live_backup,
+        old(staging / "notes"), old(staging / ".nfs123"), old(staging / "demo-77-0123abcd.txt"),
         old(backends / f".python-{os.getpid()}" / "x").parent, old(backends / "python" / "x").parent,
         old(settings.home / "models-abcdefgh.lock"), old(settings.home / "state.json"),
         old(settings.home / "my-document.txt"), old(settings.home / "audit" / "base"),
         old(settings.backups / "truthgpt-20260101.tar"), old(settings.backups / ".snapshot" / "y").parent,
     ]  # fmt: skip
     (staging / "linked-79-0123abcd").symlink_to(settings.home)
-    handles = [os.open(path, os.O_RDONLY) for path in (live, live_lock)]
+    handles = [os.open(path, os.O_RDONLY) for path in (live, live_lock, live_backup)]
     try:
         for handle in handles:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -163,7 +166,7 @@ def test_leftovers_go_and_what_somebody_works_on_stays(settings: Settings) -> No
     assert (tally.count, tally.failed) == (len(gone), 0), tally
     assert not any(path.exists() for path in gone) and all(path.exists() for path in kept)
     run(settings, "temporary", now=later())
-    assert not live.exists() and not live_lock.exists()  # their owners are gone now
+    assert not any(path.exists() for path in (live, live_lock, live_backup))  # their owners are gone now
 
 
 def test_an_empty_staging_folder_goes_too(settings: Settings) -> None:
@@ -212,7 +215,8 @@ def test_one_that_cannot_go_stops_nothing(settings: Settings) -> None:
     assert not work.remove("/mount", 1, "", busy) and not work.remove("/gone", 1, "", gone)
     assert (tally.count, tally.bytes, tally.failed, len(tally.errors), len(done)) == (100, 100, 100, ERRORS, 100)
     assert tally.errors[0] == "/bad/0: Permission denied"
-    with pytest.raises(NotClean, match="100 could not be removed, the first of them /bad/0: Permission denied") as caught:
+    said = "100 could not be removed, the first of them /bad/0: Permission denied"
+    with pytest.raises(NotClean, match=said) as caught:
         work.done(tally)
     assert caught.value.hint and caught.value.did == "100 removed, 100 bytes"
 
@@ -269,7 +273,8 @@ def test_a_full_disk_is_freed(small: Path) -> None:
     settings = replace(Settings(), home=small / "home", model_repository=small / "repository", audit_days=1)
     (small / "repository").mkdir()
     gone = [
-        old(settings.home / "logs" / "x.log.1", text="x" * 200_000), old(settings.home / "cache" / "x", text="x" * 300_000),
+        old(settings.home / "logs" / "x.log.1", text="x" * 200_000),
+        old(settings.home / "cache" / "x", text="x" * 300_000),
         old(settings.home / "metrics" / "2020-01-01.jsonl"), old(settings.model_repository / ".staging" / "demo.lock"),
     ]  # fmt: skip
     with pytest.raises(OSError, match="No space left"):

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator import models
 from orchestrator.local import modelset, state
 from orchestrator.models import Entry, Version, read
 from orchestrator.ops.cleanup import clean
@@ -52,9 +53,7 @@ def run(settings: Settings, **more: object) -> Tally:
 
 
 def left(settings: Settings) -> dict[str, list[int]]:
-    return {
-        one.name: [version.number for version in reversed(one.versions)] for one in read(settings.model_repository)
-    }
+    return {one.name: [version.number for version in reversed(one.versions)] for one in read(settings.model_repository)}
 
 
 class Triton:
@@ -185,6 +184,25 @@ def test_a_version_that_does_not_say_what_it_needs_keeps_every_graph(settings: S
         assert left(settings) == {"encoder": [2, 3], "encoder--engine": [1, 2, 3, 4]}
 
 
+def test_a_graph_outlives_the_version_in_front_of_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a version that was to go cannot go, its graph stays, too."""
+    entry(settings.model_repository, "encoder", 3, served_by=engine)
+    entry(settings.model_repository, "encoder--engine", 3, graph_only=True)
+    real = models.remove
+
+    def remove(repository: Path, one: Entry, number: int | None = None) -> list[Path]:
+        if one.name == "encoder":
+            raise models.ModelsError("it could not be removed", "")
+        return real(repository, one, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "remove", remove)
+        assert run(settings).failed == 1
+    assert left(settings) == {"encoder": [1, 2, 3], "encoder--engine": [1, 2, 3]}
+    run(settings)
+    assert left(settings) == {"encoder": [2, 3], "encoder--engine": [2, 3]}
+
+
 def test_links_lead_nowhere(settings: Settings, tmp_path: Path) -> None:
     """A model's folder that is a link is left alone; a version that is one loses the link and not its target."""
     outside = entry(tmp_path / "outside", "linked", 4)
@@ -196,7 +214,8 @@ def test_links_lead_nowhere(settings: Settings, tmp_path: Path) -> None:
     (model / "1").symlink_to(outside / "1")
     assert run(settings).count == 1
     assert sorted(os.listdir(model)) == ["2", "3", "config.pbtxt"]
-    assert sorted(os.listdir(outside)) == ["1", "2", "3", "4", "config.pbtxt"] and (outside / "1" / "model.onnx").exists()
+    assert sorted(os.listdir(outside)) == ["1", "2", "3", "4", "config.pbtxt"]
+    assert (outside / "1" / "model.onnx").exists()
 
 
 NUMBERS = st.sets(st.integers(1, 9), min_size=1, max_size=6)

@@ -18,11 +18,13 @@ import redis
 from orchestrator.jobs.lease import LeaseLost
 from orchestrator.jobs.ledger import RUNNING, Claim, Ledger, Run
 from orchestrator.jobs.table import JOBS
-from orchestrator.ops import cachetools, jobrun
+from orchestrator.ops import cachetools, cleanrun, cleanup, jobrun
 from orchestrator.ops.cachetools import Overtaken
+from orchestrator.ops.cleanwork import Work
 from orchestrator.ops.jobbodies import Task
 from orchestrator.settings import Settings
 from orchestrator.store import REGISTRY, stats_key
+from tests.redis import RealRedis
 
 
 @pytest.fixture
@@ -69,15 +71,18 @@ def test_a_failure_is_written_down(settings: Settings, client: redis.Redis) -> N
 def test_a_deadline_ends_a_job(settings: Settings, client: redis.Redis) -> None:
     """What takes too long is ended in the middle, whatever errors it would swallow, and has failed."""
 
+    swallowed: list[Exception] = []
+
     def work(task: Task) -> str:
         while True:
             try:
                 time.sleep(0.01)
-            except Exception:
-                continue
+            except Exception as error:
+                swallowed.append(error)
 
     ended = jobrun.run(settings, replace(JOBS["logs"], deadline_s=0.2), client, do=work)
     assert isinstance(ended, Run) and (ended.result, ended.error) == ("failed", "it took longer than 0.2 s")
+    assert swallowed == []
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
@@ -149,6 +154,21 @@ def test_what_other_homes_serve_reaches_the_job(settings: Settings, client: redi
     assert found == [frozenset({("demo", 4)})]
 
 
+def test_cleaning_by_hand_that_is_ended_has_failed(
+    settings: Settings, client: redis.Redis, server: RealRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target whose deadline passes counts as failed, with what was done until then, and the next one is done."""
+
+    def slow(settings: Settings, work: Work) -> None:
+        work.remove("/x", 5, "", lambda: None)
+        time.sleep(20)
+
+    monkeypatch.setitem(cleanrun.JOBS, "cache", replace(JOBS["cache"], deadline_s=0.2))
+    monkeypatch.setitem(cleanup.TARGETS, "cache", slow)
+    cache, logs = cleanrun.run(replace(settings, redis_url=server.url), ["cache", "logs"], pytest.fail)
+    assert (cache.count, cache.failed, cache.errors) == (1, 1, ["it took longer than 0.2 s"]) and logs.failed == 0
+
+
 def use(client: redis.Redis, tenant: str, task: str, count: int) -> None:
     client.hincrby(stats_key(tenant), f"hits:{task}", count)
 
@@ -209,7 +229,7 @@ class Backups(ModuleType):
         self.fault: Exception | None = None
 
     def create(self, settings: Settings, *, models: bool, cache: bool, progress: Any) -> None:
-        progress(1)
+        progress(1, 2)
         self.calls.append(f"create {models} {cache}")
         self.made = Made(settings.backups / "new.tar", time.time())
 
