@@ -151,6 +151,8 @@ class _Check:
         if head is None:
             raise Broken(folder / HEAD, 0, "it is missing or was changed: whether lines were cut off cannot be told")
         base = self.report.base
+        if base is not None and base.seq and not self.report.lines:  # retention always leaves the end of the chain
+            raise Broken(folder / CURRENT, 0, f"no line follows line {base.seq}, the last one that was removed")
         for mark, whose in ((head, "head"), (self._known, "the mark that was given")):
             if mark is not None and base is not None and mark.seq == base.seq and mark.hash != base.hash:
                 raise Broken(folder / BASE, 0, f"this is not the line {base.seq} that {whose} knows")

@@ -96,10 +96,11 @@ def _remove(path: Path, folder: Path, reached: Mark, prints: Fingerprint, work: 
 
 
 def _finished(folder: Path) -> Iterator[Path]:
-    """The files that may go, oldest first. The newest stays while the current one is empty: it has the chain's end."""
+    """The files that may go, oldest first. The newest stays while the current one has no line: it is the end."""
     files = rotated(folder)
     try:
-        empty = not (folder / CURRENT).stat().st_size
+        with (folder / CURRENT).open("rb") as file:
+            empty = not end_of_lines(file.fileno())
     except FileNotFoundError:
         empty = True
     return iter(files[:-1] if empty else files)

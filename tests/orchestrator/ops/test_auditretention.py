@@ -120,14 +120,16 @@ def test_the_newest_file_stays_while_the_current_one_is_empty(settings: Settings
     folder = folder_of(settings.home)
     current = folder / CURRENT
     current.rename(folder / f"audit-{json.loads(current.read_bytes().splitlines()[0])['seq']:012d}.jsonl")
-    for there in (False, True):
-        if there:
-            current.touch()
+    for content in (None, b"", b'{"seq":25,"prev":"'):  # the last one is what a killed writer has left
+        if content is not None:
+            current.write_bytes(content)
         plan = retain(settings, 1000, dry=True)
         assert plan.count == len(names(settings)) - 1
     retain(settings, 1000)
     report = check(settings)
-    assert report.broken is None and report.recovered == 0
+    assert report.broken is None
+    rows = [row for row in tail(folder, 10, Wanted()) if row["event"] == "recovered"]
+    assert [(row["cut_bytes"], row.get("missing")) for row in rows] == [(18, None)]  # the half line, and no other
 
 
 @pytest.mark.parametrize("what", ["missing", "forged", "another key", "cut off", "older", "from head"])
@@ -164,9 +166,18 @@ def test_a_base_that_is_none_vouches_for_nothing(settings: Settings, what: str) 
 def test_a_removal_by_somebody_else_is_found(settings: Settings) -> None:
     """Who removes a file beyond what retention has removed, or lines of it, cannot hide it behind `base`."""
     retain(settings, 15)
-    rotated(folder_of(settings.home))[0].unlink()
+    folder = folder_of(settings.home)
+    rotated(folder)[0].unlink()
     report = check(settings)
     assert report.broken is not None and "the chain begins with line" in report.broken.why
+    for path in (*rotated(folder), folder / CURRENT):  # all of it, and a `head` of an earlier day that knows no more
+        path.unlink()
+    (folder / CURRENT).touch()
+    base = read_base(folder, fingerprint_of(settings))
+    assert base is not None
+    (folder / "head").write_text(mark_text(base, fingerprint_of(settings)))
+    report = check(settings)
+    assert report.broken is not None and "no line follows line" in report.broken.why
 
 
 def test_a_mark_from_before_retention_still_holds(settings: Settings) -> None:
