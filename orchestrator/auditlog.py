@@ -3,6 +3,7 @@
     home/audit/audit.jsonl          the newest lines
     home/audit/audit-<seq>.jsonl    older ones; <seq> is the number of the file's first line
     home/audit/head                 number and hash of the last line known to be on the disk; also the writers' lock
+    home/audit/base                 the same of the last line that was removed for its age (ops/auditretention.py)
 
 A line is one JSON object: `seq` (from 1 on), `prev` (the hash of the line before, zeros for the first), `event`, `time`
 (RFC 3339, UTC), what belongs to the event, and last `hash`, the keyed hash of the line up to the comma in front of it
@@ -26,6 +27,7 @@ from orchestrator.fingerprint import HASH_DIGITS, Fingerprint
 FOLDER = "audit"
 CURRENT = "audit.jsonl"
 HEAD = "head"
+BASE = "base"
 NOTHING = "0" * HASH_DIGITS  # the hash before the first line
 LINE_BYTES = 16 << 10  # that a line has at most
 
@@ -120,18 +122,27 @@ def rotated_name(first: int) -> str:
 
 def read_head(folder: Path, prints: Fingerprint) -> Mark | None:
     """What `head` says; None where it is missing or not genuine. Raises OSError."""
+    return _read_mark(folder, HEAD, prints)
+
+
+def read_base(folder: Path, prints: Fingerprint) -> Mark | None:
+    """What `base` says: the chain goes on behind this line. None where it is missing or not genuine. Raises OSError."""
+    return _read_mark(folder, BASE, prints)
+
+
+def _read_mark(folder: Path, name: str, prints: Fingerprint) -> Mark | None:
     try:
-        text = (folder / HEAD).read_text(encoding="ascii", errors="replace")
+        text = (folder / name).read_text(encoding="ascii", errors="replace")
     except FileNotFoundError:
         return None
     found = _HEAD.fullmatch(text)
     mark = None if found is None else Mark(int(found[1]), found[2])
-    return mark if found is not None and mark is not None and head_text(mark, prints) == text else None
+    return mark if mark is not None and mark_text(mark, prints, name) == text else None
 
 
-def head_text(mark: Mark, prints: Fingerprint) -> str:
-    """What `head` holds: always as many characters."""
-    return f"{mark.seq:020d} {mark.hash} {prints.chain(f'head {mark.seq} {mark.hash}'.encode())}\n"
+def mark_text(mark: Mark, prints: Fingerprint, name: str = HEAD) -> str:
+    """What `head` or `base` holds: always as many characters."""
+    return f"{mark.seq:020d} {mark.hash} {prints.chain(f'{name} {mark.seq} {mark.hash}'.encode())}\n"
 
 
 def end_of_lines(fd: int) -> int:

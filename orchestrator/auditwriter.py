@@ -25,8 +25,8 @@ from orchestrator.auditlog import (
     end_of_lines,
     first_line,
     folder_of,
-    head_text,
     last_mark,
+    mark_text,
     parse,
     read_head,
     rotated_name,
@@ -198,7 +198,7 @@ class AuditLog:
 
     def _note(self, mark: Mark) -> None:
         """Write `head` in one write of a fixed length, so that it is the old one or the new one."""
-        os.pwrite(self._lock, head_text(mark, self._prints).encode(), 0)
+        os.pwrite(self._lock, mark_text(mark, self._prints).encode(), 0)
 
 
 def _is_at(fd: int, path: Path) -> bool:

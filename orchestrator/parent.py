@@ -20,6 +20,7 @@ from collections.abc import Mapping
 
 from orchestrator import audit, logs, tracing
 from orchestrator.app import AdminApplication
+from orchestrator.jobs.table import ScheduleError, schedules
 from orchestrator.metrics import Metrics
 from orchestrator.scrape import Scrape, build_info
 from orchestrator.server import IN_BAND_S, BindError, Server, configure, listen, raise_file_limit, reserve, url
@@ -250,6 +251,7 @@ def main() -> int:
         settings = Settings.load()
         tracing.check(settings)
         audit.check(settings)
+        schedules(settings)
         raise_file_limit()
         listeners = listen(settings.host, settings.http_port, settings.workers)
         ops = listen(settings.ops_host, settings.ops_port)
@@ -261,7 +263,7 @@ def main() -> int:
     except tracing.TracingMissing as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (audit.AuditKeyError, audit.AuditLogError) as error:
+    except (audit.AuditKeyError, audit.AuditLogError, ScheduleError) as error:
         print(f"error: {error}: {error.hint}", file=sys.stderr)
         return 1
     except BindError as error:

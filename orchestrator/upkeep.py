@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from orchestrator.metrics import Metrics
+from orchestrator.jobs.keeper import Keeper
+from orchestrator.metrics import Labels, Metrics, Reading
 from orchestrator.monitor.history import History
 from orchestrator.monitor.machine import Machine
 from orchestrator.monitor.shared import Shared
@@ -27,7 +28,10 @@ HISTORY_S = 60.0  # a line of the history is of its minute
 
 
 class Upkeep:
-    """`metrics` get the series of all parts. `run` runs them until cancelled."""
+    """`metrics` get the series of all parts. `run` runs them until cancelled.
+
+    Raises ScheduleError where the settings' schedules are wrong.
+    """
 
     def __init__(self, settings: Settings, scrape: Scrape, metrics: Metrics) -> None:
         self._store = Store(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
@@ -36,6 +40,11 @@ class Upkeep:
         self._machine = Machine(settings)
         metrics.readings |= self._machine.readings()
         known = [self._machine.figures, *([shared.figures] if shared else [])]
+        if self._store and settings.maintenance:
+            keeper = Keeper(settings, self._store)
+            known.append(lambda: {"jobs": keeper.rows})
+            metrics.readings |= job_readings(lambda: keeper.rows)
+            self._parts["jobs"] = keeper.run
         self._summary = Summary(scrape.totals, known)
         self._parts["summary"] = self._summary.run
         if settings.monitoring:
@@ -70,3 +79,20 @@ async def _kept(name: str, part: Callable[[], Awaitable[None]]) -> None:
         except Exception:
             log.exception("%s failed and begins again", name)
         await asyncio.sleep(AGAIN_S)
+
+
+def job_readings(rows: Callable[[], Sequence[Mapping[str, Any]]]) -> dict[str, Reading]:
+    """The series of the jobs; one that never ran has only that it does not fail."""
+
+    def of(value: Callable[[Mapping[str, Any]], float | None]) -> Reading:
+        def read() -> Mapping[Labels, float]:
+            values = {(str(row["name"]),): value(row) for row in rows()}
+            return {labels: found for labels, found in values.items() if found is not None}
+
+        return read
+
+    return {
+        "truthgpt_job_last_run_timestamp_seconds": of(lambda row: row["last_run"]),
+        "truthgpt_job_last_success_timestamp_seconds": of(lambda row: row["last_success"]),
+        "truthgpt_job_failing": of(lambda row: float(row["failing"])),
+    }

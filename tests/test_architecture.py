@@ -86,7 +86,7 @@ ROOMS: dict[str, set[str]] = {
     # operating: `monitor` watches and tells, `jobs` says when what is due; what is done about it is in `ops`
     "activity": {"domain", "store"},
     "monitor": {"metrics", "metrics_table", "scrape", "settings", "store", "jobs"},
-    "jobs": {"settings", "store"},
+    "jobs": {"settings", "store", "local"},
     "upkeep": {"metrics", "scrape", "settings", "store", "monitor", "jobs"},
     # processes
     "httpcycle": set(),
@@ -94,7 +94,7 @@ ROOMS: dict[str, set[str]] = {
     "hardening": {"httpcycle", "refusals"},
     "server": {"settings", "hardening", "openfiles"},
     "worker": {"settings", "logs", "app", "server"},
-    "parent": {"settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape", "upkeep"},
+    "parent": {"settings", "audit", "logs", "tracing", "server", "app", "metrics", "scrape", "upkeep", "jobs"},
     "local": {"rotation", "settings", "errors", "models", "engines", "pbtxt", "client", "triton"},
     "ops": {
         "settings", "errors", "domain", "triton", "store", "models", "engines", "pbtxt", "client", "local", "sse",

@@ -58,6 +58,7 @@ def document(report: Report) -> dict[str, Any]:
     return {
         "ok": broken is None, "broken": where, "files": report.files, "lines": report.lines, "first": report.first,
         "last": asdict(report.last), "head": None if report.head is None else asdict(report.head),
+        "base": None if report.base is None or not report.base.seq else asdict(report.base),
         "torn_bytes": report.torn_bytes, "recovered": report.recovered, "lost": report.lost,
         "unfinished": report.unfinished, "running": report.running,
     }  # fmt: skip
@@ -69,6 +70,8 @@ def tell(report: Report) -> None:
     span = f", {report.first} to {report.last.seq}" if report.lines else ""
     files = f"{report.files} {'file' if report.files == 1 else 'files'}"
     click.echo(f"{'ok' if report.broken is None else 'good before it'}: {report.lines} lines{span}, in {files}")
+    if report.base is not None and report.base.seq:
+        click.echo(f"note: lines up to {report.base.seq} were removed by retention")
     gone = max(0, report.unfinished - report.running)
     for number, what in (
         (report.torn_bytes, "bytes at the end are a line that is being written, or that its writer could not finish"),

@@ -180,6 +180,7 @@ def _ask(what: str) -> None:
 def _refuse_served(settings: Settings, entry: Entry, removed: list[Version]) -> None:
     from orchestrator.cli import stack
     from orchestrator.local import modelset
+    from orchestrator.ops import serving
 
     found = stack.running(settings)
     versions = {version.number for version in removed}
@@ -193,7 +194,7 @@ def _refuse_served(settings: Settings, entry: Entry, removed: list[Version]) -> 
             f"{entry.name} is served by the running stack",
             f"unload it first with `truthgpt models unload {entry.name}`, or stop the stack with `truthgpt down`",
         )
-    pid = stack.server_of(settings.model_repository, entry.name)
+    pid = serving.server_of(settings.model_repository, entry.name)
     if newest and pid is not None and wanted is None:
         raise CommandError(f"{entry.name} is served by a Triton server (process {pid})", "stop that stack first")
 
@@ -201,8 +202,9 @@ def _refuse_served(settings: Settings, entry: Entry, removed: list[Version]) -> 
 def _served(settings: Settings) -> dict[tuple[str, str], str]:
     """State of each (model, version) that is in the running stack; nothing when none runs or it does not answer."""
     from orchestrator.cli import stack
+    from orchestrator.ops import serving
 
-    states = stack.loaded(settings)
+    states = serving.of_home(settings)
     for row in stack.report(settings)["models"]:
         states[(str(row.get("name")), str(row.get("version")))] = str(row["state"])
     return states

@@ -73,28 +73,6 @@ def report(settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def loaded(settings: Settings) -> dict[tuple[str, str], str]:
-    """What Triton itself says of each (model, version) that takes memory: LOADING and UNLOADING ones, too."""
-    import asyncio
-
-    from orchestrator.errors import TruthGPTError
-    from orchestrator.triton import Deadlines, Repository, Triton
-
-    found = running(settings)
-
-    async def ask(url: str) -> dict[tuple[str, str], str]:
-        triton = Triton(url, Deadlines())
-        try:
-            rows = await Repository(triton).rows()
-        except TruthGPTError:
-            return {}
-        finally:
-            await triton.close()
-        return {(row.name, row.version): row.state for row in rows if row.occupied}
-
-    return {} if found is None else asyncio.run(ask(found.triton_http))
-
-
 def rows(health: dict[str, Any]) -> list[dict[str, Any]]:
     """The models in a gateway's deep health."""
     models = health.get("models")
@@ -103,23 +81,6 @@ def rows(health: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def server_of(repository: Path, model: str) -> int | None:
-    """Process of a tritonserver, of any home, that was told to load this model of this repository."""
-    import psutil
-
-    option, real = "--model-repository=", repository.resolve()
-    for process in psutil.process_iter(["cmdline"]):
-        arguments = process.info["cmdline"] or ()
-        # Resolved: a repository whose path Triton cannot take is named by a link.
-        if f"--load-model={model}" in arguments and any(
-            Path(argument.removeprefix(option)).resolve() == real
-            for argument in arguments
-            if argument.startswith(option)
-        ):
-            return int(process.pid)
-    return None
 
 
 def flags(settings: Settings) -> str:

@@ -40,6 +40,7 @@ def up(settings: Settings, detach: bool, hello: bool, background: bool, as_json:
     from orchestrator import models
     from orchestrator.cli import demo, launch, stack
     from orchestrator.cli.progress import Progress
+    from orchestrator.jobs.table import schedules
 
     found = stack.running(settings)
     if found is not None:
@@ -47,6 +48,7 @@ def up(settings: Settings, detach: bool, hello: bool, background: bool, as_json:
             f"a stack is already running from {settings.home} (process {found.pid}, {found.http})",
             f"`truthgpt status{stack.flags(settings)}` shows it, `truthgpt down{stack.flags(settings)}` stops it",
         )
+    schedules(settings)  # wrong ones are told before anything starts
     choice = models.choice(settings)
     if choice.note:
         click.echo(choice.note, err=True)

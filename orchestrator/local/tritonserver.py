@@ -214,16 +214,18 @@ def sweep(prefix: str, kill: bool) -> list[str]:
 
     Returns the names removed.
     """
-    users = orphans(prefix)
     if kill:
-        for stub in users:
+        for stub in orphans(prefix):
             with contextlib.suppress(psutil.NoSuchProcess):
                 stub.kill()
-        users = []
-    used = {argument for stub in users for argument in _arguments(stub)}
     removed = []
-    for region in SHM.glob(f"{prefix}*"):
-        if region.name not in used:
-            region.unlink(missing_ok=True)
-            removed.append(region.name)
+    for region in SHM.glob(f"{prefix}*") if kill else unused(prefix):
+        region.unlink(missing_ok=True)
+        removed.append(region.name)
     return removed
+
+
+def unused(prefix: str) -> list[Path]:
+    """The shared memory regions with this prefix that no live stub works on."""
+    used = {argument for stub in orphans(prefix) for argument in _arguments(stub)}
+    return [region for region in SHM.glob(f"{prefix}*") if region.name not in used]

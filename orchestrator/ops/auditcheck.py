@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from orchestrator.auditlog import CURRENT, HEAD, LINE_BYTES, Line, Mark, genuine, parse, read_head
+from orchestrator.auditlog import BASE, CURRENT, HEAD, LINE_BYTES, Line, Mark, genuine, parse, read_base, read_head
 from orchestrator.fingerprint import Fingerprint
 from orchestrator.local.process import alive
 from orchestrator.ops.auditing import opened
@@ -31,7 +32,8 @@ class Report:
     """What was checked. `first` and `last` are lines; `torn_bytes` an unfinished line at the end.
 
     `unfinished`: processes that began to write and have not said that they stopped, `running` those of them that run
-    on this machine now. `lost`: events that their writers counted because they could not write them.
+    on this machine now. `lost`: events that their writers counted because they could not write them. `base`: the last
+    line that retention has removed.
     """
 
     files: int = 0
@@ -39,6 +41,7 @@ class Report:
     first: int = 0
     last: Mark = field(default_factory=Mark)
     head: Mark | None = None
+    base: Mark | None = None
     torn_bytes: int = 0
     recovered: int = 0
     lost: int = 0
@@ -51,13 +54,16 @@ def verify(
     folder: Path, prints: Fingerprint, first: int | None = None, known: Mark | None = None,
     progress: Callable[[int], None] = lambda size: None,
 ) -> Report:  # fmt: skip
-    """Check every line from `first` on, else from the beginning; the chain has to have `known`. Constant memory.
+    """Check every line from `first` on, else from the first that retention has left; the chain has to have `known`.
 
-    `progress` is told how many bytes more were read. Raises NoAuditLog and OSError; what is wrong is in the report.
+    Constant memory. `progress` is told how many bytes more were read. Raises NoAuditLog and OSError; what is wrong is
+    in the report.
     """
     head = read_head(folder, prints)  # before the lines: it is never ahead of them
     files = opened(folder)
-    check = _Check(prints, first, head, known)
+    # after the files were opened: what retention has removed meanwhile is still open, and `base` is behind it
+    base = read_base(folder, prints) if first is None else None
+    check = _Check(prints, first, head, known, base)
     check.report.files = len(files)
     try:
         for index, (path, file, size) in enumerate(files):
@@ -71,10 +77,24 @@ def verify(
     return check.finished()
 
 
+def follow(path: Path, prints: Fingerprint, last: Mark) -> Mark:
+    """Check a whole file that goes on behind `last`; its own last line. Lines up to `last` may be in front.
+
+    Raises Broken and OSError.
+    """
+    check = _Check(prints, None, None, None, last)
+    with path.open("rb") as file:
+        check.file(path, file, os.fstat(file.fileno()).st_size, False, lambda size: None)
+    return check.report.last if check.report.lines else last
+
+
 class _Check:
-    def __init__(self, prints: Fingerprint, first: int | None, head: Mark | None, known: Mark | None) -> None:
-        self.report = Report(head=head)
+    def __init__(
+        self, prints: Fingerprint, first: int | None, head: Mark | None, known: Mark | None, base: Mark | None = None
+    ) -> None:
+        self.report = Report(head=head, base=base, last=base or Mark())
         self._prints, self._first, self._known = prints, first, known
+        self._begins = first if first is not None else self.report.last.seq + 1
         self._writers: dict[int, int] = {}  # pid -> starts without a stop
 
     def file(self, path: Path, file: BinaryIO, size: int, newest: bool, progress: Callable[[int], None]) -> None:
@@ -89,7 +109,7 @@ class _Check:
                 raise Broken(path, number, "this is no line of the audit log")
             if not genuine(text, found, self._prints):
                 raise Broken(path, number, "the line was changed, or written with another key")
-            if self._first is not None and found.seq < self._first and not self.report.lines:
+            if found.seq < self._begins and not self.report.lines and (self._first or self.report.base) is not None:
                 continue
             self._follows(path, number, found)
             if found.event in ("start", "stop", "recovered", "lost"):
@@ -98,9 +118,8 @@ class _Check:
     def _follows(self, path: Path, number: int, found: Line) -> None:
         report, last = self.report, self.report.last
         if not report.lines:
-            begins = 1 if self._first is None else self._first
-            if found.seq != begins:
-                raise Broken(path, number, f"the chain begins with line {found.seq} instead of {begins}")
+            if found.seq != self._begins:
+                raise Broken(path, number, f"the chain begins with line {found.seq} instead of {self._begins}")
             report.first = found.seq
             last = Mark(found.seq - 1, found.prev if self._first is not None else last.hash)
         if found.seq > last.seq + 1:
@@ -131,7 +150,12 @@ class _Check:
         last, head = self.report.last, self.report.head
         if head is None:
             raise Broken(folder / HEAD, 0, "it is missing or was changed: whether lines were cut off cannot be told")
+        base = self.report.base
+        if base is not None and base.seq and not self.report.lines:  # retention always leaves the end of the chain
+            raise Broken(folder / CURRENT, 0, f"no line follows line {base.seq}, the last one that was removed")
         for mark, whose in ((head, "head"), (self._known, "the mark that was given")):
+            if mark is not None and base is not None and mark.seq == base.seq and mark.hash != base.hash:
+                raise Broken(folder / BASE, 0, f"this is not the line {base.seq} that {whose} knows")
             if mark is not None and mark.seq > last.seq:
                 raise Broken(
                     folder / CURRENT, 0, f"lines {last.seq + 1} to {mark.seq}, which {whose} knows, are missing"

@@ -38,7 +38,10 @@ def opened(folder: Path) -> list[tuple[Path, BinaryIO, int]]:
         current = None
     found: list[tuple[Path, BinaryIO, int]] = []
     for path in rotated(folder):
-        file = path.open("rb")
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:  # it was too old and is gone just now; who checks the chain sees any other hole
+            continue
         if current is not None and os.path.samestat(os.fstat(file.fileno()), os.fstat(current.fileno())):
             file.close()
         else:

@@ -6,18 +6,41 @@ An answer that is stored or ends while its neighbours are read may be seen or no
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import redis
 
 from orchestrator.cache import DEFAULT_TTL_S, HEAD_MAX_BYTES, adapt, decode, read_head
-from orchestrator.ops.keyring import swap
-from orchestrator.store import REGISTRY, answer_pattern, stats_pattern, tenant_of
+from orchestrator.ops.keyring import EVENT, swap
+from orchestrator.store import EVENTS, REGISTRY, REGISTRY_VERSION, answer_pattern, stats_pattern, tenant_of
 
 _PAGE = 500
+
+# KEYS: a hash and, where the workers are to know, the registry's version. ARGV: fence (0: none), field, value, channel,
+# event.
+_FENCED = """
+if ARGV[1] ~= '0' then
+  if tonumber(redis.call('HGET', KEYS[1], 'fence') or '0') > tonumber(ARGV[1]) then return 0 end
+  redis.call('HSET', KEYS[1], 'fence', ARGV[1])
+end
+redis.call('HSET', KEYS[1], ARGV[2], ARGV[3])
+if KEYS[2] then
+  redis.call('INCR', KEYS[2])
+  redis.call('PUBLISH', ARGV[4], ARGV[5])
+end
+return 1
+"""
 _COUNTED = ("hits", "misses", "bypass", "large")
+
+
+class Overtaken(Exception):
+    """A newer run has changed this already; `hint` says what that means."""
+
+    def __init__(self) -> None:
+        super().__init__("a newer run has adapted the cache already")
+        self.hint = "nothing is to be done"
 
 
 def stats(client: redis.Redis) -> dict[str, Any]:
@@ -93,22 +116,36 @@ def set_ttl(client: redis.Redis, task: str, seconds: int) -> None:
             return
 
 
-def adapt_ttls(client: redis.Redis) -> list[dict[str, Any]]:
-    """Give each task the TTL that fits its use since the last time this was done; what became of each."""
+def adapt_ttls(
+    client: redis.Redis, guard: Callable[[], None] = lambda: None, fence: int = 0
+) -> list[dict[str, Any]]:
+    """Give each task the TTL that fits its use since the last time this was done; what became of each.
+
+    `guard` is called before each change. With a `fence`, a number that only grows, changes are refused once they were
+    made with a larger one: a scheduled run that was overtaken can do no harm. Raises Overtaken.
+    """
     used = dict.fromkeys(DEFAULT_TTL_S, 0)
     for key, counters in _counters(client):
         for task in used:
             total = counters.get(f"hits:{task}", 0) + counters.get(f"misses:{task}", 0)
             used[task] += total - counters.get(f"adapted:{task}", 0)
             if total:
-                client.hset(key, f"adapted:{task}", total)
+                guard()
+                _set(client, [key], fence, f"adapted:{task}", total)
     rows = []
     for task, before in ttls(client).items():
         after = adapt(before, used[task])
         if after != before:
-            set_ttl(client, task, after)
+            guard()
+            _set(client, [REGISTRY, REGISTRY_VERSION], fence, f"ttl:{task}", after)
         rows.append({"task": task, "requests": used[task], "before_s": before, "ttl_s": after})
     return rows
+
+
+def _set(client: redis.Redis, keys: list[Any], fence: int, field: str, value: int) -> None:
+    """Set a field of the first key's hash. Raises Overtaken where that was set with a larger fence."""
+    if not client.eval(_FENCED, len(keys), *keys, str(fence), field, str(value), EVENTS, EVENT):
+        raise Overtaken
 
 
 def _counters(client: redis.Redis) -> Iterator[tuple[bytes, dict[str, int]]]:

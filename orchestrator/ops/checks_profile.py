@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable
 
 from orchestrator.client import GatewayClient, GatewayError
-from orchestrator.ops import proofs
+from orchestrator.ops import cleanup, joblist, proofs
+from orchestrator.ops.cleanwork import Work
 from orchestrator.ops.finding import Deployment, Finding
+from orchestrator.ops.redis import NoRedis, connect
 
 ASK_S = 3.0
+LATE_S = 3600.0  # a job that is due waits for those before it
 HISTORY_S = 180.0  # the metric history has a line a minute
 NO_KEY = "tg_aaaaaaaaaaaa_doctor-looks-whether-this-is-refused"
 _NOT_RUNNING = "it is looked at while the stack runs"
@@ -42,7 +45,7 @@ def check_monitoring(deployment: Deployment) -> Finding:
 
 def check_alerts(deployment: Deployment) -> Finding:
     """A test alert goes out through every sender that is set."""
-    from orchestrator.monitor.testing import test_senders
+    from orchestrator.monitor.notifier import test_senders
 
     settings = deployment.settings
     if not settings.monitoring:
@@ -135,12 +138,67 @@ def check_breaker(deployment: Deployment) -> Finding:
 
 def check_cleanup(deployment: Deployment) -> Finding:
     """The jobs run: none is failing, paused or long overdue, and what could be cleaned up can be told."""
-    raise NotImplementedError
+    from orchestrator.jobs.table import ScheduleError, schedules
+
+    settings = deployment.settings
+    try:
+        crons = schedules(settings)
+    except ScheduleError as error:
+        return Finding("cleanup", False, str(error), error.hint)
+    if not settings.maintenance:
+        return Finding("cleanup", True, _off("maintenance"), _on("maintenance"))
+    work = Work(dry=True)
+    tallies = cleanup.clean(settings, work, cleanup.TARGETS)
+    errors = [error for tally in tallies for error in tally.errors]
+    if errors:
+        return Finding("cleanup", False, errors[0], "`truthgpt cleanup plan` shows all; mend its cause")
+    size_mb = sum(tally.bytes for tally in tallies) / (1 << 20)
+    detail = f"{len(crons)} jobs; {sum(tally.count for tally in tallies)} old things may go, {size_mb:.1f} MiB"
+    if deployment.stack is None:
+        return Finding("cleanup", True, f"{detail}; the jobs run while the stack does")
+    return _jobs(deployment, detail)
+
+
+def _jobs(deployment: Deployment, detail: str) -> Finding:
+    try:
+        with connect(deployment.settings) as client:
+            rows = joblist.rows(deployment.settings, client, time.time())
+    except NoRedis as error:
+        return Finding("cleanup", False, f"no job runs: {error}", "see the check of Redis")
+    failing = [row["name"] for row in rows if row["last_result"] not in (None, "ok")]
+    now, busy = time.time(), any(row["running"] for row in rows)
+    late = [row["name"] for row in rows if row["next_run"] and now - row["next_run"] > LATE_S and not busy]
+    if failing:
+        return Finding("cleanup", False, f"the last run of {', '.join(failing)} failed", "`truthgpt jobs history`: why")
+    if late:
+        return Finding("cleanup", False, f"long overdue: {', '.join(late)}", "see logs/gateway.log: none starts")
+    idle = [f"{row['name']} is paused: `truthgpt jobs resume {row['name']}`" for row in rows if row["paused"]]
+    idle += [f"{row['name']} is off (TRUTHGPT_SCHEDULES)" for row in rows if row["schedule"] is None]
+    return Finding("cleanup", True, detail, "; ".join(idle))
 
 
 def check_backup(deployment: Deployment) -> Finding:
     """Every byte of the newest backup is right, and it is not too old."""
-    raise NotImplementedError
+    from orchestrator.ops import backup
+
+    settings = deployment.settings
+    newest = backup.newest(settings.backups)
+    if newest is None:
+        if not settings.backup:
+            return Finding("backup", True, f"{_off('backup')}, and there is none", _on("backup"))
+        hint = "make one with `truthgpt backup create`" if deployment.stack else ""
+        return Finding("backup", deployment.stack is None, f"there is no backup in {settings.backups}", hint)
+    try:
+        report = backup.verify(newest.path, settings.backup_key)
+    except (backup.BackupError, OSError) as error:
+        hint = getattr(error, "hint", "") or "make another with `truthgpt backup create`"
+        return Finding("backup", False, f"{newest.path.name} does not verify: {error}", hint)
+    age_s = time.time() - newest.created
+    detail = f"every byte of {newest.path.name} is right, {age_s / 3600:.1f} hours old"
+    if settings.backup and age_s > settings.alert_backup_age_s:
+        return Finding("backup", False, detail, "it is too old: `truthgpt jobs history backup` says why")
+    hint = "" if report.encrypted else "it is not encrypted: see `truthgpt backup keygen`"
+    return Finding("backup", True, detail, hint if settings.environment == "production" else "")
 
 
 def check_load_balancing(deployment: Deployment) -> Finding:

@@ -1,4 +1,4 @@
-"""`truthgpt doctor`: the commonest set-up faults, each looked for on its own and within a deadline."""
+"""`truthgpt doctor`: the commonest set-up faults and a proof of each switch, each on its own and within a deadline."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.ops import checks_machine as machine
+from orchestrator.ops import checks_profile as profile
 from orchestrator.ops import checks_stack as stack
 from orchestrator.ops.finding import Deployment, Finding
 
@@ -37,6 +38,16 @@ CHECKS = (
     Check("entry", stack.check_entry, 120.0),  # hashes every byte of the weights
     Check("engine", stack.check_engine, 60.0),
     Check("gateway", stack.check_gateway),
+    Check("monitoring", profile.check_monitoring),
+    Check("alerts", profile.check_alerts, 60.0),  # a sender's attempts, each with its time-out
+    Check("security", profile.check_security, 20.0),
+    Check("audit", profile.check_audit),
+    Check("cache", profile.check_cache),
+    Check("breaker", profile.check_breaker),
+    Check("cleanup", profile.check_cleanup, 60.0),
+    Check("backup", profile.check_backup, 600.0),  # reads every byte
+    Check("load_balancing", profile.check_load_balancing),
+    Check("auto_scaling", profile.check_auto_scaling),
     Check("leftovers", stack.check_leftovers),
 )
 

@@ -24,7 +24,7 @@ redis.call('INCR', KEYS[2])
 redis.call('PUBLISH', ARGV[4], ARGV[5])
 return 1
 """
-_EVENT = json.dumps({"event": "registry"})
+EVENT = json.dumps({"event": "registry"})
 
 
 class KeyringError(Exception):
@@ -37,7 +37,7 @@ class KeyringError(Exception):
 
 def swap(client: redis.Redis, field: str, old: bytes | None, new: str | None) -> bool:
     """Replace a field of the registry if it still is `old`; None is no field. Announced to every worker."""
-    arguments = (field, old or b"", new or "", EVENTS, _EVENT)
+    arguments = (field, old or b"", new or "", EVENTS, EVENT)
     return bool(client.eval(_SWAP, 2, REGISTRY, REGISTRY_VERSION, *arguments))
 
 

@@ -33,6 +33,13 @@ def connect(settings: Settings) -> Iterator[redis.Redis]:
             f"no stack is running from {settings.home}, and no Redis is set",
             "start the stack with `truthgpt up --detach`, or set TRUTHGPT_REDIS_URL",
         )
+    with connect_to(url) as client:
+        yield client
+
+
+@contextmanager
+def connect_to(url: str) -> Iterator[redis.Redis]:
+    """A client of this Redis, as `connect` gives one."""
     what = f"Redis at {mask_url(url)}"
     retry = Retry(NoBackoff(), 0)  # a write that was sent and not answered must not be sent again
     try:

@@ -1,0 +1,107 @@
+"""What interrupted work has left: an export, a start, a write, a backup.
+
+An export (export/repository.py) and a backup hold an flock on what they write, for as long as they live, however they
+end. Others name what they are writing by a temporary name and rename it: what has such a name and is old is nobody's.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from orchestrator.local.process import alive
+from orchestrator.models import STAGING
+from orchestrator.ops.cleanwork import Work
+from orchestrator.ops.folders import Found, entered, listed, opened, remove_tree, walked
+from orchestrator.settings import MODEL_NAME, Settings
+
+_STAGED = re.compile(rf"{MODEL_NAME}-[0-9]+-[0-9a-f]{{8}}")
+_LOCK = re.compile(rf"{MODEL_NAME}\.lock")
+_BACKEND = re.compile(r"\..+-([0-9]+)")
+_RANDOM = r"[a-z0-9_]{8}"  # as tempfile makes names
+# of whoever writes a file beside the one that it takes the place of: state, models to serve, keys, identities
+_WRITTEN = re.compile(rf"(?:state|models|audit\.key|\.truthgpt-id)-{_RANDOM}")
+_IDENTITY = re.compile(rf"\.truthgpt-id-{_RANDOM}")
+_AUDIT = re.compile(rf"base-{_RANDOM}")
+_BACKUP = re.compile(r"\.truthgpt-.+\.part")
+
+
+def temporary(settings: Settings, work: Work) -> None:
+    """Whatever is older than temporary_age_s and belongs to nobody who lives."""
+    oldest = work.now - settings.temporary_age_s
+    _staging(settings.model_repository, work, oldest)
+    with opened(settings.home, "triton", "backends") as fd:
+        for found in listed(fd, str(settings.home / "triton" / "backends"), work.failed) if fd is not None else ():
+            owner = _BACKEND.fullmatch(found.name)
+            if owner is not None and found.is_folder and _touched(found) < oldest and not alive(int(owner[1])):
+                _remove(work, found, "backends of a start that was interrupted")
+    for base, names, pattern in (
+        (settings.home, (), _WRITTEN), (settings.home, ("audit",), _AUDIT), (settings.model_repository, (), _IDENTITY),
+    ):  # fmt: skip
+        with opened(base, *names) as fd:
+            for found in listed(fd, str(base.joinpath(*names)), work.failed) if fd is not None else ():
+                if found.is_file and pattern.fullmatch(found.name) and _touched(found) < oldest:
+                    _remove(work, found, "file that was not written to its end")
+    with opened(settings.backups) as fd:
+        for found in listed(fd, str(settings.backups), work.failed) if fd is not None else ():
+            if found.is_file and _BACKUP.fullmatch(found.name) and _touched(found) < oldest:
+                _remove_unlocked(work, found, "backup that was not made to its end")
+
+
+def _staging(repository: Path, work: Work, oldest: float) -> None:
+    with opened(repository, STAGING) as fd:
+        if fd is None:
+            return
+        for found in listed(fd, str(repository / STAGING), work.failed):
+            folder = found.is_folder and _STAGED.fullmatch(found.name)
+            lock = found.is_file and _LOCK.fullmatch(found.name)
+            if (folder or lock) and _touched(found) < oldest:
+                _remove_unlocked(work, found, "export that was interrupted")
+    if not work.dry:
+        with opened(repository) as above:
+            if above is not None:
+                with suppress(OSError):  # not empty while exports are at work, or not there
+                    os.rmdir(STAGING, dir_fd=above)
+
+
+def _remove_unlocked(work: Work, found: Found, what: str) -> None:
+    """Remove what somebody has left who held a lock on it while he lived."""
+    try:
+        handle = os.open(found.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=found.folder_fd)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            work.failed(found.path, error)
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), found.facts):
+            _remove(work, found, what)
+    except BlockingIOError:  # its owner lives
+        return
+    finally:
+        os.close(handle)
+
+
+def _remove(work: Work, found: Found, what: str) -> None:
+    size = _size(found) if found.is_folder else found.facts.st_size
+    deed = partial(remove_tree, found, work.failed, work.guard) if found.is_folder else found.remove
+    work.remove(found.path, size, what, deed, work.now - _touched(found))
+
+
+def _size(found: Found) -> int:
+    """Bytes of all the files in a folder."""
+    with entered(found) as fd:
+        inside = walked(fd, found.path, lambda path, error: None) if fd is not None else ()
+        return sum(inner.facts.st_size for inner in inside if inner.is_file)
+
+
+def _touched(found: Found) -> float:
+    """When it was last touched, also by being renamed, Unix seconds."""
+    return max(found.facts.st_mtime, found.facts.st_ctime)

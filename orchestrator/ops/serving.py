@@ -1,0 +1,93 @@
+"""What is loaded at this moment, as the Triton servers themselves say."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import psutil
+
+from orchestrator.errors import TruthGPTError
+from orchestrator.local import state
+from orchestrator.settings import Settings
+from orchestrator.triton import Deadlines, Repository, Triton
+
+_REPOSITORY, _HTTP_PORT = "--model-repository=", "--http-port="
+
+
+class CannotTell(Exception):
+    """A server that may have models of the repository does not say which; `hint` says what to do."""
+
+    def __init__(self, url: str, why: str) -> None:
+        super().__init__(f"Triton at {url} does not say what it has loaded: {why}")
+        self.hint = "try again once it answers; `truthgpt status` shows it"
+
+
+def ask(url: str) -> dict[tuple[str, str], str]:
+    """State of each (model, version) that takes memory: LOADING and UNLOADING ones, too. Raises TruthGPTError."""
+
+    async def asked() -> dict[tuple[str, str], str]:
+        triton = Triton(url, Deadlines())
+        try:
+            rows = await Repository(triton).rows()
+        finally:
+            await triton.close()
+        return {(row.name, row.version): row.state for row in rows if row.occupied}
+
+    return asyncio.run(asked())
+
+
+def of_home(settings: Settings) -> dict[tuple[str, str], str]:
+    """The same of this home's stack; empty where none runs or it does not answer."""
+    found = state.read(settings.home)
+    if found is None or not found.running:
+        return {}
+    try:
+        return ask(found.triton_http)
+    except TruthGPTError:
+        return {}
+
+
+def of_repository(settings: Settings) -> set[tuple[str, int]]:
+    """Each (model, version) that is loaded by this home's stack, or by any server of this machine that serves this
+    repository. Raises CannotTell.
+    """
+    found = state.read(settings.home)
+    urls = {found.triton_http} if found is not None and found.running else set()
+    for server in servers(settings.model_repository):
+        port = next((a.removeprefix(_HTTP_PORT) for a in _arguments(server) if a.startswith(_HTTP_PORT)), "8000")
+        urls.add(f"http://127.0.0.1:{port}")
+    loaded: set[tuple[str, int]] = set()
+    for url in sorted(urls):
+        try:
+            loaded |= {(name, int(version)) for name, version in ask(url)}
+        except (TruthGPTError, ValueError) as error:
+            raise CannotTell(url, str(error)) from error
+    return loaded
+
+
+def servers(repository: Path) -> list[psutil.Process]:
+    """Triton servers, of any home, that serve this repository."""
+    real = repository.resolve()
+    found = {
+        process.pid: process
+        for process in psutil.process_iter()
+        # resolved: a repository whose path Triton cannot take is named by a link
+        if any(Path(a.removeprefix(_REPOSITORY)).resolve() == real
+               for a in _arguments(process) if a.startswith(_REPOSITORY))
+    }  # fmt: skip
+    return list(found.values())
+
+
+def server_of(repository: Path, model: str) -> int | None:
+    """Process of a server, of any home, that was told to load this model of this repository."""
+    loads = f"--load-model={model}"
+    return next((server.pid for server in servers(repository) if loads in _arguments(server)), None)
+
+
+def _arguments(process: psutil.Process) -> list[str]:
+    """Its command line, empty when it has just ended or is somebody else's."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,278 @@
+"""What jobs do, run under their leases on a real Redis."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import redis
+
+from orchestrator.jobs.lease import LeaseLost
+from orchestrator.jobs.ledger import RUNNING, Claim, Ledger, Run
+from orchestrator.jobs.table import JOBS
+from orchestrator.ops import cachetools, cleanrun, cleanup, jobrun
+from orchestrator.ops.cachetools import Overtaken
+from orchestrator.ops.cleanwork import Work
+from orchestrator.ops.jobbodies import Task
+from orchestrator.settings import Settings
+from orchestrator.store import REGISTRY, stats_key
+from tests.redis import RealRedis
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    for name in ("home", "repository"):
+        (tmp_path / name).mkdir()
+    return replace(Settings(), home=tmp_path / "home", model_repository=tmp_path / "repository")
+
+
+def run(settings: Settings, client: redis.Redis, name: str, **more: Any) -> Run:
+    ended = jobrun.run(settings, JOBS[name], client, **more)
+    assert isinstance(ended, Run)
+    return ended
+
+
+def test_every_cleaning_job_runs(settings: Settings, client: redis.Redis) -> None:
+    """Each cleans its target, says what it has done, and stands in the history with who did it."""
+    for name in ("logs", "cache", "temporary", "metrics", "models", "shared_memory", "audit"):
+        ended = run(settings, client, name)
+        assert (ended.result, ended.did, ended.error, ended.manual) == ("ok", "nothing to remove", "", True)
+        assert ended.holder.endswith(f":{os.getpid()}")
+        assert Ledger(client).history(jobrun.name_of(settings, JOBS[name])) == [ended]
+
+
+def test_a_failure_is_written_down(settings: Settings, client: redis.Redis) -> None:
+    """An error becomes the run's, with what was done before it; whatever kind it is the lease is free afterwards."""
+
+    def fail(error: Exception) -> Any:
+        def do(task: Task) -> str:
+            raise error
+
+        return do
+
+    for error, said in (
+        (OSError(28, "No space left on device", "/x"), "/x: No space left on device"),
+        (ValueError("odd"), "ValueError: odd"), (KeyError(), "KeyError: KeyError"), (Overtaken(), str(Overtaken())),
+    ):  # fmt: skip
+        ended = run(settings, client, "logs", do=fail(error))
+        assert (ended.result, ended.error) == ("failed", said)
+    (known,) = Ledger(client).known([(jobrun.name_of(settings, JOBS["logs"]), "logs")])
+    assert known.last is not None and known.last.result == "failed" and known.success is None and not known.holder
+
+
+def test_a_deadline_ends_a_job(settings: Settings, client: redis.Redis) -> None:
+    """What takes too long is ended in the middle, whatever errors it would swallow, and has failed."""
+
+    swallowed: list[Exception] = []
+
+    def work(task: Task) -> str:
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception as error:
+                swallowed.append(error)
+
+    ended = jobrun.run(settings, replace(JOBS["logs"], deadline_s=0.2), client, do=work)
+    assert isinstance(ended, Run) and (ended.result, ended.error) == ("failed", "it took longer than 0.2 s")
+    assert swallowed == []
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_sigterm_gives_the_job_back(settings: Settings, client: redis.Redis) -> None:
+    """A process that is told to end leaves the lease free, and nothing counts as done or failed."""
+
+    def work(task: Task) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        return "too late"
+
+    with pytest.raises(jobrun.Stopped):
+        jobrun.run(settings, JOBS["logs"], client, do=work)
+    (known,) = Ledger(client).known([(jobrun.name_of(settings, JOBS["logs"]), "logs")])
+    assert known.holder == "" and known.last is None
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_job_that_runs_is_not_run_twice(settings: Settings, client: redis.Redis) -> None:
+    """By hand, too: the second one is told who is at it."""
+
+    def work(task: Task) -> str:
+        other = jobrun.run(settings, JOBS["logs"], client)
+        assert isinstance(other, Claim) and other.outcome == RUNNING and other.holder.endswith(f":{os.getpid()}")
+        return "once"
+
+    assert run(settings, client, "logs", do=work).did == "once"
+
+
+def test_a_lost_lease_ends_without_a_word_in_redis(settings: Settings, client: redis.Redis) -> None:
+    """A run that was taken over stops at its next step and writes nothing down."""
+    name = jobrun.name_of(settings, JOBS["logs"])
+
+    def work(task: Task) -> str:
+        client.delete(f"truthgpt:{{jobs}}:lease:{name}")
+        assert Ledger(client).claim(name, "logs", "b:2", time.time(), None).token > task.token
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            task.guard()
+            time.sleep(0.01)
+        return "never"
+
+    with pytest.raises(LeaseLost):
+        jobrun.run(settings, JOBS["logs"], client, do=work)
+    assert Ledger(client).history(name) == [] and Ledger(client).known([(name, "logs")])[0].holder == "b:2"
+
+
+def test_a_scheduled_run_of_what_is_not_due_does_nothing(settings: Settings, client: redis.Redis) -> None:
+    """Seen for the first time, or done by somebody else meanwhile: no work, no history."""
+    for _ in range(2):
+        assert isinstance(jobrun.run(settings, JOBS["logs"], client, scheduled=True), Claim)
+    assert Ledger(client).history(jobrun.name_of(settings, JOBS["logs"])) == []
+
+
+def test_what_other_homes_serve_reaches_the_job(settings: Settings, client: redis.Redis) -> None:
+    """The versions that replicas say they serve of this repository are what `models` is told to leave."""
+    from orchestrator.jobs.identity import identity
+    from orchestrator.jobs.ledger import seen
+
+    script, keys, arguments = seen(time.time(), "b" * 16, identity(settings.model_repository), {"demo": 4})
+    client.eval(script.text, len(keys), *keys, *map(str, arguments))
+    found: list[frozenset[tuple[str, int]]] = []
+
+    def work(task: Task) -> str:
+        found.append(task.elsewhere)
+        return ""
+
+    run(settings, client, "models", do=work)
+    assert found == [frozenset({("demo", 4)})]
+
+
+def test_cleaning_by_hand_that_is_ended_has_failed(
+    settings: Settings, client: redis.Redis, server: RealRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target whose deadline passes counts as failed, with what was done until then, and the next one is done."""
+
+    def slow(settings: Settings, work: Work) -> None:
+        work.remove("/x", 5, "", lambda: None)
+        time.sleep(20)
+
+    monkeypatch.setitem(cleanrun.JOBS, "cache", replace(JOBS["cache"], deadline_s=0.2))
+    monkeypatch.setitem(cleanup.TARGETS, "cache", slow)
+    cache, logs = cleanrun.run(replace(settings, redis_url=server.url), ["cache", "logs"], pytest.fail)
+    assert (cache.count, cache.failed, cache.errors) == (1, 1, ["it took longer than 0.2 s"]) and logs.failed == 0
+
+
+def use(client: redis.Redis, tenant: str, task: str, count: int) -> None:
+    client.hincrby(stats_key(tenant), f"hits:{task}", count)
+
+
+def test_the_cache_is_fitted_once_for_each_use(settings: Settings, client: redis.Redis) -> None:
+    """Uses are counted over tenants, each once; the run says what has changed."""
+    use(client, "acme", "translation", 10)
+    use(client, "beta", "text_generation", 101)
+    ended = run(settings, client, "cache_ttls")
+    assert "text_generation 3600 s to 7200 s" in ended.did and "translation" not in ended.did
+    assert cachetools.ttls(client)["text_generation"] == 7200
+    assert "text_generation 7200 s to 3600 s" in run(settings, client, "cache_ttls").did
+
+
+def test_an_overtaken_run_cannot_change_the_cache(client: redis.Redis) -> None:
+    """Once a run with a larger token has written, one with a smaller token is refused, in every hash."""
+    use(client, "acme", "translation", 500)
+    cachetools.adapt_ttls(client, fence=7)
+    before = client.hgetall(REGISTRY), client.hgetall(stats_key("acme"))
+    use(client, "acme", "translation", 500)
+    with pytest.raises(Overtaken):
+        cachetools.adapt_ttls(client, fence=6)
+    assert client.hgetall(REGISTRY) == before[0]
+    assert client.hget(stats_key("acme"), "adapted:translation") == b"500"
+    client.hset(stats_key("acme"), "fence", "5")  # overtaken between its two steps
+    with pytest.raises(Overtaken):
+        cachetools.adapt_ttls(client, fence=6)
+    assert client.hgetall(REGISTRY) == before[0]
+    cachetools.adapt_ttls(client)  # by hand it has no token, and always may
+    assert "fence" not in cachetools.stats(client)["tasks"]
+
+
+def test_the_guard_is_asked_before_each_change(client: redis.Redis) -> None:
+    """A run that has lost its lease changes neither counters nor times."""
+    use(client, "acme", "translation", 500)
+
+    def lost() -> None:
+        raise LeaseLost("cache_ttls")
+
+    with pytest.raises(LeaseLost):
+        cachetools.adapt_ttls(client, lost, 7)
+    assert client.hgetall(REGISTRY) == {} and client.hget(stats_key("acme"), "adapted:translation") is None
+
+
+@dataclass
+class Made:
+    path: Path
+    created: float
+
+
+class Backups(ModuleType):
+    """Stands for the module that makes backups: what it is called with, and what it answers."""
+
+    def __init__(self) -> None:
+        super().__init__("orchestrator.ops.backup")
+        self.calls: list[str] = []
+        self.made: Made | None = None
+        self.fault: Exception | None = None
+
+    def create(self, settings: Settings, *, models: bool, cache: bool, progress: Any) -> None:
+        progress(1, 2)
+        self.calls.append(f"create {models} {cache}")
+        self.made = Made(settings.backups / "new.tar", time.time())
+
+    def prune(self, settings: Settings, *, dry_run: bool) -> None:
+        self.calls.append(f"prune {dry_run}")
+
+    def newest(self, folder: Path) -> Made | None:
+        return self.made
+
+    def verify(self, path: Path, key: str | None, progress: Any) -> None:
+        progress(1)
+        self.calls.append(f"verify {path.name} {key}")
+        if self.fault is not None:
+            raise self.fault
+
+
+@pytest.fixture
+def backups(monkeypatch: pytest.MonkeyPatch) -> Backups:
+    made = Backups()
+    monkeypatch.setitem(sys.modules, "orchestrator.ops.backup", made)
+    return made
+
+
+def test_a_backup_is_made_and_old_ones_go(settings: Settings, client: redis.Redis, backups: Backups) -> None:
+    """First the new one, then those that are too old; the run names it."""
+    ended = run(replace(settings, backup_models=False), client, "backup")
+    assert (ended.result, ended.did) == ("ok", "made new.tar") and backups.calls == ["create False True", "prune False"]
+
+
+def test_the_newest_backup_is_checked(settings: Settings, client: redis.Redis, backups: Backups) -> None:
+    """None, one that is too old, and one that does not verify are failures with their reasons."""
+    assert "there is no backup" in run(settings, client, "backup_check").error
+    backups.made = Made(Path("/b/x.tar"), time.time() - settings.alert_backup_age_s - 3600)
+    assert "the newest backup, x.tar, is 49 hours old" in run(settings, client, "backup_check").error
+    backups.made = Made(Path("/b/x.tar"), time.time() - 60)
+    assert run(settings, client, "backup_check").did == "x.tar verifies"
+    assert backups.calls == ["verify x.tar None"]
+    backups.fault = ValueError("a file was changed")
+    ended = run(settings, client, "backup_check")
+    assert (ended.result, ended.error) == ("failed", "ValueError: a file was changed")
+
+
+def test_a_lease_is_renewed_while_a_backup_is_made(settings: Settings, client: redis.Redis) -> None:
+    """A job that works longer than a lease lasts keeps it."""
+    ended = run(settings, client, "logs", lease_s=6.0, do=lambda task: time.sleep(7.0) or task.guard() or "kept")
+    assert ended.did == "kept" and threading.active_count() < 20
