@@ -36,7 +36,7 @@ def check_monitoring(deployment: Deployment) -> Finding:
         return Finding(name, False, f"{stack.ops} does not say how the stack is doing: {error}", f"see {log}")
     detail = f"{series} series, {requests} requests in the last five minutes"
     if not settings.monitoring:
-        return Finding(name, True, f"{detail}; {_off('monitoring')}", _on("monitoring"))
+        return Finding(name, True, f"{detail}; {_off('monitoring')}", _on(deployment, "monitoring"))
     now = time.time()
     if now - stack.started > HISTORY_S and next(history.read(settings.home, now - HISTORY_S, now), None) is None:
         return Finding(name, False, f"{detail}, but no metric history was written for three minutes", f"see {log}")
@@ -45,15 +45,15 @@ def check_monitoring(deployment: Deployment) -> Finding:
 
 def check_alerts(deployment: Deployment) -> Finding:
     """A test alert goes out through every sender that is set."""
-    from orchestrator.monitor.notifier import test_senders
+    from orchestrator.monitor.senders import test_senders
 
     settings = deployment.settings
     if not settings.monitoring:
-        return Finding("alerts", True, _off("monitoring"), _on("monitoring"))
+        return Finding("alerts", True, _off("monitoring"), _on(deployment, "monitoring"))
     results = test_senders(settings)
     if not results:
         hint = "set TRUTHGPT_ALERT_WEBHOOK_URL, TRUTHGPT_ALERT_SLACK_URL or TRUTHGPT_ALERT_EMAIL_TO"
-        return Finding("alerts", True, "nobody is told of alerts: no sender is set", hint)
+        return Finding("alerts", True, "nobody is told of alerts: no sender is set", _advice(deployment, hint))
     failed = [f"{result.sender}: {result.detail}" for result in results if not result.ok]
     if failed:
         return Finding("alerts", False, "; ".join(failed), "`truthgpt alerts test` tries it again")
@@ -73,7 +73,7 @@ def check_security(deployment: Deployment) -> Finding:
         ("TRUTHGPT_AUTH", settings.auth == "open"), ("TRUTHGPT_SANITIZE", settings.sanitize == "off"),
         ("TRUTHGPT_LIMITS", settings.limits != "enforce"),
     ) if off]  # fmt: skip
-    hint = f"{', '.join(open_)}: right for development only" if open_ and settings.environment != "development" else ""
+    hint = _advice(deployment, f"{', '.join(open_)}: right for development only") if open_ else ""
     return Finding("security", True, "; ".join(told), hint)
 
 
@@ -105,7 +105,7 @@ def check_audit(deployment: Deployment) -> Finding:
 
     settings = deployment.settings
     if not settings.audit:
-        return Finding("audit", True, _off("audit"), _on("audit"))
+        return Finding("audit", True, _off("audit"), _on(deployment, "audit"))
     if deployment.stack is None:
         return Finding("audit", True, _NOT_RUNNING)
     hint = "free space or give the folder back to this user; `truthgpt audit verify` checks all of it"
@@ -124,7 +124,7 @@ def check_audit(deployment: Deployment) -> Finding:
 def check_cache(deployment: Deployment) -> Finding:
     """An answer is stored and found again."""
     if not deployment.settings.cache:
-        return Finding("cache", True, _off("cache"), _on("cache"))
+        return Finding("cache", True, _off("cache"), _on(deployment, "cache"))
     if deployment.stack is None:
         return Finding("cache", True, _NOT_RUNNING)
     return _proven("cache", lambda: proofs.cache(deployment.stack.redis, deployment.settings),  # type: ignore[union-attr]
@@ -146,7 +146,7 @@ def check_cleanup(deployment: Deployment) -> Finding:
     except ScheduleError as error:
         return Finding("cleanup", False, str(error), error.hint)
     if not settings.maintenance:
-        return Finding("cleanup", True, _off("maintenance"), _on("maintenance"))
+        return Finding("cleanup", True, _off("maintenance"), _on(deployment, "maintenance"))
     work = Work(dry=True)
     tallies = cleanup.clean(settings, work, cleanup.TARGETS)
     errors = [error for tally in tallies for error in tally.errors]
@@ -185,7 +185,7 @@ def check_backup(deployment: Deployment) -> Finding:
     newest = backup.newest(settings.backups)
     if newest is None:
         if not settings.backup:
-            return Finding("backup", True, f"{_off('backup')}, and there is none", _on("backup"))
+            return Finding("backup", True, f"{_off('backup')}, and there is none", _on(deployment, "backup"))
         hint = "make one with `truthgpt backup create`" if deployment.stack else ""
         return Finding("backup", deployment.stack is None, f"there is no backup in {settings.backups}", hint)
     try:
@@ -197,8 +197,8 @@ def check_backup(deployment: Deployment) -> Finding:
     detail = f"every byte of {newest.path.name} is right, {age_s / 3600:.1f} hours old"
     if settings.backup and age_s > settings.alert_backup_age_s:
         return Finding("backup", False, detail, "it is too old: `truthgpt jobs history backup` says why")
-    hint = "" if report.encrypted else "it is not encrypted: see `truthgpt backup keygen`"
-    return Finding("backup", True, detail, hint if settings.environment == "production" else "")
+    hint = "" if report.encrypted else _advice(deployment, "it is not encrypted: see `truthgpt backup keygen`")
+    return Finding("backup", True, detail, hint)
 
 
 def check_load_balancing(deployment: Deployment) -> Finding:
@@ -222,5 +222,10 @@ def _off(setting: str) -> str:
     return f"off (TRUTHGPT_{setting.upper()}=false)"
 
 
-def _on(setting: str) -> str:
-    return f"switch it on: TRUTHGPT_{setting.upper()}=true"
+def _on(deployment: Deployment, setting: str) -> str:
+    return _advice(deployment, f"switch it on: TRUTHGPT_{setting.upper()}=true")
+
+
+def _advice(deployment: Deployment, text: str) -> str:
+    """What who develops needs not be told."""
+    return "" if deployment.settings.environment == "development" else text

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import redis
 
+from orchestrator.auditlog import folder_of
 from orchestrator.jobs.lease import LeaseLost
 from orchestrator.jobs.ledger import RUNNING, Claim, Ledger, Run
 from orchestrator.jobs.table import JOBS
-from orchestrator.ops import cachetools, cleanrun, cleanup, jobrun
+from orchestrator.ops import auditread, backup, cachetools, cleanrun, cleanup, jobrun
 from orchestrator.ops.cachetools import Overtaken
 from orchestrator.ops.cleanwork import Work
 from orchestrator.ops.jobbodies import Task
@@ -213,63 +212,40 @@ def test_the_guard_is_asked_before_each_change(client: redis.Redis) -> None:
     assert client.hgetall(REGISTRY) == {} and client.hget(stats_key("acme"), "adapted:translation") is None
 
 
-@dataclass
-class Made:
-    path: Path
-    created: float
+def older(settings: Settings) -> None:
+    """The newest backup becomes one of long ago."""
+    (path,) = (made.path for made in backup.infos(settings.backups))
+    path.rename(path.with_name(path.name.replace(path.name[9:24], "20200101T000000")))
 
 
-class Backups(ModuleType):
-    """Stands for the module that makes backups: what it is called with, and what it answers."""
-
-    def __init__(self) -> None:
-        super().__init__("orchestrator.ops.backup")
-        self.calls: list[str] = []
-        self.made: Made | None = None
-        self.fault: Exception | None = None
-
-    def create(self, settings: Settings, *, models: bool, cache: bool, progress: Any) -> None:
-        progress(1, 2)
-        self.calls.append(f"create {models} {cache}")
-        self.made = Made(settings.backups / "new.tar", time.time())
-
-    def prune(self, settings: Settings, *, dry_run: bool) -> None:
-        self.calls.append(f"prune {dry_run}")
-
-    def newest(self, folder: Path) -> Made | None:
-        return self.made
-
-    def verify(self, path: Path, key: str | None, progress: Any) -> None:
-        progress(1)
-        self.calls.append(f"verify {path.name} {key}")
-        if self.fault is not None:
-            raise self.fault
+def test_a_backup_is_made_and_old_ones_go(settings: Settings, client: redis.Redis) -> None:
+    """First the new one, then those that are too old; the run names it, and the audit log has it."""
+    settings = replace(settings, backup_models=False, backup_keep=1)
+    assert run(settings, client, "backup").result == "ok"
+    older(settings)
+    ended = run(settings, client, "backup")
+    (kept,) = backup.infos(settings.backups)
+    assert ended.result == "ok", ended.error
+    assert ended.did == f"made {kept.path.name}, removed 1 that are too old"
+    row = auditread.tail(folder_of(settings.home), 1, auditread.Wanted(("security",)))[0]
+    assert (row["operation"], row["detail"]) == ("backup create", kept.id)
 
 
-@pytest.fixture
-def backups(monkeypatch: pytest.MonkeyPatch) -> Backups:
-    made = Backups()
-    monkeypatch.setitem(sys.modules, "orchestrator.ops.backup", made)
-    return made
-
-
-def test_a_backup_is_made_and_old_ones_go(settings: Settings, client: redis.Redis, backups: Backups) -> None:
-    """First the new one, then those that are too old; the run names it."""
-    ended = run(replace(settings, backup_models=False), client, "backup")
-    assert (ended.result, ended.did) == ("ok", "made new.tar") and backups.calls == ["create False True", "prune False"]
-
-
-def test_the_newest_backup_is_checked(settings: Settings, client: redis.Redis, backups: Backups) -> None:
-    """None, one that is too old, and one that does not verify are failures with their reasons."""
+def test_the_newest_backup_is_checked(settings: Settings, client: redis.Redis) -> None:
+    """None, one that does not verify, and one that is too old are failures with their reasons."""
     assert "there is no backup" in run(settings, client, "backup_check").error
-    backups.made = Made(Path("/b/x.tar"), time.time() - settings.alert_backup_age_s - 3600)
-    assert "the newest backup, x.tar, is 49 hours old" in run(settings, client, "backup_check").error
-    backups.made = Made(Path("/b/x.tar"), time.time() - 60)
-    assert run(settings, client, "backup_check").did == "x.tar verifies"
-    assert backups.calls == ["verify x.tar None"]
-    backups.fault = ValueError("a file was changed")
+    assert run(settings, client, "backup").result == "ok"
+    (made,) = backup.infos(settings.backups)
+    assert run(settings, client, "backup_check").did == f"{made.path.name} verifies"
+    with made.path.open("r+b") as file:
+        file.seek(made.bytes // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
     ended = run(settings, client, "backup_check")
-    assert (ended.result, ended.error) == ("failed", "ValueError: a file was changed")
+    assert ended.result == "failed" and str(made.path) in ended.error
+    older(settings)
+    assert "hours old" in run(settings, client, "backup_check").error
 
 
 def test_a_lease_is_renewed_while_a_backup_is_made(settings: Settings, client: redis.Redis) -> None:
