@@ -28,6 +28,7 @@ Examples:
         "cache": "orchestrator.cli.cache:cache",
         "breaker": "orchestrator.cli.breaker:breaker",
         "audit": "orchestrator.cli.audit:audit",
+        "alerts": "orchestrator.cli.alerts:alerts",
         "models": "orchestrator.cli.models:models",
         "config": "orchestrator.cli.config:config",
         "doctor": "orchestrator.cli.doctor:doctor",
