@@ -52,7 +52,7 @@ def read(home: Path) -> Document:
 
 
 def change(home: Path, edit: Callable[[Document], _T]) -> _T:
-    """Let a command edit the book; what `edit` returns. Raises BookError, and what `edit` raises: nothing has changed."""
+    """Let a command edit the book; what `edit` returns. Raises BookError, and what `edit` raises."""
     if not home.is_dir():
         return edit(Document())
     try:

@@ -115,10 +115,8 @@ def step(
     `released` are the alerts of which this instance says no longer that they hold.
     """
     note(document, watch, now)
-    if (
-        now - document.watchers.get(watch.instance, 0.0) >= watch.absent_s / 3
-        or now < document.watchers[watch.instance]
-    ):
+    looked = document.watchers.get(watch.instance)
+    if looked is None or not 0 <= now - looked < watch.absent_s / 3:
         document.watchers[watch.instance] = now  # not at every look: the book is written when something has changed
     alive = {name: at for name, at in document.watchers.items() if abs(now - at) <= watch.absent_s}
     document.watchers = alive

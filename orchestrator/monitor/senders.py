@@ -122,13 +122,14 @@ def _post(url: str, body: bytes, attempt: Attempt) -> None:
         headers["Authorization"] = _basic(unquote(parts.username), unquote(parts.password or ""))
     try:
         connection.request("POST", target, body, headers)
-        answer = connection.getresponse()
+        with connection.getresponse() as answer:
+            status, retry_after = answer.status, answer.headers.get("Retry-After")
     except InvalidURL as error:  # it quotes the URL
         raise SendError("its URL is not valid", again=False) from error
     finally:
         connection.close()
-    if not 200 <= answer.status < 300:
-        raise _refused(answer.status, answer.headers.get("Retry-After"))
+    if not 200 <= status < 300:
+        raise _refused(status, retry_after)
 
 
 def _query(text: str) -> str:
