@@ -38,11 +38,11 @@ RULES: dict[str, Rule] = {
     for rule in (
         Rule(
             "TruthGPTMemoryHigh", WARNING, 30.0, "The memory of the machine or container is nearly used up.",
-            "See what takes it (`truthgpt status`); lower `slots` of the model or the number of workers.",
+            "See what takes it; run fewer workers, or export the model with fewer slots.",
         ),
         Rule(
             "TruthGPTGpuMemoryHigh", WARNING, 30.0, "The memory of a GPU is nearly used up.",
-            "See what else runs on it (`nvidia-smi`); lower `slots` of the model or unload one.",
+            "See what else runs on it (`nvidia-smi`); unload a model, or export it with fewer slots.",
         ),
         Rule(
             "TruthGPTErrorRateHigh", CRITICAL, 0.0, "Many of the last five minutes' requests failed.",
@@ -54,7 +54,7 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "TruthGPTBreakerOpen", CRITICAL, 0.0, "A model failed several times in a row and is being left alone.",
-            "Find out why it fails (`truthgpt models status`, Triton's log); it is tried again by itself.", shared=True,
+            "Find out why it fails (`truthgpt breaker show`, Triton's log); it is tried again by itself.", shared=True,
         ),
         Rule(
             "TruthGPTRedisAway", CRITICAL, 10.0, "Redis does not answer.",
@@ -67,7 +67,7 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "TruthGPTModelNotReady", CRITICAL, 30.0, "A model does not answer heartbeats.",
-            "See its state (`truthgpt models status`) and reload it.", shared=True,
+            "See what Triton's log says of it, then reload it (`truthgpt models reload`).", shared=True,
         ),
         Rule(
             "TruthGPTModelOnFallback", WARNING, 0.0, "A model runs on the CPU because its device failed.",

@@ -52,6 +52,7 @@ class Watcher:
             f"{self._host}:{os.getpid()}:{secrets.token_hex(4)}", self._host, notifier.names, settings.alert_repeat_s,
             alertstate.absent_s(interval_s),
         )  # fmt: skip
+        self._replica = f"{self._host}:{settings.home.absolute()}"  # the same after a restart
         self._tracker = Tracker(self._host, alertstate.clear_s(interval_s))
         self._began = clock()
         self._document = Document()
@@ -124,7 +125,7 @@ class Watcher:
         rule = RULES.get(alert.name)
         if self._store is not None and rule is not None and rule.shared:
             repeat_s, repeats = self._watch.repeat_s, alert.message.repeats
-            if not await claim(self._store, alert.id, alert.state, self._host, self._now(), repeat_s, repeats):
+            if not await claim(self._store, alert.id, alert.state, self._replica, self._now(), repeat_s, repeats):
                 self._results += [(alert.id, notice.id, sender, ELSEWHERE) for sender in due.senders]
                 self._heard.set()
                 return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from orchestrator.monitor.conditions import assess, conditions
 from orchestrator.monitor.rules import RULES, identity
 from orchestrator.settings import Settings
+from tests.test_docs import check_command
 
 SETTINGS = replace(Settings(), alert_error_requests=100, alert_queue=32, alert_backup_age_s=172_800.0)
 
@@ -173,3 +176,24 @@ def test_identity_tells_machines_and_things_apart() -> None:
     assert identity("TruthGPTRedisAway", {}, "a") == identity("TruthGPTRedisAway", {}, "b")
     one, other = ({"model": "x"}, {"model": "y"})
     assert identity("TruthGPTBreakerOpen", one, "a") != identity("TruthGPTBreakerOpen", other, "a")
+
+
+def test_the_advice_names_commands_that_exist() -> None:
+    """Every `truthgpt ...` that an alert's advice tells to run is a command with these options."""
+    for rule in RULES.values():
+        for line in re.findall(r"`truthgpt ([^`]+)`", rule.advice):
+            check_command(line.split())
+        assert rule.runbook == f"docs/operations.md#{rule.name.lower()}" and rule.severity in ("warning", "critical")
+
+
+def test_the_page_has_every_alert() -> None:
+    """The table of docs/alerts.md has each alert once, with its severity, its time, and who tells it."""
+    page = (Path(__file__).parents[3] / "docs" / "alerts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(TruthGPT\w+)` \|.*\| ([^|]+) \| (\w+) \| ([^|]+) \|$", page, re.MULTILINE)
+    assert {name: (time, severity, by) for name, time, severity, by in rows} == {
+        rule.name: (
+            f"{rule.for_s:g} s" if rule.for_s else "at once", rule.severity, "one" if rule.shared else "each host",
+        )
+        for rule in RULES.values()
+    }  # fmt: skip
+    assert len(rows) == len(RULES)

@@ -6,7 +6,9 @@ import asyncio
 import fcntl
 import json
 import logging
+import os
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,6 +20,7 @@ import pytest
 from orchestrator.metrics_table import TABLE
 from orchestrator.monitor import alertbook
 from orchestrator.monitor.alerts import Acknowledged, Document
+from orchestrator.monitor.aside import Aside
 from orchestrator.monitor.notifier import Notifier
 from orchestrator.monitor.watcher import Watcher
 from orchestrator.settings import Settings
@@ -336,6 +339,45 @@ async def test_a_lock_that_is_held_holds_up_nothing(tmp_path: Path, receiver: Re
     await place.looks(watcher, 20)
     assert place.states() == {"TruthGPTAuditAway": "firing"} and len(receiver.seen) == 1
     watcher._notifier.close()
+
+
+async def test_a_disk_that_hangs_holds_up_nothing(tmp_path: Path, receiver: Receiver) -> None:
+    """While the book cannot even be opened alerts are told from memory, and the loop runs; then the book has them."""
+    place = Deployment(tmp_path, receiver)
+    os.mkfifo(tmp_path / alertbook.NAME)  # to open it waits for somebody who writes
+    place.figures = {**WELL, "audit_up": False}
+    watcher = Watcher(place.settings, lambda: place.figures, Notifier(place.settings))
+    async with watching(watcher):
+        slowest, began = 0.0, awake()
+        while not receiver.seen:
+            assert awake() - began < 20
+            before = awake()
+            await asyncio.sleep(0.01)
+            slowest = max(slowest, awake() - before)
+        assert slowest < 1.0 and watcher.counts()["firing"] == 1
+        with (tmp_path / alertbook.NAME).open("wb"):
+            pass  # whoever waited reads an empty book, which is none
+        await until(lambda: (tmp_path / "alerts.json.corrupt").exists() and bool(_told(place)), 20)
+        await until(lambda: _told(place) == [{"webhook": "ok"}], 20)
+        await asyncio.sleep(0.5)
+    assert receiver.seen == [("firing", "TruthGPTAuditAway")]
+
+
+async def test_work_that_hangs_is_left_alone() -> None:
+    """Past its deadline it is a TimeoutError, the next one at once, until it has ended; what is raised is handed on."""
+    aside, go_on = Aside("test"), threading.Event()
+    assert await aside.run(lambda: 7, 20) == 7
+    with pytest.raises(KeyError):
+        await aside.run(lambda: {}["no"], 20)
+    with pytest.raises(TimeoutError):
+        await aside.run(go_on.wait, 0.05)
+    began = awake()
+    with pytest.raises(TimeoutError):
+        await aside.run(lambda: 7, 20)
+    assert awake() - began < 5
+    go_on.set()
+    await until(lambda: not aside._busy, 20)
+    assert await aside.run(lambda: 8, 20) == 8
 
 
 async def test_no_secret_is_in_a_log_or_the_book(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
