@@ -44,8 +44,9 @@ class Notice:
 
     def text(self) -> str:
         """All of it, below the title."""
-        lines = [self.summary]
-        if self.value is not None and self.threshold is not None:
+        over = self.status == "resolved"
+        lines = [f"It was: {self.summary}" if over else self.summary]
+        if self.value is not None and self.threshold is not None and not over:
             lines.append(f"Value {self.value:g}, threshold {self.threshold:g}.")
         lines += [f"{key}: {value}" for key, value in self.labels.items()]
         lines.append(f"Since {shown(self.since)}" + (f", until {shown(self.resolved)}." if self.resolved else "."))

@@ -41,6 +41,7 @@ def test_every_promised_command_is_there() -> None:
         "config check", "doctor", "batch run", "keys create", "keys list", "keys show", "keys revoke", "keys rotate",
         "limits show", "limits set", "limits reset", "cache stats", "cache clear", "cache inspect", "cache ttl",
         "breaker show", "breaker reset", "audit tail", "audit verify", "audit stats", "audit export", "audit hash",
+        "alerts list", "alerts show", "alerts ack", "alerts clear", "alerts test",
     }  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def test_slack_gets_a_text() -> None:
         "&lt;!channel&gt; &amp; más\nValue 0.95, threshold 0.9.\nfolder: home\nSince 2026-11-26 18:28:20 UTC.\n"
         "First: Free space there.\nMore: docs/operations.md#truthgptdiskfull"
     }
-    assert "is resolved" in other["text"] and "until 2026-11-26 18:30:00 UTC" in other["text"]
+    assert "is resolved" in other["text"] and "It was: 95.0% of" in other["text"] and "Value" not in other["text"]
+    assert "until 2026-11-26 18:30:00 UTC" in other["text"]
 
 
 def test_a_login_in_the_url_is_sent_as_one() -> None:
