@@ -38,6 +38,7 @@ class Attempt:
         """A TCP connection. Raises OSError."""
         left_s = max(0.001, self._ends - time.monotonic())
         made = socket.create_connection((host, port), timeout=left_s)
+        made.settimeout(2 * self.timeout_s)  # who waits is woken by `end`; should that fail, by this
         with self._lock:
             if self._over:
                 made.close()

@@ -78,7 +78,8 @@ class Watcher:
                 await self._guarded("the alerts cannot be looked at", self.look)
                 while (left_s := until - loop.time()) > 0:
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._heard.wait(), left_s)
+                        async with asyncio.timeout(left_s):  # wait_for swallows a cancellation now and then
+                            await self._heard.wait()
                     if self._heard.is_set():
                         await self._guarded("what was sent cannot be noted", self._note)
         finally:

@@ -262,6 +262,23 @@ async def test_a_hanging_sender_does_not_hold_up_the_watcher(tmp_path: Path) -> 
     assert awake() - began < 5
 
 
+@pytest.mark.parametrize("ticks", range(5))
+async def test_it_ends_when_it_is_cancelled(tmp_path: Path, ticks: int) -> None:
+    """Also when it is cancelled in the moment in which a sender has something to say."""
+    place = Deployment(tmp_path)
+    settings = replace(place.settings, alert_interval_s=3600.0)
+    watcher = Watcher(settings, lambda: place.figures, Notifier(settings))
+    task = asyncio.create_task(watcher.run())
+    await until(lambda: (tmp_path / alertbook.NAME).exists(), 20)
+    await asyncio.sleep(0.1)
+    watcher._heard.set()
+    for _ in range(ticks):
+        await asyncio.sleep(0)
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=10)
+    assert done == {task} and task.cancelled()
+
+
 async def test_figures_that_cannot_be_had(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They are one line in the log, whatever fires stays, and all goes on once they are there again."""
     place = Deployment(tmp_path)
