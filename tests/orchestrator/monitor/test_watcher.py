@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import subprocess
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -20,7 +19,6 @@ import pytest
 from orchestrator.metrics_table import TABLE
 from orchestrator.monitor import alertbook
 from orchestrator.monitor.alerts import Acknowledged, Document
-from orchestrator.monitor.aside import Aside
 from orchestrator.monitor.notifier import Notifier
 from orchestrator.monitor.watcher import Watcher
 from orchestrator.settings import Settings
@@ -378,23 +376,6 @@ async def test_a_disk_that_hangs_holds_up_nothing(tmp_path: Path, receiver: Rece
         await until(lambda: _told(place) == [{"webhook": "ok"}], 20)
         await asyncio.sleep(0.5)
     assert receiver.seen == [("firing", "TruthGPTAuditAway")]
-
-
-async def test_work_that_hangs_is_left_alone() -> None:
-    """Past its deadline it is a TimeoutError, the next one at once, until it has ended; what is raised is handed on."""
-    aside, go_on = Aside("test"), threading.Event()
-    assert await aside.run(lambda: 7, 20) == 7
-    with pytest.raises(KeyError):
-        await aside.run(lambda: {}["no"], 20)
-    with pytest.raises(TimeoutError):
-        await aside.run(go_on.wait, 0.05)
-    began = awake()
-    with pytest.raises(TimeoutError):
-        await aside.run(lambda: 7, 20)
-    assert awake() - began < 5
-    go_on.set()
-    await until(lambda: not aside._busy, 20)
-    assert await aside.run(lambda: 8, 20) == 8
 
 
 async def test_no_secret_is_in_a_log_or_the_book(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
