@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from orchestrator import audit, logs, tracing
 from orchestrator.app import AdminApplication
@@ -132,6 +132,7 @@ class Parent:
         self.metrics.readings["truthgpt_cpu_seconds_total"] = lambda: {(): time.process_time()}
         self.metrics.readings["truthgpt_build_info"] = build_info
         self.scrape = Scrape(len(listeners), self.metrics.snapshot)
+        self.on_ending: Callable[[], object] = lambda: None  # called when the drain begins
         self._exit_code = 0
 
     async def run(self) -> int:
@@ -149,6 +150,7 @@ class Parent:
             if self._settings.grpc:
                 log.info("gRPC on %s", url(self._settings.host, self._settings.grpc_port, "grpc"))
             await self._ending.wait()
+        self.on_ending()
         await self._end(keepers)
         ticking.cancel()
         return self._exit_code
@@ -237,8 +239,8 @@ async def serve(settings: Settings, listeners: list[socket.socket], ops: list[so
     admin = Server(config, nothing_to_drain)
     serving = asyncio.create_task(admin.serve_beside(ops), name="admin")
     keeping = asyncio.create_task(upkeep.run(), name="upkeep")
+    parent.on_ending = keeping.cancel
     code = await parent.run()
-    keeping.cancel()
     admin.should_exit = True
     await asyncio.wait([keeping])
     await serving

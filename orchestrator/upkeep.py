@@ -15,8 +15,10 @@ from orchestrator.jobs.keeper import Keeper
 from orchestrator.metrics import Labels, Metrics, Reading
 from orchestrator.monitor.history import History
 from orchestrator.monitor.machine import Machine
+from orchestrator.monitor.notifier import Notifier
 from orchestrator.monitor.shared import Shared
 from orchestrator.monitor.summary import Summary
+from orchestrator.monitor.watcher import Watcher
 from orchestrator.scrape import Scrape
 from orchestrator.settings import Settings
 from orchestrator.store import Store
@@ -36,23 +38,31 @@ class Upkeep:
     def __init__(self, settings: Settings, scrape: Scrape, metrics: Metrics) -> None:
         self._store = Store(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
         self._parts: dict[str, Callable[[], Awaitable[None]]] = {}
-        shared = Shared(self._store) if self._store else None
         self._machine = Machine(settings)
         metrics.readings |= self._machine.readings()
-        known = [self._machine.figures, *([shared.figures] if shared else [])]
-        if self._store and settings.maintenance:
-            keeper = Keeper(settings, self._store)
-            known.append(lambda: {"jobs": keeper.rows})
-            metrics.readings |= job_readings(lambda: keeper.rows)
-            self._parts["jobs"] = keeper.run
-        self._summary = Summary(scrape.totals, known)
-        self._parts["summary"] = self._summary.run
+        summary = self._summary = Summary(scrape.totals)
+        summary.add(self._machine.figures)
+        self._parts["summary"] = summary.run
         if settings.monitoring:
             history = History(settings.home)
-            self._parts["history"] = lambda: history.run(lambda: self._summary.figures(HISTORY_S))
-        if self._store and shared:
-            self._parts |= {"store": self._store.run, "shared": shared.run}
-            metrics.readings |= shared.readings()
+            self._parts["history"] = lambda: history.run(lambda: summary.figures(HISTORY_S))
+            watcher = Watcher(settings, summary.figures, Notifier(settings), self._store)
+            summary.add(lambda: {"alerts": watcher.counts()})
+            metrics.readings |= watcher.readings()
+            self._parts["alerts"] = watcher.run
+        if self._store:
+            self._with_redis(settings, self._store, metrics)
+
+    def _with_redis(self, settings: Settings, store: Store, metrics: Metrics) -> None:
+        shared = Shared(store)
+        self._summary.add(shared.figures)
+        metrics.readings |= shared.readings()
+        self._parts |= {"store": store.run, "shared": shared.run}
+        if settings.maintenance:
+            keeper = Keeper(settings, store)
+            self._summary.add(lambda: {"jobs": keeper.rows})
+            metrics.readings |= job_readings(lambda: keeper.rows)
+            self._parts["jobs"] = keeper.run
 
     def figures(self) -> Mapping[str, Any]:
         """The summary of now, and under `minute` the rates of the last minute alone."""

@@ -85,7 +85,7 @@ ROOMS: dict[str, set[str]] = {
     "scrape": {"metrics", "metrics_table"},
     # operating: `monitor` watches and tells, `jobs` says when what is due; what is done about it is in `ops`
     "activity": {"domain", "store"},
-    "monitor": {"metrics", "metrics_table", "scrape", "settings", "store", "jobs"},
+    "monitor": {"masking", "metrics", "metrics_table", "scrape", "settings", "store"},
     "jobs": {"settings", "store", "local"},
     "upkeep": {"metrics", "scrape", "settings", "store", "monitor", "jobs"},
     # processes

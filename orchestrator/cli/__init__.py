@@ -29,6 +29,7 @@ Examples:
         "cache": "orchestrator.cli.cache:cache",
         "breaker": "orchestrator.cli.breaker:breaker",
         "audit": "orchestrator.cli.audit:audit",
+        "alerts": "orchestrator.cli.alerts:alerts",
         "metrics": "orchestrator.cli.metrics:metrics",
         "jobs": "orchestrator.cli.jobs:jobs",
         "cleanup": "orchestrator.cli.cleanup:cleanup",

@@ -42,14 +42,19 @@ class _Counted:
 
 
 class Summary:
-    """`totals` are the scrape's; each of `parts` adds what somebody else knows, by the name of the figure."""
+    """`totals` are the scrape's."""
 
     def __init__(
-        self, totals: Callable[[], Totals], parts: Sequence[Part] = (), clock: Callable[[], float] = time.monotonic,
+        self, totals: Callable[[], Totals], clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self._totals, self._parts, self._clock, self._wall = totals, parts, clock, wall
+        self._totals, self._clock, self._wall = totals, clock, wall
+        self._parts: list[Part] = []
         self._past = deque([_counted({}, clock())])  # a process begins with nothing
+
+    def add(self, part: Part) -> None:
+        """Have what somebody else knows in the document, by the names of the figures."""
+        self._parts.append(part)
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -42,6 +42,9 @@ def test_every_promised_command_is_there() -> None:
         "limits show", "limits set", "limits reset", "cache stats", "cache clear", "cache inspect", "cache ttl",
         "breaker show", "breaker reset", "audit tail", "audit verify", "audit stats", "audit export", "audit hash",
         "metrics history",
+        "alerts list", "alerts show", "alerts ack", "alerts clear", "alerts test",
+        "jobs list", "jobs run", "jobs pause", "jobs resume", "jobs history", "cleanup plan", "cleanup run", "top",
+        "backup create", "backup list", "backup verify", "backup restore", "backup prune", "backup keygen",
     }  # fmt: skip
 
 

@@ -33,7 +33,9 @@ class Gateway:
         self.metrics = Metrics({"demo"}.__contains__)
         self.scrape = Scrape(1, dict, self.clock)
         self.scrape.started(1, 0)
-        self.summary = Summary(self.scrape.totals, parts, self.clock, lambda: 1_800_000_000.25)
+        self.summary = Summary(self.scrape.totals, self.clock, lambda: 1_800_000_000.25)
+        for part in parts:
+            self.summary.add(part)
 
     def asked(self, count: int = 1, **changes: Any) -> None:
         for _ in range(count):
