@@ -88,6 +88,7 @@ def list_(settings: Settings, as_json: bool) -> None:
 _VERIFY_EPILOG = """\b
 Examples:
   truthgpt backup verify .truthgpt/backups/truthgpt-20261126T183000Z-1a2b3c4d.tar
+  truthgpt backup verify /mnt/copies/truthgpt-20261126T183000Z-1a2b3c4d.tar.age --json
 """
 
 

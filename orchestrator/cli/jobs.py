@@ -141,6 +141,7 @@ def run(settings: Settings, job: Job, force: bool, scheduled: bool, parent: int 
 _PAUSE_EPILOG = """\b
 Examples:
   truthgpt jobs pause models
+  truthgpt jobs pause backup --json
 """
 
 
@@ -161,6 +162,7 @@ def pause(settings: Settings, job: Job, as_json: bool) -> None:
 _RESUME_EPILOG = """\b
 Examples:
   truthgpt jobs resume models
+  truthgpt jobs resume backup --json
 """
 
 
