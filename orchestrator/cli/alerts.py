@@ -26,36 +26,36 @@ def alerts() -> None:
 _LIST_EPILOG = """\b
 Examples:
   truthgpt alerts list
-  truthgpt alerts list --all
+  truthgpt alerts list --firing
   truthgpt alerts list --json
 """
 
 
 @alerts.command("list", cls=Command, epilog=_LIST_EPILOG)
-@click.option("--all", "everything", is_flag=True, help="Also those that were resolved within the last hour.")
+@click.option("--firing", is_flag=True, help="Those that fire now only.")
 @json_option
 @settings_options("home")
-def list_alerts(settings: Settings, everything: bool, as_json: bool) -> None:
-    """List the alerts that fire, the critical ones first."""
+def list_alerts(settings: Settings, firing: bool, as_json: bool) -> None:
+    """List the alerts that fire, the critical ones first, and those that were resolved within the last hour."""
     from orchestrator.monitor import alertbook
 
     document = alertbook.read(settings.home)
     _warn_if_unwatched(settings, document)
-    found = [alert for alert in _sorted(document) if everything or alert.firing]
+    found = [alert for alert in _sorted(document) if alert.firing or not firing]
     if as_json:
         print_json([_json(alert) for alert in found])
     elif not found:
-        click.echo("no alert fires", err=True)
+        click.echo("no alert fires" + ("" if firing else ", and none has in the last hour"))
     else:
         from rich.console import Console
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False)
-        for title in ("NAME", "STATE", "SEVERITY", "SINCE", "WHAT"):
+        for title in ("NAME", "STATE", "SEVERITY", "SINCE (UTC)", "WHAT"):
             table.add_column(title, overflow="fold")
         for alert in found:
             state = "acknowledged" if alert.acknowledged else alert.state
-            table.add_row(_titled(alert), state, alert.severity, _shown(alert.since), alert.summary)
+            table.add_row(_titled(alert), state, alert.severity, _short(alert.since), alert.summary)
         Console(markup=False, highlight=False).print(table)
 
 
@@ -251,6 +251,11 @@ def _shown(at: float) -> str:
     from orchestrator.monitor.notice import shown
 
     return shown(at)
+
+
+def _short(at: float) -> str:
+    """For a column, UTC."""
+    return time.strftime("%m-%d %H:%M:%S", time.gmtime(at))
 
 
 def _json(alert: Alert) -> dict[str, Any]:

@@ -70,17 +70,15 @@ def list_jobs(settings: Settings, as_json: bool) -> None:
     except NoRedis as error:
         rows = joblist.rows(settings, None, time.time())
         click.echo(f"warning: {error}: of their runs nothing is known", err=True)
-    for row in rows:
-        for name in ("last_run", "last_success", "next_run"):
-            row[name] = _stamp(row[name])
     if as_json:
-        print_json(rows)
+        times = ("last_run", "last_success", "next_run")
+        print_json([{**row, **{name: _stamp(row[name]) for name in times}} for row in rows])
         return
     _table(
-        ("NAME", "SCHEDULE", "LAST RUN", "RESULT", "NEXT RUN", "STATE"),
+        ("NAME", "SCHEDULE", "LAST RUN", "RESULT", "NEXT (UTC)", "STATE"),
         [
-            (row["name"], row["schedule"] or "off", row["last_run"] or "never", row["last_result"] or "",
-             row["next_run"] or "", "running" if row["running"] else "paused" if row["paused"] else "")
+            (row["name"], row["schedule"] or "off", _short(row["last_run"]) or "never", row["last_result"] or "",
+             _short(row["next_run"]), "running" if row["running"] else "paused" if row["paused"] else "")
             for row in rows
         ],
     )  # fmt: skip
@@ -208,9 +206,9 @@ def history(settings: Settings, job: Job | None, limit: int, as_json: bool) -> N
         click.echo("no runs yet", err=True)
         return
     _table(
-        ("JOB", "STARTED", "SECONDS", "RESULT", "WHAT", "WHERE"),
+        ("JOB", "STARTED (UTC)", "SECONDS", "RESULT", "WHAT", "WHERE"),
         [
-            (ended.job, _stamp(ended.started) or "", f"{ended.seconds:.1f}", ended.result,
+            (ended.job, _short(ended.started), f"{ended.seconds:.1f}", ended.result,
              _printable(ended.error or ended.did), _printable(ended.holder))
             for ended in runs
         ],
@@ -239,6 +237,11 @@ def _stamp(at: float | None) -> str | None:
     if at is None:
         return None
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _short(at: float | None) -> str:
+    """For people, UTC."""
+    return "" if at is None else f"{datetime.fromtimestamp(at, UTC):%m-%d %H:%M}"
 
 
 def _printable(text: str) -> str:

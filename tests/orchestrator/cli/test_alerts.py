@@ -47,22 +47,24 @@ def watched(place: Any) -> Any:
 
 
 def test_list_has_what_fires_the_critical_first(watched: Any) -> None:
-    """The firing alerts with their fields in JSON, with --all the resolved ones behind them; a table for people."""
-    one, other = watched.json("alerts", "list")
+    """The firing alerts with their fields in JSON, the resolved ones behind them; a table for people."""
+    one, other = watched.json("alerts", "list", "--firing")
     assert (one["name"], one["state"], one["severity"]) == ("TruthGPTAuditAway", "firing", "critical")
     assert (other["name"], other["severity"], other["labels"]) == (
         "TruthGPTModelOnFallback", "warning", {"model": "demo"},
     )  # fmt: skip
     assert 195 < time.time() - datetime.fromisoformat(one["since"]).timestamp() < 300
     assert one["summary"] == "The audit log cannot be written."
-    everything = watched.json("alerts", "list", "--all")
+    everything = watched.json("alerts", "list")
     assert [(row["name"], row["state"]) for row in everything] == [
         ("TruthGPTAuditAway", "firing"), ("TruthGPTModelOnFallback", "firing"), ("TruthGPTRedisAway", "resolved"),
     ]  # fmt: skip
     assert everything[2]["resolved"] is not None
     done = watched.run("alerts", "list")
-    assert done.exit_code == 0 and done.stdout.splitlines()[0].split() == ["NAME", "STATE", "SEVERITY", "SINCE", "WHAT"]
-    assert "TruthGPTAuditAway" in done.stdout and "TruthGPTRedisAway" not in done.stdout and done.stderr == ""
+    assert done.exit_code == 0 and done.stdout.splitlines()[0].split() == [
+        "NAME", "STATE", "SEVERITY", "SINCE", "(UTC)", "WHAT",
+    ]  # fmt: skip
+    assert "TruthGPTAuditAway" in done.stdout and "resolved" in done.stdout and done.stderr == ""
 
 
 def test_list_where_nothing_fires(place: Any) -> None:
@@ -116,9 +118,9 @@ def test_ack_is_in_the_book_and_in_the_audit_log(watched: Any) -> None:
 def test_clear_forgets(watched: Any) -> None:
     """Without a name the resolved ones, with one those of that name; what holds fires again at the next look."""
     assert [row["name"] for row in watched.json("alerts", "clear")] == ["TruthGPTRedisAway"]
-    assert len(watched.json("alerts", "list", "--all")) == 2
+    assert len(watched.json("alerts", "list")) == 2
     assert watched.run("alerts", "clear", "audit_away").stdout == "cleared 1 alert\n"
-    assert [row["name"] for row in watched.json("alerts", "list")] == ["TruthGPTModelOnFallback"]
+    assert [row["name"] for row in watched.json("alerts", "list", "--firing")] == ["TruthGPTModelOnFallback"]
     assert watched.run("alerts", "clear", "audit_away").stdout == "cleared 0 alerts\n"
     assert [event["detail"] for event in watched.json("audit", "tail", "--event", "security")] == [
         "resolved ones", "name=TruthGPTAuditAway",
