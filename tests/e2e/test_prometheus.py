@@ -35,10 +35,8 @@ OF_THE_MACHINE = {
     "system_memory_used_bytes", "system_memory_total_bytes", "disk_free_bytes", "disk_total_bytes",
 }  # fmt: skip
 
-# no GPU, no job, alert, backup, fallback or notification, and no caller with limits
-NOT_HERE = (
-    "gpu|_job_|alerts|ALERTS|backup|fallbacks|notifications|active_users|redis_memory|limit_|errors_total|failure"
-)
+# no GPU, no job that has run, no backup, fallback or notification, and no caller with limits
+NOT_HERE = "gpu|_job_last|ALERTS|backup|fallbacks|notifications|limit_|errors_total|failure"
 
 
 def binary(name: str) -> str:
