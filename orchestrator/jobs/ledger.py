@@ -301,17 +301,22 @@ class Ledger:
         rows = self._client.execute_command("LRANGE", history_key(name), 0, count - 1)
         return [run for run in map(Run.read, rows) if run is not None]
 
-    def served(self, repository: str, now: float) -> set[tuple[str, int]]:
-        """Each (model, version) that any home has to serve of this repository, as far as their gateways say."""
+    def served(self, repository: str, now: float, without: str = "") -> set[tuple[str, int]]:
+        """Each (model, version) that any home, `without` left out, has to serve of this repository.
+
+        As far as their gateways say.
+        """
         found, cursor = set[tuple[str, int]](), b"0"
         while True:
             command = ("HSCAN", JOBS, cursor, "MATCH", f"{repository}.*:serves", "COUNT", 1000)
             cursor, rows = self._client.execute_command(*command)
-            for value in rows.values() if isinstance(rows, dict) else rows[1::2]:
+            for name, value in rows.items() if isinstance(rows, dict) else zip(rows[::2], rows[1::2], strict=True):
+                if without and name.decode() == f"{repository}.{without}:serves":
+                    continue
                 try:
                     said = json.loads(value)
                     if now - float(said["at"]) < SERVES_S:
-                        found |= {(str(name), int(number)) for name, number in said["models"].items()}
+                        found |= {(str(model), int(number)) for model, number in said["models"].items()}
                 except (ValueError, TypeError, KeyError, AttributeError):
                     continue
             if int(cursor) == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import signal
@@ -74,11 +75,18 @@ def run(
 
 
 def elsewhere(settings: Settings, client: redis.Redis) -> frozenset[tuple[str, int]]:
-    """The versions of models that the gateways which share this repository have to serve. Raises redis.RedisError."""
+    """The versions of models that other homes which share this repository have to serve. Raises redis.RedisError.
+
+    What its own home serves is in its files, which are newer than what its gateway has told.
+    """
     try:
-        return frozenset(Ledger(client).served(identity(settings.model_repository), time.time()))
-    except OSError:  # there is no repository
+        repository = identity(settings.model_repository)
+    except OSError:  # there is none
         return frozenset()
+    home = ""
+    with contextlib.suppress(OSError):  # without a home nobody serves from it
+        home = identity(settings.home)
+    return frozenset(Ledger(client).served(repository, time.time(), without=home))
 
 
 def _due(settings: Settings, job: Job, ledger: Ledger, name: str, now: float) -> str | None:

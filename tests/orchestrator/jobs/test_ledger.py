@@ -186,6 +186,7 @@ def test_what_homes_serve_is_known_and_forgotten(client: redis.Redis, ledger: Le
         client.eval(script.text, len(keys), *keys, *map(str, arguments))
     client.hset(JOBS, f"logs.{old}:due", "1")
     assert ledger.served("r1", NOW) == {("demo", 3), ("demo", 1)}
+    assert ledger.served("r1", NOW, without=here) == {("demo", 1)}  # its own files are newer
     script, keys, arguments = seen(NOW + 25 * 86_400, here, "", {})
     client.eval(script.text, len(keys), *keys, *map(str, arguments))
     names = {name.decode() for name in client.hkeys(JOBS)}  # type: ignore[union-attr]
