@@ -25,6 +25,7 @@ from orchestrator.metrics import Metrics
 from orchestrator.scrape import Scrape, build_info
 from orchestrator.server import IN_BAND_S, BindError, Server, configure, listen, raise_file_limit, reserve, url
 from orchestrator.settings import CONFIG_ENV, Settings, SettingsError
+from orchestrator.upkeep import END_S as UPKEEP_END_S
 from orchestrator.upkeep import Upkeep
 
 log = logging.getLogger("orchestrator.parent")  # run as a program, its module has no name of its own
@@ -242,7 +243,7 @@ async def serve(settings: Settings, listeners: list[socket.socket], ops: list[so
     parent.on_ending = keeping.cancel
     code = await parent.run()
     admin.should_exit = True
-    await asyncio.wait([keeping])
+    await asyncio.wait([keeping], timeout=UPKEEP_END_S)
     await serving
     return code
 
@@ -262,10 +263,13 @@ def main() -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
+    except ScheduleError as error:
+        print(f"error: {error}: {error.hint}", file=sys.stderr)
+        return 2
     except tracing.TracingMissing as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (audit.AuditKeyError, audit.AuditLogError, ScheduleError) as error:
+    except (audit.AuditKeyError, audit.AuditLogError) as error:
         print(f"error: {error}: {error.hint}", file=sys.stderr)
         return 1
     except BindError as error:

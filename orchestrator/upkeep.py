@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from orchestrator.jobs.keeper import END_S as KEEPER_END_S
 from orchestrator.jobs.keeper import Keeper
 from orchestrator.metrics import Labels, Metrics, Reading
 from orchestrator.monitor.history import History
@@ -26,6 +27,7 @@ from orchestrator.store import Store
 log = logging.getLogger(__name__)
 
 AGAIN_S = 5.0
+END_S = KEEPER_END_S + 2.0  # for all parts to end once they are cancelled; what has not by then is left behind
 HISTORY_S = 60.0  # a line of the history is of its minute
 
 
@@ -58,27 +60,29 @@ class Upkeep:
         self._summary.add(shared.figures)
         metrics.readings |= shared.readings()
         self._parts |= {"store": store.run, "shared": shared.run}
+        keeper = Keeper(settings, store)  # without maintenance it only tells what is served here
+        self._parts["jobs"] = keeper.run
         if settings.maintenance:
-            keeper = Keeper(settings, store)
             self._summary.add(lambda: {"jobs": keeper.rows})
             metrics.readings |= job_readings(lambda: keeper.rows)
-            self._parts["jobs"] = keeper.run
 
     def figures(self) -> Mapping[str, Any]:
         """The summary of now, and under `minute` the rates of the last minute alone."""
         return self._summary.figures() | {"minute": self._summary.minute()}
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled; then it ends in END_S at most. A second cancellation leaves behind what has not ended."""
         self._machine.start()
         tasks = [asyncio.create_task(_kept(name, part), name=name) for name, part in self._parts.items()]
         try:
-            await asyncio.gather(*tasks)
+            await asyncio.wait(tasks)  # cancelled, it cancels none of them: each is cancelled once, below
         finally:
             self._machine.stop()
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            _, late = await asyncio.wait(tasks, timeout=END_S)
+            for task in late:
+                log.error("%s does not end and is left behind", task.get_name())
 
 
 async def _kept(name: str, part: Callable[[], Awaitable[None]]) -> None:

@@ -108,6 +108,7 @@ def run(settings: Settings, job: Job, force: bool, scheduled: bool, parent: int 
 
         become_child_of(parent)
     from orchestrator.jobs.ledger import PAUSED, RUNNING, Claim
+    from orchestrator.jobs.process import RAN_AND_FAILED
     from orchestrator.ops import jobrun
     from orchestrator.ops.redis import connect, connect_to
 
@@ -133,7 +134,7 @@ def run(settings: Settings, job: Job, force: bool, scheduled: bool, parent: int 
         if not as_json:
             click.echo(f"error: {job.name}: {_printable(ended.error)}", err=True)
             click.echo(f"hint: `truthgpt jobs history {job.name}` has its last runs", err=True)
-        raise click.exceptions.Exit(1)
+        raise click.exceptions.Exit(RAN_AND_FAILED if scheduled else 1)
 
 
 _PAUSE_EPILOG = """\b

@@ -1,8 +1,9 @@
-"""The loop in the gateway's first process that starts jobs when they are due.
+"""The loop in the gateway's first process that tells what its home serves, and starts jobs when they are due.
 
-It only looks and starts: a job is a process of its own, `truthgpt jobs run NAME --scheduled`, which takes the lease. Of
-several replicas that find a job due at once one gets it, and the others' processes end without a word. While Redis is
-away nothing starts; what was due meanwhile is done once, afterwards.
+It tells in any case, so that no replica that cleans a shared repository removes what is served from here, and starts
+jobs where `maintenance` is on. It only looks and starts: a job is a process of its own, `truthgpt jobs run NAME
+--scheduled`, which takes the lease. Of several replicas that find a job due at once one gets it, and the others'
+processes end without a word. While Redis is away nothing starts; what was due meanwhile is done once, afterwards.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.jobs import ledger
 from orchestrator.jobs.cron import Cron
 from orchestrator.jobs.identity import identity
 from orchestrator.jobs.ledger import Known, ledger_name
-from orchestrator.jobs.process import run_job
+from orchestrator.jobs.process import JOB_END_S, run_job
 from orchestrator.jobs.table import HOME, JOBS, REPOSITORY, Job, schedules
 from orchestrator.local import modelset
 from orchestrator.settings import Settings
@@ -33,17 +35,29 @@ LOOK_S = 5.0
 FOLDERS_S = 10.0  # that a file system may take to say which folder it is
 AGAIN_S = 10.0  # before this process starts a job again that it could not do, doubled each time
 AGAIN_MOST_S = 600.0
-SEEN_S = 60.0  # between two times that what this home serves is said
+SEEN_S = 60.0  # between two times that what this home serves is said, where it has not changed
+END_S = JOB_END_S + 2.0  # in which a job's process has ended, or is given up, once the loop is cancelled
 
 _Folders = tuple[dict[str, str], dict[str, int]]  # identity of each scope's folder; version of each model to serve
-StartJob = Callable[[Settings, Job], Awaitable[bool]]  # whether its process ended well
+StartJob = Callable[[Settings, Job], Awaitable[bool]]  # whether it was run, or need not be any more
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A job that could not begin: when it is tried again, Unix seconds, how often that was so in a row, and when it
+    had last ended well by then.
+    """
+
+    not_before: float = 0.0
+    failures: int = 0
+    success: float | None = None
 
 
 class Keeper:
     """`run` starts jobs until it is cancelled. `rows` is what is known of each job, for metrics and alerts.
 
-    `start_job` runs a job's process to its end; it says whether that was well. `clock` tells Unix seconds. Raises
-    ScheduleError where the settings' schedules are wrong.
+    `start_job` runs a job's process to its end; False where the job could not even begin, and is still due. `clock`
+    tells Unix seconds. Raises ScheduleError where the settings' schedules are wrong.
     """
 
     def __init__(
@@ -53,13 +67,15 @@ class Keeper:
         self.rows: list[dict[str, Any]] = []
         self._settings, self._store, self._start_job, self._clock = settings, store, start_job, clock
         self._look_s = look_s
-        self._crons: dict[str, Cron] = {name: cron for name, cron in schedules(settings).items() if cron is not None}
+        wanted = schedules(settings) if settings.maintenance else {}
+        self._crons: dict[str, Cron] = {name: cron for name, cron in wanted.items() if cron is not None}
         self._identities: dict[str, str] = {}  # scope -> identity of its folder
         self._serves: dict[str, int] = {}
         self._seen_at = 0.0
+        self._seen_what: _Folders | None = None  # what was said then
         self._asking: asyncio.Future[_Folders] | None = None
         self._running: asyncio.Task[None] | None = None
-        self._again: dict[str, tuple[float, int]] = {}  # job -> not before, failures in a row
+        self._again: dict[str, _Again] = {}  # jobs that could not begin
         self._told = ""
 
     async def run(self) -> None:
@@ -77,7 +93,7 @@ class Keeper:
         finally:
             if self._running is not None:
                 self._running.cancel()
-                await asyncio.gather(self._running, return_exceptions=True)
+                await asyncio.wait([self._running], timeout=END_S)
 
     async def _look(self) -> bool:
         """Whether all is well."""
@@ -96,31 +112,32 @@ class Keeper:
         if new:
             await self._store.run_script(*ledger.baseline(now, new))
         self.rows = [_row(job, one) for (_, job), one in zip(jobs, known, strict=True)]
+        for (_, job), one in zip(jobs, known, strict=True):
+            if job.name in self._again and self._again[job.name].success != one.success:  # by hand, or elsewhere
+                del self._again[job.name]
         if self._running is not None and not self._running.done():
             return well
         due = [
-            (at, job) for (_, job), one in zip(jobs, known, strict=True)
+            (at, job, one) for (_, job), one in zip(jobs, known, strict=True)
             if not one.paused and not one.holder
-            and not 0 < self._again.get(job.name, (0.0, 0))[0] - now <= AGAIN_MOST_S  # a clock may go back
+            and not 0 < self._again.get(job.name, _Again()).not_before - now <= AGAIN_MOST_S  # a clock may go back
             and one.mark is not None and (at := self._crons[job.name].due(one.mark, now)) is not None
         ]  # fmt: skip
         if due:
-            job = min(due, key=lambda row: row[0])[1]  # one at a time, the one that waits longest first
-            self._running = asyncio.create_task(self._start(job), name=f"job {job.name}")
+            _, job, one = min(due, key=lambda row: row[0])  # one at a time, the one that waits longest first
+            self._running = asyncio.create_task(self._start(job, one), name=f"job {job.name}")
         return well
 
-    async def _start(self, job: Job) -> None:
+    async def _start(self, job: Job, known: Known) -> None:
         try:
-            well = await self._start_job(self._settings, job)
+            begun = await self._start_job(self._settings, job)
         except Exception as error:
             log.error("the job %s could not be started: %s", job.name, error)
-            well = False
-        if well:
-            self._again.pop(job.name, None)
-        else:
-            failures = self._again.get(job.name, (0.0, 0))[1] + 1
-            pause_s = min(AGAIN_MOST_S, AGAIN_S * 2 ** min(failures - 1, 10))
-            self._again[job.name] = (self._clock() + pause_s, failures)
+            begun = False
+        before = self._again.pop(job.name, _Again())
+        if not begun:
+            pause_s = min(AGAIN_MOST_S, AGAIN_S * 2 ** min(before.failures, 10))
+            self._again[job.name] = _Again(self._clock() + pause_s, before.failures + 1, known.success)
 
     def _jobs(self) -> list[tuple[str, Job]]:
         """The jobs that can run here, each with its ledger name: their folders are there."""
@@ -135,10 +152,10 @@ class Keeper:
 
     async def _seen(self, now: float) -> None:
         """Tell the others what this home serves, so that nobody who shares the repository removes it."""
-        home = self._identities.get(HOME)
-        if home is not None and not 0 <= now - self._seen_at < SEEN_S:
+        home, what = self._identities.get(HOME), (self._identities, self._serves)
+        if home is not None and not (0 <= now - self._seen_at < SEEN_S and what == self._seen_what):
             await self._store.run_script(*ledger.seen(now, home, self._identities.get(REPOSITORY, ""), self._serves))
-            self._seen_at = now
+            self._seen_at, self._seen_what = now, what
 
     async def _ask_folders(self) -> bool:
         """Look into the folders; whether they answer. In a thread that nobody waits for: a file system may hang."""

@@ -17,13 +17,20 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 15.0  # beyond its deadline, at which it ends itself, and for its start and end
 END_S = 3.0  # between SIGTERM and SIGKILL
+KILLED_S = 2.0  # for the kernel to end what was killed; what hangs in a file system may never
+SAID_S = 1.0  # for its last words to be read
+JOB_END_S = END_S + KILLED_S + SAID_S  # from the cancellation of `run_job` to its end, at most
+RAN_AND_FAILED = 3  # exit code of a scheduled run that failed, and has said so in the ledger: it is not due any more
 KEPT_BYTES = 4096  # of what it says, the end
 NICE = 10
 _PR_SET_PDEATHSIG = 1
 
 
 async def run_job(settings: Settings, job: Job) -> bool:
-    """Run a job that is due to its end; whether that was well. Cancelled, it ends the process. Raises OSError."""
+    """Run a job that is due to its end; whether it ran, or need not any more, and False where it is due as before.
+
+    Cancelled, it ends the process, in JOB_END_S at most. Raises OSError.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "orchestrator.cli", "jobs", "run", job.name, "--scheduled", "--parent", str(os.getpid()),
         env={**os.environ, **settings.child_environ()}, start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
@@ -38,14 +45,14 @@ async def run_job(settings: Settings, job: Job) -> bool:
         code = -signal.SIGKILL
     finally:
         await _ended(process)
-        await asyncio.wait([said], timeout=1.0)
+        await asyncio.wait([said], timeout=SAID_S)
         said.cancel()
     text = said.result() if said.done() and not said.cancelled() else ""
     if code:
         log.error("the job %s ended with %s: %s", job.name, code, text or "it said nothing")
     elif text:
         log.info("the job %s: %s", job.name, text)
-    return code == 0
+    return code in (0, RAN_AND_FAILED)
 
 
 async def _ended(process: asyncio.subprocess.Process) -> None:
@@ -56,7 +63,10 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
             await asyncio.wait_for(process.wait(), END_S)
     with contextlib.suppress(ProcessLookupError):  # what it has started ends with it
         os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait(), KILLED_S)
+    if process.returncode is None:
+        log.error("process %d was killed and does not end", process.pid)
 
 
 async def _end_of(stream: asyncio.StreamReader | None) -> str:

@@ -20,8 +20,9 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+import redis
 
-from orchestrator import audit, parent
+from orchestrator import audit, parent, upkeep
 from orchestrator.auditlog import folder_of
 from orchestrator.local import process
 from orchestrator.logwriter import COLLECT_S
@@ -30,8 +31,10 @@ from orchestrator.ops.auditread import lines
 from orchestrator.parent import Parent, backoff_s
 from orchestrator.server import BindError, listen, reserve
 from orchestrator.settings import Settings
+from orchestrator.store import JOBS
 from tests.clock import awake
 from tests.e2e.stack import free_ports
+from tests.redis import RealRedis
 
 from .conftest import until
 
@@ -254,6 +257,34 @@ def test_a_killed_parent_leaves_nothing_behind(tmp_path: Path) -> None:
                 assert time.monotonic() < deadline
 
 
+def test_a_job_that_stands_still_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """Told to end while a job's process is suspended, the gateway kills it and exits with 0, drain and all."""
+    (tmp_path / "models").mkdir()
+    with RealRedis() as server, redis.Redis.from_url(server.url) as client:
+        with running(tmp_path, redis_url=server.url, model_repository=tmp_path / "models") as gateway:
+            client.hset(JOBS, "cache_ttls:due", "1")  # it is found at the next look
+            deadline = time.monotonic() + 30
+            jobs: list[psutil.Process] = []
+            while not jobs:
+                assert time.monotonic() < deadline, gateway.log.read_text()
+                time.sleep(0.01)
+                jobs = [each for each in gateway.workers.values() if "cache_ttls" in each.cmdline()]
+            jobs[0].suspend()
+            began = awake()
+            gateway.process.send_signal(signal.SIGTERM)
+            assert gateway.process.wait(60) == 0, gateway.log.read_text()
+            assert awake() - began < upkeep.END_S
+            assert not process.alive(jobs[0].pid)
+
+
+def test_wrong_schedules_are_wrong_settings(tmp_path: Path) -> None:
+    """A time that is none is told with its hint, and the exit code is that of wrong settings."""
+    environ = {**os.environ, "TRUTHGPT_HOME": str(tmp_path), "TRUTHGPT_SCHEDULES": "logs=0 25 * * *"}
+    argv = [sys.executable, "-m", "orchestrator.parent"]
+    ended = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "'0 25 * * *' is no time for logs" in ended.stderr
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> Path:
     """Let workers be a script that runs `body`, where `say(line)` speaks to the parent; the file has a line a start."""
     starts, script = folder / "starts", folder / "worker"
@@ -292,6 +323,31 @@ async def test_a_worker_that_keeps_dying_ends_the_gateway(
     assert await run() == 1
     assert sorted(starts.read_text().split()) == ["1", *["2"] * 5]
     assert "worker 2 ended with 7: giving up" in caplog.text
+
+
+async def test_what_runs_beside_the_workers_cannot_keep_the_gateway(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where that does not end although it was cancelled, the gateway ends all the same, a moment later."""
+    starts, released = stand_in(monkeypatch, tmp_path, "say(b'alive')\ntime.sleep(60)"), asyncio.Event()
+
+    async def stubborn(self: upkeep.Upkeep) -> None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+
+    monkeypatch.setattr(parent, "UPKEEP_END_S", 0.3)
+    monkeypatch.setattr(upkeep.Upkeep, "run", stubborn)
+    settings = replace(Settings(), home=tmp_path, workers=1, drain_s=0.2, audit=False)
+    serving = asyncio.create_task(parent.serve(settings, listen("127.0.0.1", 0, 1), listen("127.0.0.1", 0, 1)))
+    try:
+        await until(lambda: starts.read_text() != "", 10)
+        await asyncio.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await asyncio.wait_for(serving, 20) == 0
+    finally:
+        released.set()
+        await asyncio.sleep(0.1)
 
 
 async def test_a_worker_that_falls_silent_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

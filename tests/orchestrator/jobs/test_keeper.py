@@ -25,7 +25,7 @@ from orchestrator.jobs.table import JOBS as TABLE
 from orchestrator.jobs.table import Job, ScheduleError
 from orchestrator.local import modelset
 from orchestrator.settings import Settings
-from orchestrator.store import JOBS, Store
+from orchestrator.store import JOBS, REGISTRY, Store
 from tests.orchestrator.conftest import until
 from tests.redis import RealRedis
 
@@ -191,6 +191,39 @@ async def test_what_cannot_be_started_is_tried_again_ever_more_rarely(
     assert "could not be started: no more processes" in caplog.text
 
 
+async def test_one_that_ran_and_failed_is_not_one_that_could_not_begin(
+    settings: Settings, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A real run that fails is written down and waits for its next time, with no pause of its own before it."""
+    client.hset(REGISTRY, "fence", "99999999999999")  # so that the job is overtaken, and fails
+    make_due(client, "cache_ttls")
+    async with keeping(settings) as (keeper,):
+        for count in (1, 2):
+            await until(lambda count=count: len(Ledger(client).history("cache_ttls")) == count, 60)  # type: ignore[misc]
+            await until(lambda: keeper._running is not None and keeper._running.done(), 20)
+            assert keeper._again == {}
+            make_due(client, "cache_ttls")  # its next time has come, at once
+    assert {run.result for run in Ledger(client).history("cache_ttls")} == {"failed"}
+    assert f"the job cache_ttls ended with {process.RAN_AND_FAILED}" in caplog.text
+
+
+async def test_a_success_elsewhere_ends_the_pause(settings: Settings, client: redis.Redis) -> None:
+    """A job that could not begin here, and then was run by hand, begins without a pause when it is due again."""
+    make_due(client, "cache_ttls")
+    tried: list[str] = []
+
+    async def start(settings: Settings, job: Job) -> bool:
+        tried.append(job.name)
+        return False
+
+    async with keeping(settings, start_job=start):
+        await until(lambda: len(tried) == 1)
+        client.hset(JOBS, mapping={"cache_ttls:due": str(time.time()), "cache_ttls:success": str(time.time())})
+        await asyncio.sleep(0.5)
+        make_due(client, "cache_ttls")
+        await until(lambda: len(tried) == 2)
+
+
 async def test_a_fault_in_a_look_ends_nothing(
     settings: Settings, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -210,6 +243,8 @@ async def test_what_this_home_serves_is_told(settings: Settings, client: redis.R
     async with keeping(settings):
         repository = identity(settings.model_repository)
         await until(lambda: Ledger(client).served(repository, time.time()) == {("demo", 3)})
+        modelset.write(settings.home, {"demo": 4, "other": 1})  # not a minute later but at the next look
+        await until(lambda: Ledger(client).served(repository, time.time()) == {("demo", 4), ("other", 1)})
 
 
 async def test_a_killed_job_is_taken_over(settings: Settings, client: redis.Redis, tmp_path: Path) -> None:
