@@ -4,6 +4,7 @@
     <root>/<name>/<version>/…
     <root>/.staging/<name>.lock                     one export of a name at a time
     <root>/.staging/<name>-<pid>-<random>/          being written; locked by its owner for as long as that lives
+    <root>/.removed-<name>-<pid>-<random>/          being removed on a full disk (``truthgpt models remove``)
 
 Staging lies on the repository's file system, so the last step is a rename. A first version publishes the whole model
 folder by one rename; a later one renames the version folder (the commit point) and then replaces config.pbtxt if it
@@ -174,8 +175,11 @@ class Repository:
 
     def _remove_abandoned(self) -> None:
         owned = re.compile(rf"{NAME.pattern}(-\d+-[0-9a-f]{{8}}|\.lock)")
-        for path in sorted(self._hidden.iterdir()):
-            if not owned.fullmatch(path.name) or path.is_symlink() or path.is_dir() is (path.suffix == ".lock"):
+        removed = re.compile(rf"\.removed-{NAME.pattern}-\d+-[0-9a-f]{{8}}")
+        found = [path for path in self._hidden.iterdir() if owned.fullmatch(path.name)]
+        found += [path for path in self.root.iterdir() if removed.fullmatch(path.name)]
+        for path in sorted(found):
+            if path.is_symlink() or path.is_dir() is (path.suffix == ".lock"):
                 continue
             try:
                 handle = os.open(path, os.O_RDONLY)

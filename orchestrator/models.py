@@ -25,6 +25,7 @@ from orchestrator import pbtxt
 from orchestrator.settings import MODEL_NAME, Settings
 
 STAGING = ".staging"
+REMOVED = ".removed-"  # begins the name of what is being removed where there was no space for staging
 DEMO = "demo"
 
 
@@ -292,21 +293,28 @@ def remove(repository: Path, entry: Entry, version: int | None = None) -> list[P
     """Remove a model, or one of its versions; nobody ever sees half of it. Returns the folders that went.
 
     Removing the only version removes the model. The folder is renamed into the repository's staging first, under a name
-    that the next export clears away should this process die before it has. Raises ModelsError.
+    that the next export clears away should this process die before it has; on a full disk, on which no folder can be
+    made, to such a name in the repository itself. Raises ModelsError.
     """
     whole = version is None or [v.number for v in entry.versions] == [entry.version(version).number]
     target = entry.folder if whole or version is None else entry.version(version).folder
-    staging = repository / STAGING
-    hidden = staging / f"{entry.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    staging, name = repository / STAGING, f"{entry.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    hidden = staging / name
     try:
         for attempt in range(3):
-            staging.mkdir(exist_ok=True)
             try:
+                staging.mkdir(exist_ok=True)
                 target.rename(hidden)
                 break
             except FileNotFoundError:  # an export that ended just now has taken .staging away
                 if attempt == 2 or not target.exists():
                     raise
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                hidden = repository / f"{REMOVED}{name}"
+                target.rename(hidden)
+                break
         if hidden.is_symlink():
             hidden.unlink()
         else:

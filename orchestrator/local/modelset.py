@@ -90,8 +90,8 @@ def _held(path: Path, model: str, who: str, deadline: float) -> Iterator[None]:
                 raise Busy(f"{who} {_told(path) or 'changing what is loaded'}", "wait until it has ended")
             time.sleep(POLL_S)
         file.truncate(0)
-        file.write(json.dumps({"model": model, "pid": os.getpid()}))
-        file.flush()
+        with contextlib.suppress(OSError):  # the lock needs no space; on a full disk nobody is told who has it
+            os.write(file.fileno(), json.dumps({"model": model, "pid": os.getpid()}).encode())
         try:
             yield
         finally:

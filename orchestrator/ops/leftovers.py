@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from orchestrator.local.process import alive
-from orchestrator.models import STAGING
+from orchestrator.models import REMOVED, STAGING
 from orchestrator.ops.cleanwork import Work
 from orchestrator.ops.folders import Found, entered, listed, opened, remove_tree, walked
 from orchestrator.settings import MODEL_NAME, Settings
 
 _STAGED = re.compile(rf"{MODEL_NAME}-[0-9]+-[0-9a-f]{{8}}")
+_REMOVED = re.compile(re.escape(REMOVED) + _STAGED.pattern)
 _LOCK = re.compile(rf"{MODEL_NAME}\.lock")
 _BACKEND = re.compile(r"\..+-([0-9]+)")
 _RANDOM = r"[a-z0-9_]{8}"  # as tempfile makes names
@@ -54,6 +55,10 @@ def temporary(settings: Settings, work: Work) -> None:
 
 
 def _staging(repository: Path, work: Work, oldest: float) -> None:
+    with opened(repository) as fd:
+        for found in listed(fd, str(repository), work.failed) if fd is not None else ():
+            if found.is_folder and _REMOVED.fullmatch(found.name) and _touched(found) < oldest:
+                _remove_unlocked(work, found, "removal that was interrupted")
     with opened(repository, STAGING) as fd:
         if fd is None:
             return

@@ -154,6 +154,15 @@ def test_a_living_owner_keeps_its_staging(tmp_path: Path) -> None:
         assert not dead.exists()
 
 
+def test_what_a_removal_has_left_is_cleared_away(tmp_path: Path) -> None:
+    """A model that was removed on a full disk by a command that died goes with the next export; nothing else does."""
+    left, kept = tmp_path / ".removed-m-77-0123abcd", tmp_path / ".removed-m"
+    for folder in (left, kept):
+        (folder / "1").mkdir(parents=True)
+    _publish(tmp_path)
+    assert not left.exists() and kept.exists() and Repository(tmp_path).versions("m") == [1]
+
+
 def test_no_space_is_said_before(tmp_path: Path) -> None:
     """What cannot fit is refused with both sizes, before anything is written."""
     with pytest.raises(RepositoryError, match=r"needs .* GB .* only"):

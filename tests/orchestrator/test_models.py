@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,29 @@ def test_remove_keeps_the_staging_of_exports_at_work(tmp_path: Path) -> None:
     at_work.mkdir(parents=True)
     models.remove(tmp_path, models.get(tmp_path, "a"))
     assert [path.name for path in (tmp_path / ".staging").iterdir()] == [at_work.name]
+
+
+def test_remove_needs_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no folder can be made, as on a full disk, models and versions go all the same, by a hidden name."""
+    make(tmp_path, "a", 1, 2)
+    names: list[str] = []
+    real = Path.rename
+
+    def full(self: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    def rename(self: Path, target: Path) -> Path:
+        names.append(target.name)
+        moved = real(self, target)
+        assert all(version.number != 1 for entry in models.read(tmp_path) for version in entry.versions)
+        return moved
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    monkeypatch.setattr(Path, "rename", rename)
+    models.remove(tmp_path, models.get(tmp_path, "a"), 1)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir() if path.is_dir()) == ["2"]
+    models.remove(tmp_path, models.get(tmp_path, "a"))
+    assert list(tmp_path.iterdir()) == [] and all(re.fullmatch(r"\.removed-a-\d+-[0-9a-f]{8}", n) for n in names)
 
 
 def test_remove_that_fails_says_why(tmp_path: Path) -> None:
