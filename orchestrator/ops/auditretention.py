@@ -20,6 +20,7 @@ from orchestrator.audit import fingerprint_of
 from orchestrator.auditlog import (
     BASE,
     CURRENT,
+    LINE_BYTES,
     AuditLogError,
     Mark,
     end_of_lines,
@@ -53,6 +54,8 @@ def retain(settings: Settings, work: Work) -> None:
     before = stamp(work.now - settings.audit_days * DAY_S)
     with _alone(folder):
         base = read_base(folder, prints)
+        if base is None and not (folder / BASE).exists():
+            _check_beginning(folder)
         if base is None and not work.dry:
             if (folder / BASE).exists():
                 message = f"{folder / BASE} was changed, or written with another key"
@@ -75,6 +78,23 @@ def retain(settings: Settings, work: Work) -> None:
                 problem = note(settings, "audit retention", detail=what)
                 if problem:
                     work.note(f"the removal is not in the audit log: {problem}")
+
+
+def _check_beginning(folder: Path) -> None:
+    """A log without `base` begins with line 1, as verify says; a `base` that was removed is not made anew in silence.
+
+    Raises AuditLogError.
+    """
+    for path in (*rotated(folder), folder / CURRENT):
+        try:
+            with path.open("rb") as file:
+                first = parse(file.readline(LINE_BYTES + 1))
+        except FileNotFoundError:
+            continue
+        if first is not None and first.seq != 1:
+            message = f"{path}:1: the chain begins with line {first.seq} instead of 1, and {folder / BASE} is missing"
+            raise AuditLogError(message, "nothing is removed until it is put back; `truthgpt audit verify` says more")
+        return
 
 
 def _remove(path: Path, folder: Path, reached: Mark, prints: Fingerprint, work: Work) -> Mark:

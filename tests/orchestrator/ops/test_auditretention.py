@@ -163,6 +163,19 @@ def test_a_base_that_is_none_vouches_for_nothing(settings: Settings, what: str) 
     assert check(settings, first=base.seq + 1).broken is None
 
 
+def test_a_base_that_was_removed_is_not_made_anew(settings: Settings) -> None:
+    """Long before anything is to go, too: as verify does, retention says that the log has lost its beginning."""
+    folder = folder_of(settings.home)
+    retain(settings, 20)
+    (folder / BASE).unlink()
+    for dry in (True, False):
+        tally = retain(settings, 0, dry=dry)
+        assert tally.failed == 1 and f"{rotated(folder)[0]}:1: the chain begins with line " in tally.errors[0]
+        assert not (folder / BASE).exists()
+    broken = check(settings).broken
+    assert broken is not None and f"{broken.place}: {broken.why}" in tally.errors[0]
+
+
 def test_a_removal_by_somebody_else_is_found(settings: Settings) -> None:
     """Who removes a file beyond what retention has removed, or lines of it, cannot hide it behind `base`."""
     retain(settings, 15)
