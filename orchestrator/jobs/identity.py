@@ -33,6 +33,17 @@ def identity(folder: Path) -> str:
     return _read(folder) or hashlib.sha256(f"{platform.node()} {folder.resolve()}".encode()).hexdigest()[:16]
 
 
+def find(folder: Path) -> str | None:
+    """The same, and nothing is written: None where the folder has none yet, or is not there.
+
+    None as well where it has one on this machine only. Raises OSError where it cannot be read.
+    """
+    try:
+        return _read(folder)
+    except NotADirectoryError:
+        return None
+
+
 def _read(folder: Path) -> str | None:
     try:
         fd = os.open(folder / FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

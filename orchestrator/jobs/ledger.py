@@ -11,7 +11,8 @@ One hash (store.JOBS) has of each job, `<job>` being its ledger name:
 
 and of each home, by the identities of its folders:
 
-    seen:<home>            when its gateway was last there, Unix seconds; what has not been for 30 days is forgotten
+    seen:<folder>          when a gateway with this home or repository was last there, Unix seconds; where none was for
+                           30 days everything of that folder is forgotten
     <repository>.<home>:serves  the models that it has to serve: {"at": Unix seconds, "models": {name: version}}
 
 A run has a lease, a key that ends by itself: `<token> <holder>`. Whoever holds it renews it. A holder that was killed
@@ -120,11 +121,13 @@ end
 return 1
 """)
 
-# KEYS: the hash. ARGV: now, how old what is forgotten is, the home's identity, and the field and value of what it
-# serves, if any.
+# KEYS: the hash. ARGV: now, how old what is forgotten is, the home's identity, and what it serves; the repository's
+# identity, or empty.
 SEEN = Script("""
 redis.call('HSET', KEYS[1], 'seen:' .. ARGV[3], ARGV[1])
-if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], ARGV[4], ARGV[5]) end
+if ARGV[5] ~= '' then
+  redis.call('HSET', KEYS[1], 'seen:' .. ARGV[5], ARGV[1], ARGV[5] .. '.' .. ARGV[3] .. ':serves', ARGV[4])
+end
 local names, old, any = redis.call('HKEYS', KEYS[1]), {}, false
 for _, name in ipairs(names) do
   local id = string.match(name, '^seen:(%x+)$')
@@ -134,7 +137,8 @@ for _, name in ipairs(names) do
 end
 for _, name in ipairs(any and names or {}) do
   local id = string.match(name, '^seen:(%x+)$') or string.match(name, '%.(%x+):%a+$')
-  if id and old[id] then redis.call('HDEL', KEYS[1], name) end
+  local repository = string.match(name, '^(%x+)%.%x+:serves$')
+  if (id and old[id]) or (repository and old[repository]) then redis.call('HDEL', KEYS[1], name) end
 end
 return 1
 """)
@@ -224,9 +228,8 @@ def baseline(now: float, names: Sequence[str]) -> tuple[Script, list[str], list[
 
 def seen(now: float, home: str, repository: str, models: Mapping[str, int]) -> tuple[Script, list[str], list[Argument]]:
     """The script that says that a home is there, and what it serves of which repository (its identity, or empty)."""
-    field = f"{repository}.{home}:serves" if repository else ""
     value = json.dumps({"at": round(now, 3), "models": dict(models)})
-    return SEEN, [JOBS], [_mark(now), FORGET_S, home, field, value]
+    return SEEN, [JOBS], [_mark(now), FORGET_S, home, value, repository]
 
 
 class Client(Protocol):
@@ -302,7 +305,7 @@ class Ledger:
         return [run for run in map(Run.read, rows) if run is not None]
 
     def served(self, repository: str, now: float, without: str = "") -> set[tuple[str, int]]:
-        """Each (model, version) that any home, `without` left out, has to serve of this repository.
+        """Each (model, version) that any home, `without` left out, has to serve of this repository; "*": of any.
 
         As far as their gateways say.
         """
@@ -311,7 +314,7 @@ class Ledger:
             command = ("HSCAN", JOBS, cursor, "MATCH", f"{repository}.*:serves", "COUNT", 1000)
             cursor, rows = self._client.execute_command(*command)
             for name, value in rows.items() if isinstance(rows, dict) else zip(rows[::2], rows[1::2], strict=True):
-                if without and name.decode() == f"{repository}.{without}:serves":
+                if without and name.decode().endswith(f".{without}:serves"):
                     continue
                 try:
                     said = json.loads(value)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.jobs.identity import FILE, identity
+from orchestrator.jobs.identity import FILE, find, identity
 
 
 def test_all_who_share_a_folder_agree(tmp_path: Path) -> None:
@@ -34,6 +34,14 @@ def test_a_folder_that_is_not_there_has_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         identity(tmp_path / "missing")
     assert not (tmp_path / "missing").exists()
+
+
+def test_who_only_looks_makes_none(tmp_path: Path) -> None:
+    """What has no name yet, or is not there, has none; what has one has the same for whoever looks."""
+    assert find(tmp_path) is None and find(tmp_path / "missing") is None and os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    assert find(tmp_path / "file") is None
+    assert identity(tmp_path) == find(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_has_one_all_the_same(tmp_path: Path) -> None:

@@ -193,6 +193,17 @@ def test_what_homes_serve_is_known_and_forgotten(client: redis.Redis, ledger: Le
     assert not any(old in name for name in names) and f"seen:{other}" in names and f"{NAME}:due" in names
 
 
+def test_a_repository_that_no_home_names_is_forgotten(client: redis.Redis) -> None:
+    """After 30 days in which its home serves another one nothing of it is left; what is named stays."""
+    home, before, after = "a" * 16, "d" * 16, "e" * 16
+    for repository, at in ((before, NOW), (after, NOW + 10 * 86_400), (after, NOW + 31 * 86_400)):
+        client.hset(JOBS, f"models.{repository}:due", "1")
+        script, keys, arguments = seen(at, home, repository, {"demo": 1})
+        client.eval(script.text, len(keys), *keys, *map(str, arguments))
+    names = {name.decode() for name in client.hkeys(JOBS)}  # type: ignore[union-attr]
+    assert names == {f"seen:{home}", f"seen:{after}", f"models.{after}:due", f"{after}.{home}:serves"}
+
+
 def test_fields_are_read_in_their_order(ledger: Ledger, client: redis.Redis) -> None:
     """Several jobs' fields come back as asked, whatever of them is missing."""
     client.hset(JOBS, mapping={"one:success": "5", "job:paused": "1", "two:last": RUN.to_json()})
