@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
-from orchestrator.cli.base import Command, Group, audited, json_option, print_json, settings_options
+from orchestrator.cli.base import Command, CommandError, Group, audited, json_option, print_json, settings_options
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
@@ -50,16 +51,17 @@ def plan(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
     """Show what `truthgpt cleanup run` would remove, and why. Nothing is changed."""
     from orchestrator.ops import cleanup as ops
     from orchestrator.ops.cleanwork import Work
-    from orchestrator.ops.jobrun import elsewhere
     from orchestrator.ops.redis import NoRedis, connect
+    from orchestrator.ops.serving import elsewhere
 
+    wanted = names or tuple(ops.TARGETS)
     try:
         with connect(settings) as client:
-            served = elsewhere(settings, client)
+            work = Work(dry=True, elsewhere=elsewhere(settings, client))
+            tallies = ops.clean(settings, work, wanted)
     except NoRedis:
-        served = frozenset()
-    work = Work(dry=True, elsewhere=served)
-    tallies = ops.clean(settings, work, names or tuple(ops.TARGETS))
+        work = Work(dry=True, elsewhere=elsewhere(settings, None))
+        tallies = ops.clean(settings, work, wanted)
     if as_json:
         items = [
             {"what": item.what, "path": item.path, "bytes": item.bytes, "age_s": item.age_s, "why": item.why}
@@ -85,18 +87,39 @@ Examples:
 @settings_options("model_repository", "home")
 def run(settings: Settings, names: tuple[str, ...], as_json: bool) -> None:
     """Remove it. Works without Redis, too; where there is one, not beside a job that does the same at this moment."""
-    from orchestrator.ops import cleanrun
+    from orchestrator.ops import cleanrun, jobrun
     from orchestrator.ops import cleanup as ops
 
-    tallies = cleanrun.run(settings, names or tuple(ops.TARGETS), lambda text: click.echo(f"warning: {text}", err=True))
-    removed = [f"{tally.name} {tally.count}" for tally in tallies if tally.count]
-    if removed:
-        audited(settings, "cleanup run", detail=", ".join(removed))
-    if as_json:
-        print_json(_totals(tallies))
-    else:
-        _tell(tallies, "removed")
+    _check_folders(settings, names)
+    tallies: list[Tally] = []
+    try:
+        try:
+            warn = partial(click.echo, err=True)
+            cleanrun.run(settings, names or tuple(ops.TARGETS), lambda text: warn(f"warning: {text}"), tallies)
+        finally:  # also ended in the middle it says what is gone
+            removed = [f"{tally.name} {tally.count}" for tally in tallies if tally.count]
+            if removed:
+                audited(settings, "cleanup run", detail=", ".join(removed))
+            if as_json:
+                print_json(_totals(tallies))
+            else:
+                _tell(tallies, "removed")
+    except jobrun.Stopped:
+        click.echo("error: it was told to end before it was done", err=True)
+        raise click.exceptions.Exit(143) from None
     _exit(tallies)
+
+
+def _check_folders(settings: Settings, names: tuple[str, ...]) -> None:
+    """Whoever names a target means a folder that is there. Raises CommandError."""
+    from orchestrator.jobs.table import JOBS, REPOSITORY
+
+    for name in names:
+        repository = JOBS[name].scope == REPOSITORY
+        folder = settings.model_repository if repository else settings.home
+        if not folder.is_dir():
+            what, flag = ("model repository", "--model-repository") if repository else ("home", "--home")
+            raise CommandError(f"there is no {what} {folder} with {name} to clean up", f"name another one with {flag}")
 
 
 def _totals(tallies: list[Tally]) -> dict[str, object]:

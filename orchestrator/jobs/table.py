@@ -52,8 +52,8 @@ JOBS: dict[str, Job] = {
         Job("audit", "45 3 * * *", "Remove whole files of the audit log older than audit_days.", 1800.0),
         Job("cache_ttls", "20 * * * *", "Fit how long answers are cached to how often they are asked.", 300.0,
             DEPLOYMENT),
-        Job("backup", "0 4 * * *", "Make a backup and remove those that are too old.", 14_400.0, DEPLOYMENT, _backups),
-        Job("backup_check", "0 5 * * *", "Verify the newest backup.", 14_400.0, DEPLOYMENT, _backups),
+        Job("backup", "0 4 * * *", "Make a backup and remove those that are too old.", 14_400.0, wanted=_backups),
+        Job("backup_check", "0 5 * * *", "Verify the newest backup.", 14_400.0, wanted=_backups),
     )
 }  # fmt: skip
 

@@ -13,46 +13,55 @@ from orchestrator.ops import cleanup, jobrun
 from orchestrator.ops.cleanwork import Tally, Work
 from orchestrator.ops.jobbodies import Task
 from orchestrator.ops.redis import NoRedis, connect
+from orchestrator.ops.serving import elsewhere
 from orchestrator.settings import Settings
 
 
-def run(settings: Settings, names: Iterable[str], warn: Callable[[str], None]) -> list[Tally]:
-    """Clean these targets; what each came to. `warn` is told what was left out, or done without a lease.
+def run(settings: Settings, names: Iterable[str], warn: Callable[[str], None], done: list[Tally]) -> None:
+    """Clean these targets; what each came to is put into `done`, also of one in whose middle this is ended.
 
-    Raises LeaseLost.
+    `warn` is told what was left out, or done without a lease. Raises LeaseLost, and jobrun.Stopped after SIGTERM.
     """
     wanted = list(names)
-    done: list[Tally] = []
-    try:
-        with connect(settings) as client:
-            for name in wanted:
-                done.append(_leased(settings, client, name, warn))
-    except NoRedis as error:
-        if done or settings.redis_url is not None:
-            warn(f"{error}: nobody else is kept from cleaning up meanwhile")
-        work = Work()
-        done += cleanup.clean(settings, work, wanted[len(done) :])
-    return done
+    with jobrun.limited() as check:
+        try:
+            with connect(settings) as client:
+                for name in wanted:
+                    check()
+                    _leased(settings, client, name, warn, done)
+        except NoRedis as error:
+            left = wanted[len(done) :]
+            if not left:
+                warn(f"{error}: this is not in the history of the jobs")
+            elif done or settings.redis_url is not None:
+                warn(f"{error}: nobody else is kept from cleaning up meanwhile")
+            for name in left:
+                work = Work(guard=check, elsewhere=elsewhere(settings, None))
+                try:
+                    cleanup.clean(settings, work, [name])
+                finally:
+                    done += work.tallies
 
 
-def _leased(settings: Settings, client: redis.Redis, name: str, warn: Callable[[str], None]) -> Tally:
-    work = Work()
+def _leased(settings: Settings, client: redis.Redis, name: str, warn: Callable[[str], None], done: list[Tally]) -> None:
+    work = Work(elsewhere=elsewhere(settings, client))
     try:
         ended = jobrun.run(settings, JOBS[name], client, force=True, do=partial(_clean, name, work))
+        if isinstance(ended, Claim):
+            warn(f"{name} is being done by {ended.holder}")
+            work.begin(name)
+        elif ended.result != "ok" and not work.tally.failed:  # it was ended in the middle
+            work.tally.failed, work.tally.errors = 1, [ended.error]
     except OSError as error:  # the folder that it is about is not there, or cannot be read
-        work.begin(name)
+        if not work.tallies:
+            work.begin(name)
         if not isinstance(error, FileNotFoundError):
             work.failed(str(error.filename), error)
-        return work.tally
-    if isinstance(ended, Claim):
-        warn(f"{name} is being done by {ended.holder}")
-        return work.begin(name)
-    if ended.result != "ok" and not work.tally.failed:  # it was ended in the middle
-        work.tally.failed, work.tally.errors = 1, [ended.error]
-    return work.tally
+    finally:
+        done += work.tallies  # none where it did not begin
 
 
 def _clean(name: str, work: Work, task: Task) -> str:
-    work.guard, work.elsewhere = task.guard, task.elsewhere
+    work.guard = task.guard
     (tally,) = cleanup.clean(task.settings, work, [name])
     return work.done(tally)

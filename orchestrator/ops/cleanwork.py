@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.ops.serving import Elsewhere
+
 SHOWN = 1000  # things that a plan names one by one
 ERRORS = 20  # of a target that are told one by one
+
+
+def as_text(path: str) -> str:
+    """A path as text that every encoding and JSON has: bytes of it that are no UTF-8 become `\\xff`."""
+    try:
+        return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character that no path has
+        return path.encode("utf-8", "backslashreplace").decode()
 
 
 class NotClean(Exception):
@@ -57,12 +67,12 @@ class Tally:
 class Work:
     """Removes what its targets name or, with `dry`, only counts it. `guard` is called before every removal.
 
-    `now` is Unix time in seconds. `elsewhere`: versions of models that replicas on other machines serve.
+    `now` is Unix time in seconds. `elsewhere` asks for the versions of models that other replicas serve.
     """
 
     def __init__(
         self, dry: bool = False, guard: Callable[[], None] = lambda: None, now: float | None = None,
-        shown: int = SHOWN, elsewhere: Collection[tuple[str, int]] = (),
+        shown: int = SHOWN, elsewhere: Elsewhere = tuple,
     ) -> None:  # fmt: skip
         self.dry, self.guard, self.elsewhere = dry, guard, elsewhere
         self.now = time.time() if now is None else now
@@ -83,7 +93,7 @@ class Work:
 
     def remove(self, path: str, size: int, why: str, deed: Callable[[], object], age_s: float | None = None) -> bool:
         """One thing is to go, by this deed; whether it went, or would. Raises what the guard raises."""
-        tally = self.tally
+        tally, path = self.tally, as_text(path)
         if self.dry:
             if len(self.items) < self._shown:
                 self.items.append(Item(tally.name, path, size, age_s, why))
@@ -109,12 +119,12 @@ class Work:
         tally.failed += 1
         if len(tally.errors) < ERRORS:
             said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            tally.errors.append(f"{path}: {said}")
+            tally.errors.append(as_text(f"{path}: {said}"))
 
     def note(self, text: str) -> None:
         """Something was left out on purpose."""
         if len(self.tally.notes) < ERRORS:
-            self.tally.notes.append(text)
+            self.tally.notes.append(as_text(text))
 
     def done(self, tally: Tally) -> str:
         """What a target's work came to, as a sentence. Raises NotClean."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import redis
 
-from orchestrator.ops import auditing, cachetools, cleanup
+from orchestrator.ops import auditing, cachetools, cleanup, serving
 from orchestrator.ops.cleanwork import Work
 from orchestrator.settings import Settings
 
@@ -23,15 +23,14 @@ class JobFailed(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """What a body is given. `guard` raises once the run's lease is lost, and is called before whatever cannot be taken
-    back; `token` is the run's fencing token. `elsewhere`: versions of models that other replicas serve.
+    """What a body is given. `guard` raises once the run's lease is lost or its time is over, and is called before
+    whatever cannot be taken back; `token` is the run's fencing token.
     """
 
     settings: Settings
     client: redis.Redis
     guard: Callable[[], None]
     token: str
-    elsewhere: frozenset[tuple[str, int]] = frozenset()
 
 
 def body(name: str) -> Callable[[Task], str]:
@@ -41,7 +40,7 @@ def body(name: str) -> Callable[[Task], str]:
 
 def _cleaning(name: str) -> Callable[[Task], str]:
     def clean(task: Task) -> str:
-        work = Work(guard=task.guard, elsewhere=task.elsewhere)
+        work = Work(guard=task.guard, elsewhere=serving.elsewhere(task.settings, task.client))
         (tally,) = cleanup.clean(task.settings, work, [name])
         return work.done(tally)
 

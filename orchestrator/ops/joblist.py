@@ -8,7 +8,7 @@ import redis
 
 from orchestrator.jobs.ledger import Known, Ledger, Run
 from orchestrator.jobs.table import JOBS, Job, schedules
-from orchestrator.ops.jobrun import name_of
+from orchestrator.ops.jobrun import name_found
 from orchestrator.settings import Settings
 
 
@@ -45,11 +45,5 @@ def history(settings: Settings, client: redis.Redis, job: Job | None, limit: int
 
 
 def _names(settings: Settings, jobs: list[Job]) -> list[tuple[Job, str]]:
-    """Each job with its ledger name; one whose folder is not there has none and was never run."""
-    found = []
-    for job in jobs:
-        try:
-            found.append((job, name_of(settings, job)))
-        except OSError:
-            found.append((job, f"{job.name}.none"))
-    return found
+    """Each job with its ledger name; one whose folder has none yet was never run, and has nobody's name."""
+    return [(job, name_found(settings, job) or f"{job.name}.none") for job in jobs]

@@ -2,7 +2,8 @@
 
 The newest `keep_versions` of each model stay, and beside them every version that is loaded according to Triton, that a
 home says is to be served, that another version needs for its graph, and the newest. Where a server that may have models
-of this repository does not say which, nothing goes.
+of this repository does not say which, or Redis does not say what other replicas serve, nothing goes. All are asked
+again before each removal.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from orchestrator.models import Entry, ModelsError, Version
 from orchestrator.ops import serving
 from orchestrator.ops.cleanwork import Work
 from orchestrator.ops.folders import opened, walked
+from orchestrator.ops.serving import Elsewhere
 from orchestrator.settings import Settings
 from orchestrator.triton.repository import ENGINE
 
@@ -73,12 +75,12 @@ def _entries(settings: Settings) -> list[Entry]:
     return [entry for entry in models.read(settings.model_repository) if not entry.folder.is_symlink()]
 
 
-def _held(settings: Settings, elsewhere: Collection[Named]) -> set[Named]:
+def _held(settings: Settings, elsewhere: Elsewhere) -> set[Named]:
     """What is served, or is to be. Raises CannotTell."""
-    return serving.of_repository(settings) | set(modelset.read(settings.home).items()) | set(elsewhere)
+    return serving.of_repository(settings) | set(modelset.read(settings.home).items()) | set(elsewhere())
 
 
-def _remove(settings: Settings, name: str, number: int, elsewhere: Collection[Named]) -> None:
+def _remove(settings: Settings, name: str, number: int, elsewhere: Elsewhere) -> None:
     """Remove one version, if it still may go while no operator loads that model.
 
     Raises ModelsError, modelset.Busy, CannotTell, and FileNotFoundError where it may not go any more.

@@ -1,13 +1,18 @@
-"""What is loaded at this moment, as the Triton servers themselves say."""
+"""What is served: what is loaded at this moment, as Triton says, and what other replicas serve, as they told Redis."""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import psutil
+import redis
 
 from orchestrator.errors import TruthGPTError
+from orchestrator.jobs import identity
+from orchestrator.jobs.ledger import Ledger
 from orchestrator.local import state
 from orchestrator.settings import Settings
 from orchestrator.triton import Deadlines, Repository, Triton
@@ -15,11 +20,14 @@ from orchestrator.triton import Deadlines, Repository, Triton
 _REPOSITORY, _HTTP_PORT = "--model-repository=", "--http-port="
 
 
-class CannotTell(Exception):
-    """A server that may have models of the repository does not say which; `hint` says what to do."""
+Elsewhere = Callable[[], Collection[tuple[str, int]]]  # versions that other replicas serve; raises CannotTell
 
-    def __init__(self, url: str, why: str) -> None:
-        super().__init__(f"Triton at {url} does not say what it has loaded: {why}")
+
+class CannotTell(Exception):
+    """Whoever may have models of the repository in use does not say which; `hint` says what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
         self.hint = "try again once it answers; `truthgpt status` shows it"
 
 
@@ -62,8 +70,31 @@ def of_repository(settings: Settings) -> set[tuple[str, int]]:
         try:
             loaded |= {(name, int(version)) for name, version in ask(url)}
         except (TruthGPTError, ValueError) as error:
-            raise CannotTell(url, str(error)) from error
+            raise CannotTell(f"Triton at {url} does not say what it has loaded: {error}") from error
     return loaded
+
+
+def elsewhere(settings: Settings, client: redis.Redis | None) -> Elsewhere:
+    """Asks for the versions of models that other homes which share this repository have to serve, each time anew.
+
+    What its own home serves is in its files, which are newer than what its gateway has told. `client` is None where
+    Redis could not be reached: where there is one other replicas may be told of in it, and nobody can tell.
+    """
+
+    def ask_redis() -> Collection[tuple[str, int]]:
+        if client is None:
+            found = state.read(settings.home)
+            if settings.redis_url is not None or (found is not None and found.running and found.redis):
+                raise CannotTell("Redis does not say what other replicas serve of this repository")
+            return frozenset()
+        home, repository = identity.find(settings.home), identity.find(settings.model_repository)
+        try:
+            # of a repository that has no name that all know, what is served of any
+            return Ledger(client).served(repository or "*", time.time(), without=home or "")
+        except redis.RedisError as error:
+            raise CannotTell(f"Redis does not say what other replicas serve: {error}") from error
+
+    return ask_redis
 
 
 def servers(repository: Path) -> list[psutil.Process]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from orchestrator.jobs.ledger import Ledger
 from orchestrator.jobs.table import JOBS
 from orchestrator.ops import jobrun
 from orchestrator.ops.cleanup import TARGETS
+from orchestrator.ops.cleanwork import Work
 from orchestrator.settings import Settings
 from tests.redis import RealRedis
 
@@ -49,6 +52,14 @@ def test_a_plan_changes_nothing(full: Any) -> None:
     assert not (full.home / "audit").exists()
 
 
+def test_a_plan_beside_a_redis_changes_nothing_either(full: Any, server: RealRedis, client: redis.Redis) -> None:
+    """Looking gives neither home nor repository an identity, and writes nothing into Redis."""
+    full.set(REDIS_URL=server.url)
+    assert full.json("cleanup", "plan")["count"] == 5
+    assert not (full.home / ".truthgpt-id").exists() and not (full.repository / ".truthgpt-id").exists()
+    assert client.keys() == []
+
+
 def test_it_runs_without_a_stack_and_without_redis(full: Any) -> None:
     """All of it, or the targets that are named; that somebody has removed something is in the audit log."""
     assert full.run("cleanup", "run", "logs").stdout == "logs: 1 removed, 10 bytes\n"
@@ -81,6 +92,40 @@ def test_a_redis_that_does_not_answer_keeps_nobody_from_cleaning(full: Any) -> N
     assert "cache: 2 removed" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_redis_that_does_not_answer_keeps_every_version(full: Any, command: str) -> None:
+    """What other replicas serve cannot be told then: no version goes, or would, and the command has failed."""
+    full.set(REDIS_URL="unix:///nowhere/redis.sock")
+    done = full.run("cleanup", command, "models", "logs")
+    assert done.exit_code == 1 and "Redis does not say what other replicas serve" in done.stderr
+    assert "models: 0 " in done.stdout and "logs: 1 " in done.stdout
+    assert sorted(path.name for path in (full.repository / "demo").iterdir())[:5] == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_one_that_is_told_to_end_says_what_it_has_done(
+    full: Any, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """SIGTERM in the middle: exit code 143, and what was removed is told, and stands in the audit log."""
+    first = TARGETS["cache"]
+
+    def told(settings: Settings, work: Work) -> None:
+        first(settings, work)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setitem(TARGETS, "cache", told)
+    done = full.run("cleanup", "run", *(["--json"] if as_json else []))
+    assert done.exit_code == 143 and "error: it was told to end before it was done" in done.stderr
+    if as_json:
+        assert json.loads(done.stdout)["count"] == 3
+    else:
+        assert "cache: 2 removed" in done.stdout and "models" not in done.stdout
+    (row,) = (row for row in full.json("audit", "tail") if row["event"] == "security")
+    assert (row["operation"], row["detail"]) == ("cleanup run", "logs 1, cache 2")
+    assert (full.repository / "demo" / "1").exists()
+
+
 def test_what_cannot_go_is_an_error_at_the_end(full: Any) -> None:
     """The other targets are done, the path and the reason are told, the exit code is 1, with --json too."""
     (full.home / "audit").mkdir()
@@ -96,3 +141,6 @@ def test_wrong_names_are_wrong_usage(place: Any) -> None:
     """A target that there is none of is told with those that there are; an empty place has nothing to clean."""
     assert "'lgos' is none of logs, cache" in place.refused("cleanup", "run", "lgos", code=2)
     assert place.json("cleanup", "run")["count"] == 0 and not place.home.exists()
+    assert f"there is no home {place.home}" in place.refused("cleanup", "run", "logs")
+    assert f"there is no model repository {place.repository}" in place.refused("cleanup", "run", "models")
+    assert not place.home.exists()

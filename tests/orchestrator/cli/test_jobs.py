@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from orchestrator.jobs.ledger import Ledger
+from orchestrator.jobs.process import RAN_AND_FAILED
 from orchestrator.jobs.table import JOBS as TABLE
 from orchestrator.ops import jobrun
 from orchestrator.settings import Settings
@@ -42,6 +43,7 @@ def test_the_list_of_a_fresh_home(deployment: Any) -> None:
         assert (one["last_run"], one["last_result"], one["paused"], one["running"]) == (None, None, False, False)
         assert one["next_run"] is None if one["name"] == "models" else STAMP.fullmatch(one["next_run"])
     assert row(deployment, "models")["schedule"] is None and row(deployment, "logs")["schedule"] == "@daily"
+    assert not list(deployment.home.glob(".truthgpt-id*")) and not list(deployment.repository.glob(".truthgpt-id*"))
     text = deployment.run("jobs", "list").stdout
     assert "shared_memory" in text and "never" in text and "off" in text
     deployment.set(BACKUP="true")
@@ -64,7 +66,7 @@ def test_running_one(deployment: Any) -> None:
     assert deployment.run("jobs", "history", "models").stderr == "no runs yet\n"
 
 
-def test_one_that_fails(deployment: Any) -> None:
+def test_one_that_fails(deployment: Any, client: redis.Redis) -> None:
     """Exit code 1, the reason on standard error and in the list; with --json one document all the same."""
     (deployment.home / "audit").mkdir()
     (deployment.home / "audit" / "base").write_text("forged")
@@ -74,6 +76,10 @@ def test_one_that_fails(deployment: Any) -> None:
     document = deployment.json("jobs", "run", "audit", code=1)
     assert document["result"] == "failed" and "base" in document["error"]
     assert row(deployment, "audit")["last_result"] == "failed"
+    name = jobrun.name_of(Settings.load(), TABLE["audit"])
+    client.hset(JOBS, f"{name}:due", "1")
+    # what the gateway starts says by its exit code that it ran, and is not to be begun again
+    assert deployment.run("jobs", "run", "audit", "--scheduled").exit_code == RAN_AND_FAILED
     assert "audit failed: " in deployment.run("jobs", "list").stdout
 
 

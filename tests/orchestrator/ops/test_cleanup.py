@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -16,10 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.audit import fingerprint_of
+from orchestrator.auditlog import encode, folder_of, rotated
+from orchestrator.auditwriter import AuditLog
 from orchestrator.jobs.lease import LeaseLost
 from orchestrator.local import tritonserver
 from orchestrator.ops.cleanup import TARGETS, clean
-from orchestrator.ops.cleanwork import ERRORS, NotClean, Tally, Work
+from orchestrator.ops.cleanwork import ERRORS, NotClean, Tally, Work, as_text
+from orchestrator.ops.folders import Found
 from orchestrator.settings import Settings
 
 DAY_S = 86_400.0
@@ -140,11 +145,13 @@ def test_leftovers_go_and_what_somebody_works_on_stays(settings: Settings) -> No
         old(backends / f".python-{gone_pid.pid}" / "x").parent, old(settings.home / "state-abcd_123"),
         old(settings.home / "models-abcd1234"), old(settings.home / "audit" / "base-abcd1234"),
         old(settings.backups / ".truthgpt-20260101T000000Z-1a2b3c4d.tar.part"),
+        old(settings.model_repository / ".removed-demo-77-0123abcd" / "model.onnx").parent,
     ]  # fmt: skip
     live, live_lock = old(staging / "live-78-0123abcd" / "x").parent, old(staging / "live.lock")
     live_backup = old(settings.backups / ".truthgpt-20260102T000000Z-1a2b3c4d.tar.age.part")
     kept = [
         live, live_lock, live_backup,
+        old(settings.model_repository / ".removed-demo-77" / "x").parent,
         old(staging / "notes"), old(staging / ".nfs123"), old(staging / "demo-77-0123abcd.txt"),
         old(backends / f".python-{os.getpid()}" / "x").parent, old(backends / "python" / "x").parent,
         old(settings.home / "models-abcdefgh.lock"), old(settings.home / "state.json"),
@@ -255,30 +262,81 @@ def test_a_lost_lease_stops_before_the_next_step(settings: Settings) -> None:
     assert len(os.listdir(settings.home / "cache")) == 7
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "small"
+@pytest.fixture(params=["tmpfs", "ext4"])
+def small(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of 4 MiB, in memory and as most disks have it."""
+    folder, image = tmp_path / "small", tmp_path / "image"
     folder.mkdir()
+    commands: list[list[str | Path]] = [["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder]]
+    if request.param == "ext4":
+        image.touch()
+        os.truncate(image, 4 << 20)
+        commands = [["mkfs.ext4", "-q", "-F", "-m", "0", image], ["mount", "-o", "loop", image, folder]]
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=True)
+        for command in commands:
+            subprocess.run(command, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("only root may mount a small file system")
+        pytest.skip(f"a small {request.param} cannot be made and mounted here")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_is_freed(small: Path) -> None:
-    """Where not a byte can be written any more, every target is worked on and what is old goes."""
-    settings = replace(Settings(), home=small / "home", model_repository=small / "repository", audit_days=1)
-    (small / "repository").mkdir()
-    gone = [
-        old(settings.home / "logs" / "x.log.1", text="x" * 200_000),
-        old(settings.home / "cache" / "x", text="x" * 300_000),
-        old(settings.home / "metrics" / "2020-01-01.jsonl"), old(settings.model_repository / ".staging" / "demo.lock"),
-    ]  # fmt: skip
+def fill(folder: Path) -> None:
+    """Not a byte can be written there any more."""
+    with (folder / "ballast").open("wb", buffering=0) as file:
+        for size in (1 << 16, 512, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size):
+                    pass
     with pytest.raises(OSError, match="No space left"):
-        (small / "ballast").write_bytes(b"x" * 2_000_000)
-    tallies = clean(settings, Work(now=later()), TARGETS)
-    assert [tally.failed for tally in tallies] == [0] * len(TARGETS), tallies
-    assert not any(path.exists() for path in gone)
+        (folder / "more").write_bytes(b"x" * 4096)
+
+
+@pytest.mark.parametrize("target", [*(name for name in TARGETS if name != "shared_memory"), "all"])
+def test_a_full_disk_is_freed(small: Path, target: str) -> None:
+    """Where not a byte can be written any more each target, alone and after the others, does what it is there for."""
+    settings = replace(Settings(), home=small / "home", model_repository=small / "repository", audit_days=1)
+    gone = {
+        "logs": [old(settings.home / "logs" / "x.log.1", text="x" * 200_000)],
+        "cache": [old(settings.home / "cache" / "x", text="x" * 300_000)],
+        "metrics": [old(settings.home / "metrics" / "2020-01-01.jsonl")],
+        "models": [old(settings.model_repository / "demo" / str(n) / "x", text="x" * 100_000).parent for n in (1, 2)],
+        "temporary": [old(settings.home / "state-abcd1234")],
+    }  # fmt: skip
+    for number in (3, 4, 5):
+        old(settings.model_repository / "demo" / str(number) / "x")
+    log = AuditLog(settings.home, fingerprint_of(settings), 1000)
+    for number in range(30):
+        log.append([encode("generation", 1_700_000_000.0 + number, {"n": number})])
+    log.close()
+    clean(settings, Work(now=0.0), ["audit"])  # makes `base`, while there is room
+    gone["audit"] = rotated(folder_of(settings.home))
+    assert gone["audit"]
+    fill(small)
+    wanted = list(TARGETS) if target == "all" else [target]
+    tallies = clean(settings, Work(now=later()), wanted)
+    assert [tally.errors for tally in tallies] == [[]] * len(wanted)
+    assert not any(path.exists() for name in wanted for path in gone.get(name, ()))
+    assert all(tally.count >= len(gone.get(tally.name, ())) for tally in tallies)
+    assert sorted(os.listdir(settings.model_repository / "demo"))[-3:] == ["3", "4", "5"]
+    if target == "models":
+        assert os.listdir(settings.model_repository) == ["demo"]
+
+
+def test_paths_that_are_no_text_are_told_as_text(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name whose bytes are no UTF-8 goes like any other, and is escaped wherever it is told."""
+    path = settings.home / "cache" / os.fsdecode(b"\xff\xfe")
+    old(path)
+    plan = Work(dry=True)
+    clean(settings, plan, ["cache"])
+    assert plan.items[0].path == f"{settings.home}/cache/\\xff\\xfe"
+    with monkeypatch.context() as patch:
+
+        def refuse(self: Found) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        patch.setattr(Found, "remove", refuse)
+        tally = run(settings, "cache")
+    assert tally.errors == [f"{settings.home}/cache/\\xff\\xfe: Permission denied"]
+    assert run(settings, "cache").count == 1 and not path.exists()
+    assert as_text("\ud800") == "\\ud800" and as_text("é\n") == "é\n"

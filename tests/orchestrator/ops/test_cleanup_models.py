@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,17 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import models
+from orchestrator.jobs.identity import FILE, identity
+from orchestrator.jobs.ledger import seen
 from orchestrator.local import modelset, state
 from orchestrator.models import Entry, Version, read
+from orchestrator.ops import serving
 from orchestrator.ops.cleanup import clean
 from orchestrator.ops.cleanwork import Tally, Work
 from orchestrator.ops.oldversions import old
 from orchestrator.settings import Settings
 from tests.orchestrator.gateway import write_state
+from tests.redis import RealRedis
 
 
 def entry(repository: Path, name: str, versions: int, **manifest: Any) -> Path:
@@ -111,7 +117,7 @@ def test_what_a_home_is_to_serve_stays(settings: Settings) -> None:
     """A version that home/models.json names is not removed, running or not; nor one that another replica serves."""
     entry(settings.model_repository, "demo", 6)
     modelset.write(settings.home, {"demo": 1})
-    run(settings, elsewhere={("demo", 3)})
+    run(settings, elsewhere=lambda: {("demo", 3)})
     assert left(settings) == {"demo": [1, 3, 5, 6]}
 
 
@@ -149,6 +155,61 @@ def test_what_was_loaded_meanwhile_stays(settings: Settings, triton: Triton) -> 
 
     run(settings, guard=guard)
     assert left(settings) == {"demo": [3, 4, 5]}
+
+
+def test_what_a_replica_begins_to_serve_meanwhile_stays(settings: Settings) -> None:
+    """Other replicas are asked again before each version that goes."""
+    entry(settings.model_repository, "demo", 6)
+    served: set[tuple[str, int]] = set()
+
+    def guard() -> None:
+        if not (settings.model_repository / "demo" / "1").exists():
+            served.add(("demo", 3))
+
+    tally = run(settings, guard=guard, elsewhere=lambda: served)
+    assert left(settings) == {"demo": [3, 5, 6]} and tally.count == 3
+
+
+def test_where_redis_does_not_say_what_others_serve_nothing_goes(
+    settings: Settings, server: RealRedis, client: redis.Redis
+) -> None:
+    """A Redis is set, or a running stack has one, and it cannot be asked: no version goes, and the target has failed.
+
+    Without either there are no others. One that stops answering in the middle is the same.
+    """
+    entry(settings.model_repository, "demo", 5)
+    refused = "Redis does not say what other replicas serve"
+    given = replace(settings, redis_url="unix:///nowhere/redis.sock")
+    tally = run(given, elsewhere=serving.elsewhere(given, None))
+    assert (tally.count, tally.failed) == (0, 1) and refused in tally.errors[0]
+    with redis.Redis(unix_socket_path="/nowhere/redis.sock") as nobody:
+        tally = run(settings, elsewhere=serving.elsewhere(settings, nobody))
+    assert (tally.count, tally.failed) == (0, 1) and refused in tally.errors[0]
+    write_state(settings.home, "http://127.0.0.1:1")
+    with pytest.raises(serving.CannotTell, match=refused):
+        serving.elsewhere(settings, None)()
+    state.clear(settings.home)
+    assert left(settings) == {"demo": [1, 2, 3, 4, 5]}
+    assert run(settings, elsewhere=serving.elsewhere(settings, None)).count == 3
+
+
+def test_what_other_homes_serve_stays(settings: Settings, client: redis.Redis) -> None:
+    """Of this repository, and as long as it has no name of its own of any; what this home has told before is no bar."""
+    entry(settings.model_repository, "demo", 7)
+
+    def tell(home: str, repository: str, number: int) -> None:
+        script, keys, arguments = seen(time.time(), home, repository, {"demo": number})
+        client.eval(script.text, len(keys), *keys, *map(str, arguments))
+
+    ask = serving.elsewhere(settings, client)
+    tell("b" * 16, "c" * 16, 1)
+    assert set(ask()) == {("demo", 1)}
+    assert not (settings.model_repository / FILE).exists() and not (settings.home / FILE).exists()
+    own = identity(settings.model_repository)
+    tell("b" * 16, own, 2)
+    tell(identity(settings.home), own, 3)
+    run(settings, elsewhere=ask)
+    assert left(settings) == {"demo": [2, 6, 7]}
 
 
 def test_a_model_that_an_operator_works_on_is_left(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

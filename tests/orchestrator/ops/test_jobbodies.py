@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 import threading
@@ -14,15 +16,17 @@ import pytest
 import redis
 
 from orchestrator.auditlog import folder_of
+from orchestrator.jobs.identity import identity
 from orchestrator.jobs.lease import LeaseLost
-from orchestrator.jobs.ledger import RUNNING, Claim, Ledger, Run
+from orchestrator.jobs.ledger import RUNNING, Claim, Ledger, Run, seen
 from orchestrator.jobs.table import JOBS
 from orchestrator.ops import auditread, backup, cachetools, cleanrun, cleanup, jobrun
 from orchestrator.ops.cachetools import Overtaken
-from orchestrator.ops.cleanwork import Work
+from orchestrator.ops.cleanwork import Tally, Work
 from orchestrator.ops.jobbodies import Task
 from orchestrator.settings import Settings
-from orchestrator.store import REGISTRY, stats_key
+from orchestrator.store import JOBS as HASH
+from orchestrator.store import REGISTRY, lease_key, stats_key
 from tests.redis import RealRedis
 
 
@@ -137,20 +141,74 @@ def test_a_scheduled_run_of_what_is_not_due_does_nothing(settings: Settings, cli
 
 
 def test_what_other_homes_serve_reaches_the_job(settings: Settings, client: redis.Redis) -> None:
-    """The versions that replicas say they serve of this repository are what `models` is told to leave."""
-    from orchestrator.jobs.identity import identity
-    from orchestrator.jobs.ledger import seen
-
-    script, keys, arguments = seen(time.time(), "b" * 16, identity(settings.model_repository), {"demo": 4})
+    """The versions that replicas say they serve of this repository stay, whoever runs the job."""
+    for number in range(1, 7):
+        (settings.model_repository / "demo" / str(number)).mkdir(parents=True)
+    script, keys, arguments = seen(time.time(), "b" * 16, identity(settings.model_repository), {"demo": 2})
     client.eval(script.text, len(keys), *keys, *map(str, arguments))
-    found: list[frozenset[tuple[str, int]]] = []
+    assert run(replace(settings, keep_versions=2), client, "models").did.startswith("3 removed")
+    assert sorted(os.listdir(settings.model_repository / "demo")) == ["2", "5", "6"]
+
+
+def test_redis_failing_between_claim_and_work_leaves_no_lease(
+    settings: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is raised before the work begins, the job is free at once, and still due."""
+
+    def fail(*_: object) -> object:
+        raise redis.ResponseError("no")
+
+    monkeypatch.setattr(jobrun, "_worked", fail)
+    with pytest.raises(redis.ResponseError):
+        jobrun.run(settings, JOBS["logs"], client)
+    (known,) = Ledger(client).known([(jobrun.name_of(settings, JOBS["logs"]), "logs")])
+    assert known.holder == "" and known.last is None
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGALRM, jobrun.DeadlinePassed), (signal.SIGTERM, jobrun.Stopped)]
+)
+def test_an_end_that_a_loop_swallows_is_found_at_the_next_step(
+    settings: Settings, client: redis.Redis, number: signal.Signals, kind: type[BaseException]
+) -> None:
+    """A signal that comes while an event loop runs a callback is not lost: the guard raises what the loop swallowed."""
+    found: list[BaseException] = []
 
     def work(task: Task) -> str:
-        found.append(task.elsewhere)
-        return ""
+        async def loop() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: found.append(context["exception"]))
+            asyncio.get_running_loop().call_soon(os.kill, os.getpid(), number)
+            await asyncio.sleep(0.1)
 
-    run(settings, client, "models", do=work)
-    assert found == [frozenset({("demo", 4)})]
+        asyncio.run(loop())
+        task.guard()
+        return "never"
+
+    if kind is jobrun.Stopped:
+        with pytest.raises(jobrun.Stopped):
+            jobrun.run(settings, JOBS["logs"], client, do=work)
+    else:
+        assert run(settings, client, "logs", do=work).error == "it took longer than 600 s"
+    assert isinstance(found[0], kind)  # it was swallowed
+
+
+def test_a_path_that_is_no_text_is_told_as_text(settings: Settings, client: redis.Redis) -> None:
+    """Bytes that are no UTF-8 stand escaped in the run's error, which every encoding and JSON can have."""
+    path = os.fsdecode(b"/x/\xff")
+
+    def unreadable(task: Task) -> str:
+        raise OSError(5, "Input/output error", path)
+
+    def unclean(task: Task) -> str:
+        work = Work()
+        work.begin("logs")
+        work.failed(path, OSError(5, "Input/output error"))
+        return work.done(work.tally)
+
+    for do in (unreadable, unclean):
+        ended = run(settings, client, "logs", do=do)
+        assert "/x/\\xff: Input/output error" in ended.error
+        assert ended.error.encode() and json.loads(ended.to_json())["error"].encode("utf-8")
 
 
 def test_cleaning_by_hand_that_is_ended_has_failed(
@@ -164,8 +222,66 @@ def test_cleaning_by_hand_that_is_ended_has_failed(
 
     monkeypatch.setitem(cleanrun.JOBS, "cache", replace(JOBS["cache"], deadline_s=0.2))
     monkeypatch.setitem(cleanup.TARGETS, "cache", slow)
-    cache, logs = cleanrun.run(replace(settings, redis_url=server.url), ["cache", "logs"], pytest.fail)
+    done: list[Tally] = []
+    cleanrun.run(replace(settings, redis_url=server.url), ["cache", "logs"], pytest.fail, done)
+    cache, logs = done
     assert (cache.count, cache.failed, cache.errors) == (1, 1, ["it took longer than 0.2 s"]) and logs.failed == 0
+
+
+def test_cleaning_by_hand_counts_what_went_before_it_was_ended(
+    settings: Settings, client: redis.Redis, server: RealRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost lease and SIGTERM, with and without a Redis, end it with what was removed until then; the rest is left."""
+
+    def lose(settings: Settings, work: Work) -> None:
+        work.remove("/x", 5, "", lambda: None)
+        name = jobrun.name_of(settings, JOBS["cache"])
+        client.delete(lease_key(name))
+        assert Ledger(client).claim(name, "cache", "b:2", time.time(), None).token
+        for _ in range(2000):
+            work.guard()
+            time.sleep(0.01)
+
+    def told(settings: Settings, work: Work) -> None:
+        work.remove("/x", 5, "", lambda: None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    with_redis = replace(settings, redis_url=server.url)
+    for given, target, kind in (
+        (with_redis, told, jobrun.Stopped), (settings, told, jobrun.Stopped), (with_redis, lose, LeaseLost),
+    ):  # fmt: skip
+        monkeypatch.setitem(cleanup.TARGETS, "cache", target)
+        done: list[Tally] = []
+        with pytest.raises(kind):
+            cleanrun.run(given, ["metrics", "cache", "logs"], lambda text: None, done)
+        assert [(tally.name, tally.count) for tally in done] == [("metrics", 0), ("cache", 1)]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_cleaning_by_hand_goes_on_where_redis_fails_at_a_targets_end(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done is counted once, and told not to be in the history; targets after it are done without a lease."""
+    monkeypatch.setattr(jobrun, "FINISH_S", 0.2)
+    told: list[str] = []
+    done: list[Tally] = []
+    with RealRedis() as own:
+
+        def kill(settings: Settings, work: Work) -> None:
+            work.remove("/x", 5, "", lambda: None)
+            own.kill()
+
+        monkeypatch.setitem(cleanup.TARGETS, "cache", kill)
+        given = replace(settings, redis_url=own.url)
+        cleanrun.run(given, ["cache", "logs", "models"], told.append, done)
+        assert [(tally.name, tally.count) for tally in done] == [("cache", 1), ("logs", 0), ("models", 0)]
+        assert len(told) == 1 and "nobody else is kept from cleaning up" in told[0]
+        own.start()
+        done.clear()
+        cleanrun.run(given, ["logs", "cache"], told.append, done)
+        assert [(tally.name, tally.count) for tally in done] == [("logs", 0), ("cache", 1)]
+        assert "not in the history" in told[1]
 
 
 def use(client: redis.Redis, tenant: str, task: str, count: int) -> None:
@@ -246,6 +362,21 @@ def test_the_newest_backup_is_checked(settings: Settings, client: redis.Redis) -
     assert ended.result == "failed" and str(made.path) in ended.error
     older(settings)
     assert "hours old" in run(settings, client, "backup_check").error
+
+
+def test_each_home_is_backed_up(settings: Settings, client: redis.Redis, tmp_path: Path) -> None:
+    """Of replicas with homes of their own on one Redis each makes a backup of its own, and checks it."""
+    settings = replace(settings, backup=True, backup_models=False)
+    other = replace(settings, home=tmp_path / "other")
+    other.home.mkdir()
+    names = ("backup", "backup_check")
+    client.hset(HASH, mapping={f"{jobrun.name_of(one, JOBS[n])}:due": "1" for one in (settings, other) for n in names})
+    for one in (settings, other):
+        for name in names:
+            ended = run(one, client, name, scheduled=True)
+            assert (ended.result, ended.error) == ("ok", "")
+            assert isinstance(jobrun.run(one, JOBS[name], client, scheduled=True), Claim)  # once
+        assert len(backup.infos(one.home / "backups")) == 1
 
 
 def test_a_lease_is_renewed_while_a_backup_is_made(settings: Settings, client: redis.Redis) -> None:
