@@ -54,7 +54,7 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "TruthGPTBreakerOpen", CRITICAL, 0.0, "A model failed several times in a row and is being left alone.",
-            "Find out why it fails (`truthgpt breaker show`, Triton's log); after a pause the next request tries it again.",
+            "Find out why it fails (`truthgpt breaker show`, Triton's log); after a pause the next request tries it.",
             shared=True,
         ),
         Rule(
