@@ -209,4 +209,4 @@ class Watcher:
 
 
 def _why(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else type(error).__name__
+    return (isinstance(error, OSError) and (error.strerror or str(error))) or type(error).__name__

@@ -396,9 +396,12 @@ async def test_on_a_full_disk_alerts_go_on(small: Path, receiver: Receiver, capl
     await until(lambda: len(receiver.seen) == 1, 20)
     assert sum("cannot be kept" in record.message for record in caplog.records) == 1
     assert place.states() == {}
+    figures = watcher.figures()
+    assert (figures["names"], figures["unwritten"]) == (["TruthGPTAuditAway"], "No space left on device")
     ballast.unlink()
     await place.looks(watcher, 30)
     assert place.states() == {"TruthGPTAuditAway": "firing"} and len(receiver.seen) == 1
+    assert watcher.figures() == {"firing": 1, "critical": 1, "names": ["TruthGPTAuditAway"], "unwritten": None}
     watcher._notifier.close()
 
 
