@@ -47,7 +47,7 @@ class Upkeep:
             history = History(settings.home)
             self._parts["history"] = lambda: history.run(lambda: summary.figures(HISTORY_S))
             watcher = Watcher(settings, summary.figures, Notifier(settings), self._store)
-            summary.add(lambda: {"alerts": watcher.counts()})
+            summary.add(lambda: {"alerts": watcher.figures()})
             metrics.readings |= watcher.readings()
             self._parts["alerts"] = watcher.run
         if self._store:
@@ -60,7 +60,8 @@ class Upkeep:
         self._parts |= {"store": store.run, "shared": shared.run}
         if settings.maintenance:
             keeper = Keeper(settings, store)
-            self._summary.add(lambda: {"jobs": keeper.rows})
+            # what was known before Redis went is old news: unknown. The series stay, so that Prometheus's alert does
+            self._summary.add(lambda: {"jobs": keeper.rows if store.up else None})
             metrics.readings |= job_readings(lambda: keeper.rows)
             self._parts["jobs"] = keeper.run
 
