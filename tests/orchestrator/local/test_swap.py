@@ -67,7 +67,7 @@ def test_everything_is_exchanged(tmp_path: Path) -> None:
         "home/a": "fresh/a", "home/b": "fresh/b", "home/c": "fresh/c", "old/a": "home/a", "old/b": "home/b",
         "old/gone": "home/gone",
     }  # fmt: skip
-    assert not swap.recover(tmp_path / "home")
+    assert swap.recover(tmp_path / "home") is None
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -88,9 +88,9 @@ def test_what_a_killed_process_left(tmp_path: Path, number: int) -> None:
     moves = prepared(tmp_path)
     before = {name: text for name, text in texts(tmp_path).items() if not name.startswith("fresh/")}
     killed(tmp_path, moves, number)
-    assert swap.recover(tmp_path / "home")
+    assert swap.recover(tmp_path / "home") == []
     assert texts(tmp_path) == before and not (tmp_path / "fresh").exists() and not (tmp_path / "old").exists()
-    assert not swap.recover(tmp_path / "home")
+    assert swap.recover(tmp_path / "home") is None
 
 
 @pytest.mark.parametrize("number", range(7))
@@ -99,5 +99,5 @@ def test_staging_that_was_cleared_away(tmp_path: Path, number: int) -> None:
     moves = prepared(tmp_path)
     killed(tmp_path, moves, number)
     shutil.rmtree(tmp_path / "fresh")
-    assert swap.recover(tmp_path / "home")
+    assert swap.recover(tmp_path / "home") == []
     assert texts(tmp_path / "home") == {"a": "home/a", "b": "home/b", "gone": "home/gone"}
