@@ -214,7 +214,7 @@ def test_saved_keys_are_put_back(client: redis.Redis) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"[]\n", b"{}\n", b'{"format": 2, "at_ms": 1}\n', b'{"format":1,"at_ms":1}\nx\n',
+    [b"", b"[]\n", b"{}\n", b'{"format":1,"at_ms":1}\nx\n',
      b'{"format":1,"at_ms":1}\n{"key":"other","type":"string","value":"","ttl_ms":-1}\n',
      b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"set","value":[],"ttl_ms":-1}\n',
      b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"string","value":"&","ttl_ms":-1}\n',
