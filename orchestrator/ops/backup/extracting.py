@@ -72,11 +72,11 @@ class Beside:
     """Names for other folders that what is in `folder` can be renamed into: beside it, else hidden in it.
 
     What is mounted cannot be renamed, nor anything out of it, not even where it is another view of the same file
-    system: so it is tried. Raises OSError.
+    system: so it is tried. With `inside` nothing is put beside the folder. Raises OSError.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._inside = folder, not _movable(folder)
+    def __init__(self, folder: Path, inside: bool = False) -> None:
+        self._folder, self._inside = folder, inside or not _movable(folder)
 
     @property
     def parent(self) -> Path:

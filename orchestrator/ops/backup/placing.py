@@ -30,7 +30,8 @@ def check_layout(settings: Settings) -> None:
         parts = place.relative_to(repository).parts
         if not parts:
             raise BackupError(f"{repository} is both the model repository and the {what}", "move one of them")
-        if len(parts) > 1 and not parts[0].startswith("."):
+        first = repository / parts[0]
+        if first not in (place, settings.home.resolve()) and not parts[0].startswith("."):
             raise BackupError(f"the {what}, {place}, lies in a folder of the model repository", "move it out of there")
 
 

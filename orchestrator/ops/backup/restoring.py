@@ -150,7 +150,9 @@ def _put_back(aim: Target, path: Path, file: BinaryIO, result: Restored, progres
         repository = None
         if "models" in manifest.origins:
             repository = stack.enter_context(extracting.made(settings.model_repository))
-        places = [extracting.Beside(folder) for folder in (home, repository) if folder is not None]
+        # beside a home that lies in the repository it would be taken for a model
+        among_models = home.is_relative_to(settings.model_repository.resolve())
+        places = [extracting.Beside(home, among_models), *([extracting.Beside(repository)] if repository else [])]
         for place in places:
             place.remove_empty()
         at = time.time()

@@ -93,6 +93,24 @@ def test_what_a_killed_process_left(tmp_path: Path, number: int) -> None:
     assert swap.recover(tmp_path / "home") is None
 
 
+@pytest.mark.parametrize("number", range(1, 6))
+def test_what_was_made_in_the_meantime(tmp_path: Path, number: int) -> None:
+    """Where something had been moved away and somebody has made another, the first comes back, the other is kept."""
+    moves = prepared(tmp_path)
+    killed(tmp_path, moves, number)
+    made = [path for path in (tmp_path / "home" / name for name in ("a", "b", "gone")) if not path.exists()]
+    for path in made:
+        path.mkdir()
+        (path / "new").write_text(path.name)
+    aside = swap.recover(tmp_path / "home")
+    assert aside is not None and [(path.parent, (path / "new").read_text()) for path in aside] == [
+        (tmp_path / "home", path.name) for path in reversed(made)
+    ]
+    assert all(path.name.startswith(".") for path in aside), "a model repository would take it for a model"
+    found = {name: text for name, text in texts(tmp_path / "home").items() if not name.startswith(".")}
+    assert found == {"a": "home/a", "b": "home/b", "gone": "home/gone"}
+
+
 @pytest.mark.parametrize("number", range(7))
 def test_staging_that_was_cleared_away(tmp_path: Path, number: int) -> None:
     """What was half exchanged is undone although the folder that it came from is gone; nothing old is taken for new."""
