@@ -307,8 +307,7 @@ def test_a_note_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_empty_folders_of_a_restore_that_was_killed(tmp_path: Path) -> None:
-    """The next one removes those for what was there before in which nothing is; others stay, whatever they are called.
-    """
+    """The next one removes those for what was there before, if nothing is in them; others stay."""
     settings = deployment(tmp_path)
     made = backup.create(settings)
     empty = [tmp_path / f"{name}.before-20260101T000000Z" for name in ("home", "repository")]
