@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ def create(settings: Settings, no_models: bool, no_cache: bool, as_json: bool) -
                    err=True)  # fmt: skip
     with _bar("backing up", as_json) as progress:
         made = backup.create(settings, models=not no_models, cache=not no_cache, progress=progress)
+    _tell_recovered(made.recovered)
     audited(settings, "backup create", detail=f"{made.id}: {made.files} files")
     if as_json:
         print_json({**asdict(made), "path": str(made.path.absolute())})
@@ -157,10 +158,7 @@ def restore(
             settings, path, agreed, target=target, repository=named, given_redis=given_redis, dry_run=dry_run,
             progress=bar.progress,
         )  # fmt: skip
-    if result.recovered is not None:
-        click.echo("a restore that was interrupted was undone first", err=True)
-        for aside in result.recovered:
-            click.echo(f"what had been made since in place of something that it had moved is in {aside}", err=True)
+    _tell_recovered(result.recovered)
     settings = replace(settings, home=settings.home if target is None else target)
     if result.done:
         audited(settings, "backup restore", detail=result.report.manifest.id)
@@ -271,6 +269,14 @@ class _Bar:
 def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     with _Bar(what, quiet) as bar:
         yield bar.progress
+
+
+def _tell_recovered(aside: Sequence[Path | str] | None) -> None:
+    if aside is None:
+        return
+    click.echo("a restore that was interrupted was undone first", err=True)
+    for path in aside:
+        click.echo(f"what had been made since in place of something that it had moved is in {path}", err=True)
 
 
 def _document(report: Report) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +28,10 @@ Progress = Callable[[int, int], None]  # bytes done, and of how many
 
 @dataclass(frozen=True)
 class Created:
-    """A new backup. `bytes` and `sha256` are the file's, `files` what is in it, `redis` where that part is from."""
+    """A new backup. `bytes` and `sha256` are the file's, `files` what is in it, `redis` where that part is from.
+
+    `recovered`: None, unless a restore that was interrupted was undone first: then where what stood in its way is now.
+    """
 
     id: str
     path: Path
@@ -37,6 +40,7 @@ class Created:
     sha256: str
     encrypted: bool
     redis: str
+    recovered: list[str] | None = None
 
 
 def create(
@@ -49,15 +53,16 @@ def create(
     """
     _require(settings, models)
     names.remove_abandoned(settings.backups, time.time())
+    recovered = None
     if os.path.lexists(settings.home / swap.NOTE):
-        with redissource.held(settings.home):  # undoes what a restore that was killed has left half done
-            pass
+        with redissource.held(settings.home) as aside:  # undoes what a restore that was killed has left half done
+            recovered = None if aside is None else [str(path) for path in aside]
     with _told(settings.backups), tempfile.TemporaryFile(dir=settings.home) as spool:
         began = time.time()
         redis = _export(settings, spool, cache)
         for left in reversed(range(TRIES)):
             try:
-                return _attempt(settings, models, spool, redis, began, progress)
+                return replace(_attempt(settings, models, spool, redis, began, progress), recovered=recovered)
             except Changed:
                 if not left:
                     raise

@@ -39,11 +39,13 @@ class Target:
     """Where a backup is to be put. `settings` are those of the deployment that it makes.
 
     `home`: another than the settings' one; `repository`: where models go, if somebody has named that; `given_redis`:
-    whether another home's data go into the Redis that the settings give.
+    whether another home's data go into the Redis that the settings give. Raises BackupError where they give none.
     """
 
     def __init__(self, settings: Settings, home: Path | None, repository: Path | None, given_redis: bool) -> None:
         self._own, self._named = settings, repository is not None
+        if given_redis and settings.redis_url is None:
+            raise BackupError("no Redis is set to put keys into", "set TRUTHGPT_REDIS_URL, or leave --redis out")
         self.elsewhere = home is not None and home.resolve() != settings.home.resolve()
         self.settings = replace(settings, model_repository=repository or settings.model_repository)
         if home is not None and self.elsewhere:

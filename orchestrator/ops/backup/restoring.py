@@ -193,9 +193,9 @@ def _exchange(home: Path, moves: list[swap.Move], staging: list[Path], kept: lis
         if error.errno not in (errno.EXDEV, errno.EBUSY):
             raise
         hint = "unmount it while the backup is put back, or restore into a folder in which nothing is mounted"
+        why = "something is mounted there, or it is part of a container's image"
         told = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-        message = f"{error.filename} cannot be moved, because something is mounted there{told}; everything is as it was"
-        raise BackupError(message, hint) from error
+        raise BackupError(f"{error.filename} cannot be moved: {why}; everything is as it was{told}", hint) from error
 
 
 def _before(place: extracting.Beside, at: float) -> Path:

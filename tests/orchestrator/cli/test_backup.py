@@ -140,6 +140,9 @@ def test_a_drill_beside_a_deployment(ready: Place, tmp_path: Path) -> None:
         for flags in ((), ("--dry-run",)):
             assert "--model-repository" in ready.refused(*drill, *flags)
         assert not (tmp_path / "drill").exists()
+        ready.set(REDIS_URL="")
+        assert "no Redis is set" in ready.refused(*drill, "--model-repository", str(tmp_path / "r"), "--redis")
+        ready.set(REDIS_URL=server.url)
         done = ready.run(*drill, "--model-repository", str(tmp_path / "r"))
         assert done.exit_code == 0, done.output
         assert f"its keys are in {tmp_path}/drill/redis, and used with: export TRUTHGPT_REDIS_URL=\n" in done.stdout
@@ -158,6 +161,24 @@ def test_a_hostile_manifest_at_a_terminal(ready: Place, tmp_path: Path) -> None:
         for command in (("verify",), ("restore", "--dry-run"), ("restore", "--yes")):
             done = ready.run("backup", command[0], str(tmp_path / f"{number}.tar"), *command[1:])
             assert done.exit_code == 1 and "\x1b" not in done.output
+
+
+@pytest.mark.parametrize("command", ["create", "restore"])
+def test_what_stood_in_the_way_is_named(ready: Place, tmp_path: Path, command: str) -> None:
+    """A restore that was killed is undone by the next command, which says where it has put what was made since."""
+    path = ready.json("backup", "create")["path"]
+    alerts = ready.home / "alerts.json"
+    alerts.write_text("[1]")
+    note = {"moves": [[str(alerts), str(tmp_path / "away")]], "inodes": [alerts.stat().st_ino], "staging": [],
+            "kept": []}  # fmt: skip
+    alerts.rename(tmp_path / "away")
+    alerts.write_text("[2]")
+    (ready.home / "restore.json").write_text(json.dumps(note))
+    done = ready.run("backup", *(("create",) if command == "create" else ("restore", path, "--yes")))
+    assert done.exit_code == 0 and "interrupted was undone" in done.stderr
+    (aside,) = ready.home.glob(".alerts.json.aside-*")
+    assert f"is in {aside}" in done.stderr and aside.read_text() == "[2]"
+    assert command == "restore" or alerts.read_text() == "[1]"
 
 
 def test_paths_are_absolute(ready: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -306,6 +306,27 @@ def test_a_note_that_cannot_be_read(tmp_path: Path) -> None:
             assert "before-TIME" in failed.value.hint
 
 
+def test_the_folder_for_what_was_there_is_on_the_disk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is moved into it the folder that it is in was synced."""
+    settings = deployment(tmp_path)
+    made = backup.create(settings)
+    real, rename, done = swap.sync_folder, os.rename, list[str]()
+
+    def synced(folder: Path) -> None:
+        if folder == tmp_path and any(".before-" in path.name for path in folder.iterdir()):
+            done.append("synced")
+        real(folder)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append("renamed")
+        rename(source, target)
+
+    monkeypatch.setattr(swap, "sync_folder", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    assert backup.restore(settings, made.path, lambda *_: True).done
+    assert done[:2] == ["synced", "synced"] and "renamed" in done
+
+
 def test_empty_folders_of_a_restore_that_was_killed(tmp_path: Path) -> None:
     """The next one removes those for what was there before, if nothing is in them; others stay."""
     settings = deployment(tmp_path)
