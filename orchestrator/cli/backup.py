@@ -133,8 +133,8 @@ def restore(
 ) -> None:
     """Put a backup back into a home that no stack runs from, and into the model repository.
 
-    Into another home than the settings' one, --model-repository has to name where its models go, and the Redis of
-    TRUTHGPT_REDIS_URL is left alone: nothing of the deployment that is there is touched.
+    Into another home than the settings' one nothing of the deployment that is there is touched: models are replaced in
+    a folder that --model-repository names only, and the Redis of TRUTHGPT_REDIS_URL is left alone.
 
     All of it is checked first. What is replaced is moved aside, to HOME.before-TIME and REPOSITORY.before-TIME; logs,
     backups and whatever else is in the home stay. Where anything fails, everything is as it was.

@@ -1,8 +1,9 @@
 """Where a backup is put, and what must not be replaced by it: a drill beside a deployment that serves is safe.
 
 Into the settings' own home everything goes back where it was: home, model repository and the Redis that the settings
-give. Into another home nothing of the settings' deployment is touched: the model repository has to be named, and
-Redis's data become files of that home, unless it is said that the given Redis is meant.
+give. Into another home nothing of the settings' deployment is touched: other models than the backup's are replaced in
+a folder that somebody has named only, and Redis's data become files of that home, unless it is said that the given
+Redis is meant.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from orchestrator.local import state
 from orchestrator.ops import serving
+from orchestrator.ops.backup.difference import Difference
 from orchestrator.ops.backup.errors import BackupError
 from orchestrator.ops.backup.tarform import Manifest
 from orchestrator.settings import Settings, mask_url
@@ -44,6 +46,7 @@ class Target:
 
     def __init__(self, settings: Settings, home: Path | None, repository: Path | None, given_redis: bool) -> None:
         self._own, self._named = settings, repository is not None
+        self.models = True  # whether they are put anywhere
         if given_redis and settings.redis_url is None:
             raise BackupError("no Redis is set to put keys into", "set TRUTHGPT_REDIS_URL, or leave --redis out")
         self.elsewhere = home is not None and home.resolve() != settings.home.resolve()
@@ -56,11 +59,6 @@ class Target:
         """Refuse what cannot be meant. Raises BackupError."""
         folders = [("home", self.settings.home)]
         if "models" in manifest.origins:
-            if self.elsewhere and not self._named:
-                raise BackupError(
-                    f"the backup has models, which would replace those of another home in {self._own.model_repository}",
-                    "name a folder for them with --model-repository",
-                )
             folders.append(("model repository", self.settings.model_repository))
             check_layout(self.settings)
             if self.elsewhere:
@@ -71,9 +69,23 @@ class Target:
             if folder.exists() and not folder.is_dir():
                 raise BackupError(f"the {what}, {folder}, is no folder", "name another one")
 
+    def settle(self, found: Difference, dry_run: bool) -> None:
+        """Leave models alone that nobody has named and that are the backup's already. Raises BackupError for others."""
+        tree = found.trees.get("models")
+        if tree is None or self._named or not self.elsewhere:
+            return
+        if tree.same and not (tree.added or tree.changed or tree.removed):
+            self.models = False
+            found.replaces.pop("models", None)
+        elif (tree.same or tree.changed or tree.removed) and not dry_run:
+            raise BackupError(
+                f"the models of the backup would replace those of another home in {self._own.model_repository}",
+                "name a folder for them with --model-repository",
+            )
+
     def check_unserved(self, manifest: Manifest) -> None:
         """Refuse to replace models that a stack of another home serves. Raises BackupError."""
-        if "models" not in manifest.origins:
+        if "models" not in manifest.origins or not self.models:
             return
         repository = self.settings.model_repository.resolve()
         found = state.read(self._own.home) if self.elsewhere else None

@@ -66,8 +66,8 @@ def restore(
 ) -> Restored:  # fmt: skip
     """Put a backup back into `settings.home` and `settings.model_repository`, once `agreed` says yes to what changes.
 
-    Or into the home `target`, for which a `repository` has to be named, and `given_redis` says whether the Redis that
-    the settings give is its: see placing.py. Nothing is touched before every byte was checked, and everything is as it
+    Or into the home `target`, with its models in `repository`, and `given_redis` says whether the Redis that the
+    settings give is its: see placing.py. Nothing is touched before every byte was checked, and everything is as it
     was where any step fails. Raises BackupError, NoRedis, swap.NoteError and OSError.
     """
     aim = Target(settings, target, repository, given_redis)
@@ -79,9 +79,10 @@ def restore(
         aim.check(report.manifest)
         held = not dry_run and settings.home.is_dir()
         recovered = stack.enter_context(redissource.held(settings.home)) if held else None
+        found = _difference(aim, report.manifest, kept, held, progress)
+        aim.settle(found, dry_run)
         if not dry_run:
             aim.check_unserved(report.manifest)
-        found = _difference(aim, report.manifest, kept, held, progress)
         result = Restored(report, found, recovered=recovered, elsewhere=aim.elsewhere)
         if dry_run or not agreed(report, found):
             return result
@@ -148,7 +149,7 @@ def _put_back(aim: Target, path: Path, file: BinaryIO, result: Restored, progres
     manifest, settings, home = result.report.manifest, aim.settings, aim.settings.home.resolve()
     with contextlib.ExitStack() as stack:
         repository = None
-        if "models" in manifest.origins:
+        if "models" in manifest.origins and aim.models:
             repository = stack.enter_context(extracting.made(settings.model_repository))
         # beside a home that lies in the repository it would be taken for a model
         among_models = home.is_relative_to(settings.model_repository.resolve())
@@ -286,6 +287,8 @@ def _require_space(manifest: Manifest, roots: dict[str, Path]) -> None:
     needed: dict[int, int] = {}
     for member in manifest.members:
         tree = member.name.partition("/")[0]
+        if tree not in roots:
+            continue
         device = roots[tree].parent.stat().st_dev
         needed[device] = needed.get(device, 0) + (member.bytes + BLOCK) * (2 if tree == "redis" else 1)
     for folder in {root.parent for root in roots.values()}:

@@ -132,13 +132,14 @@ def test_what_is_replaced_is_shown_and_asked(ready: Place, tmp_path: Path, as_js
 
 
 def test_a_drill_beside_a_deployment(ready: Place, tmp_path: Path) -> None:
-    """Without a folder for its models it is refused; with one, how to use its keys is told; --redis says otherwise."""
+    """Other models are replaced in a named folder only; how to use its keys is told, and --redis says otherwise."""
     with RealRedis() as server:
         ready.set(REDIS_URL=server.url)
         path = ready.json("backup", "create")["path"]
         drill = ("backup", "restore", path, "--yes", "--target", str(tmp_path / "drill"))
-        for flags in ((), ("--dry-run",)):
-            assert "--model-repository" in ready.refused(*drill, *flags)
+        (ready.repository / "demo" / "later.txt").write_text("a later export")
+        assert "--model-repository" in ready.refused(*drill)
+        assert ready.json(*drill, "--dry-run")["replaces"]["models"] == str(ready.repository)
         assert not (tmp_path / "drill").exists()
         ready.set(REDIS_URL="")
         assert "no Redis is set" in ready.refused(*drill, "--model-repository", str(tmp_path / "r"), "--redis")

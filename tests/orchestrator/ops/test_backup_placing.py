@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,10 +41,13 @@ def test_a_drill_touches_nothing_of_the_deployment(tmp_path: Path) -> None:
         later, _ = Keyring(client).create("later")
         before = without_lock(tmp_path)
         home, repository = tmp_path / "drill" / "home", tmp_path / "drill" / "models"
-        for dry_run in (True, False):
-            with pytest.raises(backup.BackupError, match="has models") as failed:
-                backup.restore(settings, made.path, yes, target=home, dry_run=dry_run)
-            assert "--model-repository" in failed.value.hint and without_lock(tmp_path) == before
+        (added := settings.model_repository / "demo" / "later.txt").write_text("a later export")
+        changed = without_lock(tmp_path)
+        assert "models" in backup.restore(settings, made.path, yes, target=home, dry_run=True).difference.replaces
+        with pytest.raises(backup.BackupError, match="would replace those of another home") as failed:
+            backup.restore(settings, made.path, yes, target=home)
+        assert "--model-repository" in failed.value.hint and without_lock(tmp_path) == changed
+        added.unlink()
         asked: list[dict[str, str]] = []
 
         def agreed(report: backup.Report, difference: backup.Difference) -> bool:
@@ -60,6 +64,22 @@ def test_a_drill_touches_nothing_of_the_deployment(tmp_path: Path) -> None:
             assert [found.id for found in Keyring(embedded).all()] == [key.id]
         backup.restore(settings, made.path, agreed, target=home, repository=repository, given_redis=True)
         assert asked[-1]["redis"] == server.url and [found.id for found in Keyring(client).all()] == [key.id]
+
+
+def test_a_drill_with_models_that_are_there(tmp_path: Path) -> None:
+    """No folder has to be named where nothing is replaced: models that are the backup's stay, though they are served;
+    where none are left they come back.
+    """
+    settings = deployment(tmp_path)
+    made = backup.create(settings)
+    demo = settings.model_repository / "demo"
+    before = files(demo)
+    with serving(settings.model_repository):
+        result = backup.restore(settings, made.path, yes, target=tmp_path / "drill")
+    assert result.done and "models" not in result.difference.replaces and files(demo) == before
+    shutil.rmtree(settings.model_repository)
+    result = backup.restore(settings, made.path, yes, target=tmp_path / "another")
+    assert result.done and "models" in result.difference.replaces and files(demo) == before
 
 
 def test_a_drill_of_a_backup_without_models(tmp_path: Path) -> None:
