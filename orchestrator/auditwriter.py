@@ -32,6 +32,7 @@ from orchestrator.auditlog import (
     rotated_name,
 )
 from orchestrator.fingerprint import Fingerprint
+from orchestrator.ownership import make_folder, open_owned
 
 LOCK_S = 1.0  # another writer needs some 0.1 ms; one that is suspended would be waited for without end
 LOCK_STEP_S = 0.002
@@ -85,8 +86,9 @@ class AuditLog:
         deadline = time.monotonic() + self._lock_s
         while True:
             if self._lock < 0:
-                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self._lock = os.open(self.folder / HEAD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                make_folder(self.folder.parent)
+                make_folder(self.folder)
+                self._lock = open_owned(self.folder / HEAD, os.O_RDWR)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -134,8 +136,8 @@ class AuditLog:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-        path = self.folder / CURRENT
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # a command that runs as root begins a file, too, and the gateway must be able to go on with it
+        self._file = open_owned(self.folder / CURRENT, os.O_RDWR | os.O_APPEND)
 
     def _write(self, events: Sequence[bytes]) -> int:
         """Chain and write; how many events are in the files now. Raises OSError where not even one is."""

@@ -33,6 +33,7 @@ from pathlib import Path
 import orjson
 
 from orchestrator.domain import EncodeRequest, GenerateRequest, InferRequest, Tensor
+from orchestrator.ownership import give, make_folder
 
 KEY_FILE = "audit.key"
 KEY_BYTES = 32
@@ -186,10 +187,11 @@ def _read(path: Path) -> bytes | None:
 
 def _create(path: Path) -> None:
     """Put a new key there, complete and in one step, unless somebody else is quicker."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{KEY_FILE}-")  # created 0600
     try:
         with os.fdopen(handle, "wb") as file:
+            give(handle, path.parent)
             file.write(secrets.token_hex(KEY_BYTES).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

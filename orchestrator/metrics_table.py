@@ -57,7 +57,7 @@ TABLE: dict[str, Series] = {
         ),
         _gauge(
             "truthgpt_error_rate", "", "max", "Part of the requests of the last five minutes whose outcome was error.",
-            "above 0.1 while more than 100 requests came in five minutes",
+            "above 0.1 while at least 100 requests came in five minutes",
         ),
         _counter(
             "truthgpt_errors_total", "kind",

@@ -49,7 +49,7 @@ class Upkeep:
             history = History(settings.home)
             self._parts["history"] = lambda: history.run(lambda: summary.figures(HISTORY_S))
             watcher = Watcher(settings, summary.figures, Notifier(settings), self._store)
-            summary.add(lambda: {"alerts": watcher.counts()})
+            summary.add(lambda: {"alerts": watcher.figures()})
             metrics.readings |= watcher.readings()
             self._parts["alerts"] = watcher.run
         if self._store:
@@ -63,7 +63,8 @@ class Upkeep:
         keeper = Keeper(settings, store)  # without maintenance it only tells what is served here
         self._parts["jobs"] = keeper.run
         if settings.maintenance:
-            self._summary.add(lambda: {"jobs": keeper.rows})
+            # what was known before Redis went is old news: unknown. The series stay, so that Prometheus's alert does
+            self._summary.add(lambda: {"jobs": keeper.rows if store.up else None})
             metrics.readings |= job_readings(lambda: keeper.rows)
 
     def figures(self) -> Mapping[str, Any]:

@@ -23,6 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "domain": set(),
     "context": set(),
     "masking": set(),
+    "ownership": set(),
     "rotation": set(),
     "sse": set(),
     "pbtxt": set(),
@@ -55,9 +56,9 @@ ROOMS: dict[str, set[str]] = {
     "relay": {"domain", "errors", "broadcast", "store"},
     "flights": {"domain", "errors", "broadcast", "cache", "relay", "store"},
     "keys": {"domain"},
-    "fingerprint": {"domain"},
+    "fingerprint": {"domain", "ownership"},
     "auditlog": {"fingerprint"},
-    "auditwriter": {"auditlog", "fingerprint"},
+    "auditwriter": {"auditlog", "fingerprint", "ownership"},
     "auditevents": {"domain", "errors", "auditlog", "fingerprint", "keys", "masking"},
     "audit": {"domain", "settings", "auditevents", "auditlog", "auditwriter", "fingerprint"},
     "registry": {"keys", "store"},
@@ -85,7 +86,7 @@ ROOMS: dict[str, set[str]] = {
     "scrape": {"metrics", "metrics_table"},
     # operating: `monitor` watches and tells, `jobs` says when what is due; what is done about it is in `ops`
     "activity": {"domain", "store"},
-    "monitor": {"masking", "metrics", "metrics_table", "scrape", "settings", "store"},
+    "monitor": {"masking", "metrics", "metrics_table", "ownership", "scrape", "settings", "store"},
     "jobs": {"settings", "store", "local"},
     "upkeep": {"metrics", "scrape", "settings", "store", "monitor", "jobs"},
     # processes

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.cli import table
 from orchestrator.cli.base import Command, CommandError, Group, audited, json_option, print_json, settings_options
 from orchestrator.settings import Settings
 
@@ -40,23 +41,19 @@ def list_alerts(settings: Settings, firing: bool, as_json: bool) -> None:
     from orchestrator.monitor import alertbook
 
     document = alertbook.read(settings.home)
-    _warn_if_unwatched(settings, document)
+    behind = _warn_if_behind(settings, document)
     found = [alert for alert in _sorted(document) if alert.firing or not firing]
     if as_json:
         print_json([_json(alert) for alert in found])
-    elif not found:
+    elif found:
+        rows = [
+            (alert.name, "acknowledged" if alert.acknowledged else alert.state, alert.severity, _short(alert.since),
+             _what(alert))
+            for alert in found
+        ]  # fmt: skip
+        table.show(("NAME", "STATE", "SEVERITY", "SINCE (UTC)", "WHAT"), rows, folds=("WHAT",))
+    elif not behind:
         click.echo("no alert fires" + ("" if firing else ", and none has in the last hour"))
-    else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False)
-        for title in ("NAME", "STATE", "SEVERITY", "SINCE (UTC)", "WHAT"):
-            table.add_column(title, overflow="fold")
-        for alert in found:
-            state = "acknowledged" if alert.acknowledged else alert.state
-            table.add_row(_titled(alert), state, alert.severity, _short(alert.since), alert.summary)
-        Console(markup=False, highlight=False).print(table)
 
 
 _SHOW_EPILOG = """\b
@@ -79,8 +76,8 @@ def show(settings: Settings, name: str, as_json: bool) -> None:
     name = _name(name, document)
     found = [alert for alert in _sorted(document) if alert.name == name]
     if not found:
-        raise CommandError(f"{name} does not fire, and has not in the last hour", "`truthgpt alerts list` has all")
-    _warn_if_unwatched(settings, document)
+        raise _not_there(settings, name, ", and has not in the last hour", "`truthgpt alerts list` has all")
+    _warn_if_behind(settings, document)
     if as_json:
         print_json([_json(alert) for alert in found])
         return
@@ -119,16 +116,16 @@ def ack(settings: Settings, name: str, note: str, as_json: bool) -> None:
     except (OSError, KeyError):  # a user id without a name
         user = "unknown"
 
-    def edit(document: Document) -> list[Alert]:
+    def edit(document: Document) -> tuple[str, list[Alert]]:
         full = _name(name, document)
         found = [alert for alert in _sorted(document) if alert.name == full and alert.firing]
-        if not found:
-            raise CommandError(f"{full} does not fire", "`truthgpt alerts list` has what does")
         for alert in found:
             alert.acknowledged = Acknowledged(user, time.time(), note)
-        return found
+        return full, found
 
-    changed = alertbook.change(settings.home, edit)
+    full, changed = alertbook.change(settings.home, edit)
+    if not changed:
+        raise _not_there(settings, full, "", "`truthgpt alerts list` has what does")
     audited(settings, "alerts ack", detail=f"name={changed[0].name}")
     if as_json:
         print_json([_json(alert) for alert in changed])
@@ -224,20 +221,57 @@ def _name(text: str, document: Document) -> str:
     raise CommandError(f"there is no alert named {text[:60]!r}", hint)
 
 
-def _warn_if_unwatched(settings: Settings, document: Document) -> None:
-    """Old news are said to be old."""
+def _warn_if_behind(settings: Settings, document: Document) -> bool:
+    """Old news are said to be old; whether the running stack knows more than the book, and what fires by that."""
     from orchestrator.monitor.alertstate import absent_s
 
-    seen = document.seen()
-    if seen is None:
+    seen, names, why = document.seen(), *_in_memory(settings)
+    if why:
+        as_of = "" if seen is None else f", and is as of {_shown(seen)}"
+        click.echo(f"warning: the alert book cannot be written ({why}){as_of}", err=True)
+        click.echo(f"warning: what fires now: {', '.join(names) or 'nothing'}", err=True)
+    elif seen is None:
         click.echo("warning: no running stack has looked at its alerts in this home", err=True)
     elif abs(time.time() - seen) > absent_s(settings.alert_interval_s):
         click.echo(f"warning: nobody looks at the alerts now; this is as of {_shown(seen)}", err=True)
+    return bool(why)
+
+
+def _in_memory(settings: Settings) -> tuple[list[str], str]:
+    """What fires by the running stack, and why the book has not got that: empty where it has, or nobody answers."""
+    from orchestrator.cli import stack
+    from orchestrator.client import GatewayClient, GatewayError
+
+    found = stack.running(settings)
+    if found is None:
+        return [], ""
+    try:
+        known = GatewayClient(found.ops, stack.ASK_S).summary().get("alerts")
+    except GatewayError:
+        return [], ""
+    if not isinstance(known, dict) or not known.get("unwritten"):
+        return [], ""
+    return [str(name) for name in known.get("names") or ()], str(known["unwritten"])
+
+
+def _not_there(settings: Settings, name: str, since: str, hint: str) -> CommandError:
+    """The book has no such alert. One that is in the memory of the running stack alone fires all the same."""
+    names, why = _in_memory(settings)
+    if name in names:
+        what = f"see whose {settings.home} is and whether its disk is full (`truthgpt cleanup plan`)"
+        return CommandError(f"{name} fires, but the alert book cannot be written: {why}", what)
+    return CommandError(f"{name} does not fire{since}", hint)
 
 
 def _titled(alert: Alert) -> str:
     labels = ", ".join(f"{key}={value}" for key, value in alert.labels.items())
     return f"{alert.name} {labels}".strip()
+
+
+def _what(alert: Alert) -> str:
+    """For a column. The labels, where its sentence does not have them."""
+    missing = [f"{key}={value}" for key, value in alert.labels.items() if value not in alert.summary]
+    return f"{alert.summary} ({', '.join(missing)})" if missing else alert.summary
 
 
 def _acknowledged(alert: Alert) -> str:
@@ -255,7 +289,7 @@ def _shown(at: float) -> str:
 
 def _short(at: float) -> str:
     """For a column, UTC."""
-    return time.strftime("%m-%d %H:%M:%S", time.gmtime(at))
+    return time.strftime("%m-%d %H:%M", time.gmtime(at))
 
 
 def _json(alert: Alert) -> dict[str, Any]:

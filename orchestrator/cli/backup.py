@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli.base import Command, Group, audited, json_option, print_json, settings_options
-from orchestrator.cli.keyflags import confirmed, when
+from orchestrator.cli.keyflags import asks, confirmed, when
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
@@ -48,13 +48,15 @@ def create(settings: Settings, no_models: bool, no_cache: bool, as_json: bool) -
     from orchestrator.ops import backup
 
     if settings.backup_key is None:
-        click.echo("note: the backup will not be encrypted, and has the audit log's key and the hashes of API keys; "
-                   "`truthgpt backup keygen` makes a key", err=True)  # fmt: skip
+        click.echo("note: the backup will not be encrypted, and has the audit log's key, the hashes of API keys and, "
+                   "in the clear, the secrets in truthgpt.toml; `truthgpt backup keygen` makes a key",
+                   err=True)  # fmt: skip
     with _bar("backing up", as_json) as progress:
         made = backup.create(settings, models=not no_models, cache=not no_cache, progress=progress)
+    _tell_recovered(made.recovered)
     audited(settings, "backup create", detail=f"{made.id}: {made.files} files")
     if as_json:
-        print_json({**asdict(made), "path": str(made.path)})
+        print_json({**asdict(made), "path": str(made.path.absolute())})
         return
     click.echo(f"{made.path}: {made.files} files, {_size(made.bytes)}\nsha256 {made.sha256}")
     if made.redis == "none":
@@ -77,7 +79,7 @@ def list_(settings: Settings, as_json: bool) -> None:
 
     found = backup.infos(settings.backups)
     if as_json:
-        print_json([{**asdict(info), "path": str(info.path)} for info in found])
+        print_json([{**asdict(info), "path": str(info.path.absolute())} for info in found])
     elif not found:
         click.echo(f"there are no backups in {settings.backups}", err=True)
     for info in [] if as_json else found:
@@ -105,13 +107,14 @@ def verify(settings: Settings, path: Path, as_json: bool) -> None:
     if as_json:
         print_json(_document(report))
     else:
-        click.echo(_told(report))
+        click.echo(_printable(_told(report)))
 
 
 _RESTORE_EPILOG = """\b
 Examples:
   truthgpt backup restore truthgpt-20261126T183000Z-1a2b3c4d.tar --dry-run
-  truthgpt backup restore truthgpt-20261126T183000Z-1a2b3c4d.tar --target /srv/truthgpt --yes
+  truthgpt backup restore truthgpt-20261126T183000Z-1a2b3c4d.tar --yes
+  truthgpt backup restore truthgpt-20261126T183000Z-1a2b3c4d.tar --target /srv/drill --model-repository /srv/models
 """
 
 
@@ -119,33 +122,44 @@ Examples:
 @click.argument("path", type=_PATH)
 @click.option("--target", type=click.Path(path_type=Path, file_okay=False), metavar="HOME", help="The home to put it "
               "into.  [default: the settings' home]")  # fmt: skip
+@click.option("--redis", "given_redis", is_flag=True, help="Into another home: put keys and all that Redis knows into "
+              "the Redis of TRUTHGPT_REDIS_URL.  [default: into files of that home]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show what would change and change nothing.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.  [default: ask only where somebody types]")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.  [default: ask where standard input is a terminal]")
 @json_option
 @settings_options("model_repository")
-def restore(settings: Settings, path: Path, target: Path | None, dry_run: bool, yes: bool, as_json: bool) -> None:
+def restore(
+    settings: Settings, path: Path, target: Path | None, given_redis: bool, dry_run: bool, yes: bool, as_json: bool
+) -> None:
     """Put a backup back into a home that no stack runs from, and into the model repository.
+
+    Into another home than the settings' one nothing of the deployment that is there is touched: models are replaced in
+    a folder that --model-repository names only, and the Redis of TRUTHGPT_REDIS_URL is left alone.
 
     All of it is checked first. What is replaced is moved aside, to HOME.before-TIME and REPOSITORY.before-TIME; logs,
     backups and whatever else is in the home stay. Where anything fails, everything is as it was.
     """
     from orchestrator.ops import backup
 
-    settings = replace(settings, home=settings.home if target is None else target)
-    asked = f"Put it into {settings.home} and {settings.model_repository}?"
+    named = settings.model_repository if settings.sources()["model_repository"].startswith("flag ") else None
 
     def agreed(report: Report, difference: Difference) -> bool:
         bar.stop()
         if not as_json:
             _show(report, difference)
-        confirmed(yes, asked)
+        elif asks(yes):
+            _show(report, difference, err=True)
+        confirmed(yes, f"Replace {_listed(difference.replaces)}?")
         bar.start()
         return True
 
     with _Bar("restoring", as_json) as bar:
-        result = backup.restore(settings, path, agreed, dry_run=dry_run, progress=bar.progress)
-    if result.recovered:
-        click.echo("a restore that was interrupted was undone first", err=True)
+        result = backup.restore(
+            settings, path, agreed, target=target, repository=named, given_redis=given_redis, dry_run=dry_run,
+            progress=bar.progress,
+        )  # fmt: skip
+    _tell_recovered(result.recovered)
+    settings = replace(settings, home=settings.home if target is None else target)
     if result.done:
         audited(settings, "backup restore", detail=result.report.manifest.id)
     if as_json:
@@ -161,6 +175,8 @@ def restore(settings: Settings, path: Path, target: Path | None, dry_run: bool, 
     click.echo(f"{result.report.manifest.id} is in {settings.home}")
     for folder in result.kept:
         click.echo(f"what was there before is in {folder}")
+    if result.elsewhere and "redis" in result.report.manifest.origins and "redis" not in result.difference.replaces:
+        click.echo(f"its keys are in {settings.home / 'redis'}, and used with: export TRUTHGPT_REDIS_URL=")
     if result.config is not None:
         click.echo(f"its settings are used with: export TRUTHGPT_CONFIG={result.config}")
 
@@ -255,6 +271,14 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield bar.progress
 
 
+def _tell_recovered(aside: Sequence[Path | str] | None) -> None:
+    if aside is None:
+        return
+    click.echo("a restore that was interrupted was undone first", err=True)
+    for path in aside:
+        click.echo(f"what had been made since in place of something that it had moved is in {path}", err=True)
+
+
 def _document(report: Report) -> dict[str, Any]:
     manifest = report.manifest
     return {
@@ -272,23 +296,33 @@ def _told(report: Report) -> str:
             f"has {trees}")  # fmt: skip
 
 
-def _show(report: Report, difference: Difference) -> None:
-    click.echo(_told(report))
+def _listed(replaces: dict[str, str]) -> str:
+    """Everything that gets other contents, in words."""
+    names = {"home": "the home", "models": "the model repository", "redis": "what is in the Redis"}
+    return " and ".join(f"{names[what]} {_printable(where)}" for what, where in replaces.items())
+
+
+def _show(report: Report, difference: Difference, err: bool = False) -> None:
+    def echo(text: str) -> None:
+        click.echo(_printable(text), err=err)
+
+    echo(_told(report))
+    echo(f"replaces  {_listed(difference.replaces)}")
     for tree, rows in difference.trees.items():
-        click.echo(f"{tree:<9} {len(rows.added)} added, {len(rows.changed)} changed, {len(rows.removed)} removed, "
-                   f"{rows.same} the same")  # fmt: skip
+        echo(f"{tree:<9} {len(rows.added)} added, {len(rows.changed)} changed, {len(rows.removed)} removed, "
+             f"{rows.same} the same")  # fmt: skip
         for mark, names in (("+", rows.added), ("~", rows.changed), ("-", rows.removed)):
             for name in names[:SHOWN]:
-                click.echo(f"  {mark} {_printable(name)}")
+                echo(f"  {mark} {name}")
             if len(names) > SHOWN:
-                click.echo(f"  {mark} and {len(names) - SHOWN} more")
+                echo(f"  {mark} and {len(names) - SHOWN} more")
     if "redis" in report.manifest.origins:
         was, now = difference.redis_backup, difference.redis_now
         known = f"{now['keys']} keys, {now['limits']} limits" if now is not None else difference.redis_unknown or "none"
-        click.echo(f"{'redis':<9} {was.get('keys')} keys, {was.get('limits')} limits, {was.get('entries')} entries; "
-                   f"now {_printable(known)}")  # fmt: skip
+        echo(f"{'redis':<9} {was.get('keys')} keys, {was.get('limits')} limits, {was.get('entries')} entries; "
+             f"now {known}")  # fmt: skip
     for name, before, after in difference.settings:
-        click.echo(f"{'setting':<9} {name} was {_printable(before) or '(unset)'}, is {after or '(unset)'}")
+        echo(f"{'setting':<9} {name} was {before or '(unset)'}, is {after or '(unset)'}")
 
 
 def _printable(text: str) -> str:

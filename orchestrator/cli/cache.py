@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from orchestrator.cli import table
 from orchestrator.cli.base import Command, CommandError, Group, audited, json_option, print_json, settings_options
 from orchestrator.cli.keyflags import NAME, confirmed
 from orchestrator.domain import TASKS
@@ -49,7 +50,7 @@ def stats(settings: Settings, as_json: bool) -> None:
         print_json(found)
         return
     rows = [(task, *(str(row[what]) for what in ("hits", "misses", "bypass", "large"))) for task, row in tasks.items()]
-    _table(("TASK", "HITS", "MISSES", "BYPASS", "LARGE"), rows)
+    table.show(("TASK", "HITS", "MISSES", "BYPASS", "LARGE"), rows)
     click.echo(f"hit rate {found['hit_rate']:.1%}, {found['entries']} entries, {_bytes(found['bytes'])}, "
                f"{found['evictions']} evictions")  # fmt: skip
 
@@ -114,7 +115,7 @@ def inspect(settings: Settings, key: str, limit: int, show_text: bool, as_json: 
     if not found:
         click.echo("the cache is empty", err=True)
         return
-    _table(("KEY", "TENANT", "TASK", "MODEL", "AGE", "TTL", "SIZE"), [_shown(row, len(key)) for row in found])
+    table.show(("KEY", "TENANT", "TASK", "MODEL", "AGE", "TTL", "SIZE"), [_shown(row, len(key)) for row in found])
     for row in found if show_text else ():
         click.echo(f"\n{row['key']}\n{_printable(row['text'])}")
 
@@ -149,7 +150,7 @@ def ttl(settings: Settings, task: str | None, seconds: int | None, adapt: bool, 
                 print_json(adapted)
             else:
                 rows = [(row["task"], *map(str, (row["requests"], row["before_s"], row["ttl_s"]))) for row in adapted]
-                _table(("TASK", "REQUESTS", "BEFORE", "SECONDS"), rows)
+                table.show(("TASK", "REQUESTS", "BEFORE", "SECONDS"), rows)
             return
         if task is not None and seconds is not None:
             cachetools.set_ttl(client, task, seconds)
@@ -160,7 +161,7 @@ def ttl(settings: Settings, task: str | None, seconds: int | None, adapt: bool, 
     if as_json:
         print_json(found)
     else:
-        _table(("TASK", "SECONDS"), [(name, str(value)) for name, value in found.items()])
+        table.show(("TASK", "SECONDS"), [(name, str(value)) for name, value in found.items()])
 
 
 def _shown(row: dict[str, Any], given: int) -> tuple[str, ...]:
@@ -181,15 +182,3 @@ def _bytes(count: int) -> str:
     return (
         f"{count} B" if count < 1024 else f"{count / 1024:.1f} KiB" if count < 1 << 20 else f"{count / 2**20:.1f} MiB"
     )
-
-
-def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)

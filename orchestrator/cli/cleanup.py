@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from orchestrator.cli import table
 from orchestrator.cli.base import Command, CommandError, Group, audited, json_option, print_json, settings_options
 from orchestrator.settings import Settings
 
@@ -131,17 +132,12 @@ def _totals(tallies: list[Tally]) -> dict[str, object]:
 
 
 def _show_items(items: list[Item], omitted: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("WHAT", "BYTES", "AGE", "WHY", "PATH"):
-        table.add_column(title, overflow="fold")
-    for item in items:
-        age = "" if item.age_s is None else _age(item.age_s)
-        table.add_row(item.what, str(item.bytes), age, item.why, _printable(item.path))
-    if items:
-        Console(markup=False, highlight=False).print(table)
+    rows = [
+        (item.what, str(item.bytes), "" if item.age_s is None else _age(item.age_s), item.why, _printable(item.path))
+        for item in items
+    ]
+    if rows:
+        table.show(("WHAT", "BYTES", "AGE", "WHY", "PATH"), rows, folds=("WHY", "PATH"))
     if omitted:
         click.echo(f"… and {omitted} more")
 

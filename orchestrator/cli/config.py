@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from orchestrator.cli import table
 from orchestrator.cli.base import Command, Group, json_option, print_json, settings_options
 from orchestrator.settings import Settings, SettingsError
 
@@ -33,7 +34,7 @@ def show(settings: Settings, as_json: bool) -> None:
     A value comes from, weakest first: its default, the profile that ENVIRONMENT names, the file (TRUTHGPT_CONFIG, else
     ./truthgpt.toml), the environment, a flag.
     """
-    sources, table = settings.sources(), Settings.table()
+    sources, known = settings.sources(), Settings.table()
     if as_json:
         print_json({
             "settings": [
@@ -41,21 +42,14 @@ def show(settings: Settings, as_json: bool) -> None:
                     "name": name, "value": _value(settings, name), "source": sources[name],
                     "env": spec.env, "help": spec.help,
                 }
-                for name, spec in table.items()
+                for name, spec in known.items()
             ],
             "file": None if settings.config_file is None else str(settings.config_file),
             "warnings": list(settings.warnings),
         })  # fmt: skip
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    rows = Table(box=None, pad_edge=False)
-    for title in ("SETTING", "VALUE", "SOURCE"):
-        rows.add_column(title, overflow="fold")
-    for name in table:
-        rows.add_row(name, settings.shown(name) or "(unset)", sources[name])
-    Console(markup=False, highlight=False).print(rows)
+    rows = [(name, settings.shown(name) or "(unset)", sources[name]) for name in known]
+    table.show(("SETTING", "VALUE", "SOURCE"), rows, folds=("VALUE",))
 
 
 def _value(settings: Settings, name: str) -> object:

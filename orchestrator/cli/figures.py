@@ -18,6 +18,7 @@ def lines(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("to token", _quantiles(figures.get("ttft_s"))),
         ("tokens", f"{figures.get('tokens_per_s', 0):g} generated a second"),
         ("users", _users(figures.get("active_users"))),
+        ("breaker", _breakers(figures.get("models") or ())),
         ("cache", _cache(figures.get("cache") or {})),
         ("memory", _memory(figures.get("memory") or {})),
         *((f"gpu {gpu.get('gpu')}", _part(gpu.get("used_bytes"), gpu.get("total_bytes")))
@@ -71,6 +72,13 @@ def _quantiles(values: Mapping[str, Any] | None) -> str:
 
 def _users(count: int | None) -> str:
     return "" if count is None else f"about {count} in five minutes"
+
+
+def _breakers(models: Any) -> str:
+    """Of the models that are left alone, or that the next request tries."""
+    shown = {"open": "open", "half_open": "half open"}
+    found = [f"{model['name']} {shown[model['breaker']]}" for model in models if model.get("breaker") in shown]
+    return f"{', '.join(found)} (`truthgpt breaker show`)" if found else ""
 
 
 def _cache(cache: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.cli import table
 from orchestrator.cli.base import (
     Command,
     CommandError,
@@ -74,7 +75,7 @@ def list_jobs(settings: Settings, as_json: bool) -> None:
         times = ("last_run", "last_success", "next_run")
         print_json([{**row, **{name: _stamp(row[name]) for name in times}} for row in rows])
         return
-    _table(
+    table.show(
         ("NAME", "SCHEDULE", "LAST RUN", "RESULT", "NEXT (UTC)", "STATE"),
         [
             (row["name"], row["schedule"] or "off", _short(row["last_run"]) or "never", row["last_result"] or "",
@@ -206,13 +207,14 @@ def history(settings: Settings, job: Job | None, limit: int, as_json: bool) -> N
     if not runs:
         click.echo("no runs yet", err=True)
         return
-    _table(
+    table.show(
         ("JOB", "STARTED (UTC)", "SECONDS", "RESULT", "WHAT", "WHERE"),
         [
             (ended.job, _short(ended.started), f"{ended.seconds:.1f}", ended.result,
              _printable(ended.error or ended.did), _printable(ended.holder))
             for ended in runs
         ],
+        folds=("WHAT",),
     )  # fmt: skip
 
 
@@ -248,15 +250,3 @@ def _short(at: float | None) -> str:
 def _printable(text: str) -> str:
     """What a terminal may be given."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)

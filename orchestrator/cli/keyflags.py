@@ -83,11 +83,14 @@ def limit_options(minimum: int) -> Callable[[_F], _F]:
     return decorate
 
 
+def asks(yes: bool) -> bool:
+    """Whether `confirmed` asks: where somebody sits at a terminal and has not said yes."""
+    return not yes and sys.stdin.isatty()
+
+
 def confirmed(yes: bool, question: str) -> None:
     """Ask where somebody sits at a terminal; a script has said what it wants. Raises CommandError after a no."""
-    if yes or not sys.stdin.isatty():
-        return
-    if not click.confirm(question, err=True):
+    if asks(yes) and not click.confirm(question, err=True):
         raise CommandError("nothing was changed", "--yes does not ask")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.cli import table
 from orchestrator.cli.base import Command, Group, audited, json_option, print_json, settings_options
 from orchestrator.cli.keyflags import DURATION, NAME, confirmed, limit_options, when
 from orchestrator.keys import OPEN_TENANT
@@ -84,16 +85,10 @@ def list_keys(settings: Settings, tenant: str | None, as_json: bool) -> None:
     elif not found:
         click.echo("there are no keys; `truthgpt keys create --tenant NAME` makes one", err=True)
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False)
-        for title in ("ID", "TENANT", "SCOPE", "STATE", "EXPIRES", "NOTE"):
-            table.add_column(title, overflow="fold")
         now = time.time()
-        for key in found:
-            table.add_row(key.id, key.tenant, key.scope, key.state(now), when(key.expires) or "never", key.note)
-        Console(markup=False, highlight=False).print(table)
+        rows = [(key.id, key.tenant, key.scope, key.state(now), when(key.expires) or "never", key.note)
+                for key in found]  # fmt: skip
+        table.show(("ID", "TENANT", "SCOPE", "STATE", "EXPIRES", "NOTE"), rows, folds=("NOTE",))
 
 
 _SHOW_EPILOG = """\b

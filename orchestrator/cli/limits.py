@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.cli import table
 from orchestrator.cli.base import Command, Group, audited, json_option, print_json, settings_options
 from orchestrator.cli.keyflags import UNSET, confirmed, limit_options
 from orchestrator.settings import Settings
@@ -59,15 +60,8 @@ def show(settings: Settings, id: str, as_json: bool) -> None:
     rows = list(_rows(found))
     click.echo(f"{subject.id} of {subject.tenant}{'' if rows else ' has no limits'}")
     if rows:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False)
-        for title in ("ENDPOINT", "WINDOW", "USED", "LIMIT", "REMAINING", "RESET"):
-            table.add_column(title, overflow="fold", justify="left" if title in ("ENDPOINT", "WINDOW") else "right")
-        for row in rows:
-            table.add_row(*row)
-        Console(markup=False, highlight=False).print(table)
+        numbers = ("USED", "LIMIT", "REMAINING", "RESET")
+        table.show(("ENDPOINT", "WINDOW", *numbers), rows, right=numbers)
 
 
 _SET_EPILOG = """\b

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from orchestrator.cli import table
 from orchestrator.cli.base import Command, CommandError, Group, json_option, print_json, settings_options
 from orchestrator.cli.modelcontrol import load, reload, unload
 from orchestrator.cli.modelverify import verify
@@ -57,16 +58,10 @@ def list_models(settings: Settings, as_json: bool) -> None:
     elif not rows:
         click.echo(f"{settings.model_repository} has no models; `truthgpt export` adds one", err=True)
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False)
-        for title in ("NAME", "VERSION", "TASK", "PRECISION", "TARGET", "STATE"):
-            table.add_column(title, overflow="fold")
         for row in rows:
             row["task"] = "graph only" if row.pop("graph_only") else row["task"]
-            table.add_row(*(str(value or "?") for value in row.values()))
-        Console(markup=False, highlight=False).print(table)
+        titles = ("NAME", "VERSION", "TASK", "PRECISION", "TARGET", "STATE")
+        table.show(titles, [[str(value or "?") for value in row.values()] for row in rows])
 
 
 _SHOW_EPILOG = """\b

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.cli import table
 from orchestrator.cli.base import Command, CommandError, json_option, print_json, settings_options
 from orchestrator.settings import Settings
 
@@ -86,16 +87,11 @@ def _document(verdict: Verdict) -> dict[str, Any]:
 
 
 def _print(verdicts: Sequence[Verdict]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("NAME", "VERSION", "FILES", "SIZE", "RESULT"):
-        table.add_column(title, overflow="fold")
+    rows = []
     for verdict in verdicts:
         result = "ok" if verdict.ok else "\n".join(text for _, text in verdict.problems)
-        table.add_row(verdict.name, str(verdict.version), str(verdict.files), _size(verdict.bytes), result)
-    Console(markup=False, highlight=False).print(table)
+        rows.append((verdict.name, str(verdict.version), str(verdict.files), _size(verdict.bytes), result))
+    table.show(("NAME", "VERSION", "FILES", "SIZE", "RESULT"), rows, folds=("RESULT",))
 
 
 def _size(count: int) -> str:

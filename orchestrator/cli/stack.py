@@ -51,7 +51,7 @@ def report(settings: Settings) -> dict[str, Any]:
         return empty | {"detail": f"no stack is running from {settings.home}"}
     empty["uptime_s"] = round(max(0.0, time.time() - found.started), 1)
     empty["triton"]["url"], empty["redis"]["url"] = found.triton_http, mask_url(found.redis)
-    known: dict[str, Any] = {"pid": found.pid, "http": found.http, "grpc": found.grpc}
+    known: dict[str, Any] = {"pid": found.pid, "http": found.http, "grpc": found.grpc, "ops": found.ops}
     known["home"] = str(Path(settings.home).absolute())
     with contextlib.suppress(GatewayError):
         known["figures"] = GatewayClient(found.ops, ASK_S).summary()

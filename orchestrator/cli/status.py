@@ -61,7 +61,9 @@ def shown(found: dict[str, Any]) -> list[str]:
     for name in ("triton", "redis"):
         up = {True: "up", False: "away", None: "unknown"}[found[name]["up"]]
         lines.append(f"  {name:<9} {up}, {found[name]['url']}")
-    return lines + [f"  {what:<9} {how}" for what, how in figures.lines(found["figures"] or {})]
+    if found["figures"] is None:
+        return [*lines, f"  {'figures':<9} unknown: {found['ops']} does not answer"]
+    return lines + [f"  {what:<9} {how}" for what, how in figures.lines(found["figures"])]
 
 
 def _device(row: dict[str, Any]) -> str:

@@ -236,8 +236,13 @@ class ModelWatch:
         failing_s = now - watched.good_at
         if failing_s < healing.SUSPECT_S:
             return Action.WAIT
-        if now < watched.patient_until and server.returncode is None and not await self._left_out(watched.name):
-            return Action.WAIT
+        if now < watched.patient_until and server.returncode is None and runs(server.pid):
+            state = await self._state(watched.name)
+            if state in (None, LOADING):
+                return Action.WAIT
+            if state == READY:  # patience was for its loading: it answers from now on
+                watched.good_at, watched.patient_until = now, 0.0
+                return Action.WAIT
         at_work = modelset.changed_now(self._home) == watched.name.removesuffix(ENGINE)
         if pending and at_work:
             watched.forget()  # what it was asked may be waiting for a version that goes
@@ -260,11 +265,11 @@ class ModelWatch:
             return any(row.unloaded for row in rows) and not any(row.state in (READY, LOADING) for row in rows)
         return False
 
-    async def _left_out(self, name: str) -> bool:
-        """Whether Triton answers and neither has the model nor is loading it."""
+    async def _state(self, name: str) -> str | None:
+        """What Triton says of a model, empty where it does not have it; None while it does not answer."""
         with contextlib.suppress(TruthGPTError):
-            return (await self._triton.index()).get(name, ("", ""))[1] in ("", "UNAVAILABLE")
-        return False
+            return (await self._triton.index()).get(name, ("", ""))[1]
+        return None
 
     async def _start_again(self) -> None:
         await self._cancel(self._watched.values())

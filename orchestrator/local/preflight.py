@@ -106,11 +106,11 @@ def clear_leftovers(home: Path) -> bool:
 
 def end_leftover(pid: int, home: Path) -> None:
     """Kill a recorded process group if it is still one that this home's supervisor started."""
-    if _about(pid, home):  # a pid may have been taken by another program since
+    if belongs(pid, home):  # a pid may have been taken by another program since
         kill_group(pid)
 
 
-def _about(pid: int, home: Path) -> bool:
+def belongs(pid: int, home: Path) -> bool:
     """Whether a process has a home's folder or shared memory prefix in its arguments, or the folder as its setting."""
     try:
         process = psutil.Process(pid)

@@ -63,8 +63,11 @@ class Supervisor:
         """
         installation = tritonserver.find()
         with state.lock(self._home):
-            if swap.recover(self._home):
+            aside = swap.recover(self._home)
+            if aside is not None:
                 self._report("a restore that was interrupted has been undone")
+                for path in aside:
+                    self._report(f"what had been made since in place of something that it had moved is in {path}")
             cleared = preflight.clear_leftovers(self._home)
             preflight.check_ports(self._settings, preflight.GONE_S if cleared else 0.0)
             repository = self._settings.model_repository

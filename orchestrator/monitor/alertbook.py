@@ -1,6 +1,7 @@
 """The alert book: `alerts.json` in the home, which the gateway and the commands change together, one at a time.
 
 Blocking: for threads and commands. Whoever changes it holds a lock on `alerts.lock`, and replaces the file by a rename.
+Both files are the home's owner's, also where a command runs as root.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.monitor.alerts import Document, from_json, to_json
+from orchestrator.ownership import make_folder, open_owned
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def update(home: Path, edit: Callable[[Document], tuple[Document, _T]], lock_s: 
 
     A book that cannot be understood is moved aside, and a new one begun.
     """
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(home)
     with _locked(home / LOCK, lock_s):
         try:
             document = _read(home)
@@ -103,7 +105,8 @@ def _dumped(document: Document) -> bytes:
 def _write(home: Path, data: bytes) -> None:
     """In one step: whoever reads finds the book before or the book after. Only its owner may read it."""
     new = home / f"{NAME}.new"  # one name, as only one writes at a time: nothing is left but what the next one replaces
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    new.unlink(missing_ok=True)
+    fd = open_owned(new, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
     with os.fdopen(fd, "wb") as file:
         file.write(data)
         file.flush()
@@ -114,7 +117,7 @@ def _write(home: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def _locked(path: Path, lock_s: float) -> Iterator[None]:
     """Raises TimeoutError (an OSError) where somebody else has held the lock for `lock_s` seconds."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fd = open_owned(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
         deadline = time.monotonic() + lock_s
         while True:

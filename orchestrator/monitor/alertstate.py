@@ -28,6 +28,7 @@ from orchestrator.monitor.rules import CRITICAL, RULES, identity
 
 KEPT_S = 3600.0  # after it was resolved
 CLEAR_S, CLEAR_LOOKS = 60.0, 6  # for so long, or in so many looks where that is shorter, it must not have held
+LINGER = 5  # times as long for what is likely to hold again
 ABSENT_S, ABSENT_LOOKS = 60.0, 3  # a gateway that has not looked for the longer of the two is gone
 AGAIN_S = 300.0  # after a sender gave up, while the message is still the newest of its alert
 
@@ -80,7 +81,12 @@ class Tracker:
             else:
                 self._clear.setdefault(id, now)
         self._clear = {id: since for id, since in self._clear.items() if id in firing}
-        return sightings, frozenset(id for id, since in self._clear.items() if now - since >= self._clear_s)
+        over = set()
+        for id, since in self._clear.items():
+            lingers = found.lingers(firing[id].name, firing[id].labels)
+            if now - since >= self._clear_s * (LINGER if lingers else 1):
+                over.add(id)
+        return sightings, frozenset(over)
 
 
 @dataclass(frozen=True)

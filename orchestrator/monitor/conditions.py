@@ -15,6 +15,7 @@ from orchestrator.masking import masked
 from orchestrator.settings import Settings
 
 SUMMARY_CHARS, LABEL_CHARS = 400, 200
+WHOLE_WINDOW_S = 290.0  # of the five minutes of the rates, which are counted in steps of some seconds
 
 Figures = Mapping[str, Any]
 Labels = tuple[tuple[str, str], ...]
@@ -33,13 +34,20 @@ class Condition:
 
 @dataclass(frozen=True)
 class Assessment:
-    """What holds, and of what nobody can tell: (name, labels), with None for labels where it is all of a name."""
+    """What holds, and of what nobody can tell: (name, labels), with None for labels where it is all of a name.
+
+    `lingering` does not hold, but is likely to again: its alert is resolved later than others.
+    """
 
     holding: list[Condition] = field(default_factory=list)
     unknown: frozenset[tuple[str, Labels | None]] = frozenset()
+    lingering: frozenset[tuple[str, Labels]] = frozenset()
 
     def is_unknown(self, name: str, labels: Mapping[str, str]) -> bool:
         return (name, None) in self.unknown or (name, tuple(sorted(labels.items()))) in self.unknown
+
+    def lingers(self, name: str, labels: Mapping[str, str]) -> bool:
+        return (name, tuple(sorted(labels.items()))) in self.lingering
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class _Seen:
     value: float | None = None
     threshold: float | None = None
     labels: Labels | None = ()
+    lingers: bool = False
 
 
 def conditions(figures: Figures, settings: Settings) -> list[Condition]:
@@ -62,14 +71,30 @@ def assess(figures: Figures, settings: Settings) -> Assessment:
     """What holds and what is unknown. `figures` may lack anything; of `notifications` and `up_s` see watcher.py."""
     holding: dict[tuple[str, Labels], Condition] = {}
     unknown: set[tuple[str, Labels | None]] = set()
+    lingering: set[tuple[str, Labels]] = set()
     for name, check in _CHECKS.items():
         for seen in check(figures, settings):
             if seen.holds is None:
-                unknown.add((name, seen.labels))
+                if not _is_off(name, settings):
+                    unknown.add((name, seen.labels))
+            elif seen.lingers and seen.labels is not None:
+                lingering.add((name, seen.labels))
             elif seen.holds and seen.labels is not None:
                 key = (name, seen.labels)
                 holding[key] = Condition(name, dict(seen.labels), _line(seen.summary), seen.value, seen.threshold)
-    return Assessment(list(holding.values()), frozenset(unknown))
+    return Assessment(list(holding.values()), frozenset(unknown), frozenset(lingering))
+
+
+def _is_off(name: str, settings: Settings) -> bool:
+    """Whether what an alert is about is switched off: that nobody knows of it then does not keep the alert."""
+    no_redis = settings.redis_url is None
+    return {
+        "TruthGPTRedisAway": no_redis,
+        "TruthGPTLimitsDegraded": no_redis or settings.limits == "off",
+        "TruthGPTJobFailing": no_redis or not settings.maintenance,
+        "TruthGPTAuditAway": not settings.audit,
+        "TruthGPTBackupTooOld": not settings.backup,
+    }.get(name, False)
 
 
 def _memory(figures: Figures, settings: Settings) -> Iterator[_Seen]:
@@ -103,8 +128,11 @@ def _share(what: str, used: object, total: object, limit: float, labels: Labels 
 
 def _errors(figures: Figures, settings: Settings) -> Iterator[_Seen]:
     rate, requests = _number(figures.get("error_rate")), _number(figures.get("requests"))
-    limit = settings.alert_error_rate
-    if (rate is not None and rate <= limit) or (requests is not None and requests < settings.alert_error_requests):
+    limit, window_s = settings.alert_error_rate, _number(figures.get("window_s"))
+    few = requests is not None and requests < settings.alert_error_requests
+    if few and window_s is not None and window_s < WHOLE_WINDOW_S:
+        yield _Seen(None)  # a gateway that has just begun: few in so short a time say nothing
+    elif few or (rate is not None and rate <= limit):
         yield _Seen(False)
     elif rate is None or requests is None:
         yield _Seen(None)
@@ -128,8 +156,9 @@ def _breakers(figures: Figures, settings: Settings) -> Iterator[_Seen]:
     for labels, row in _rows(figures, "models", "name", "model"):
         state = row.get("breaker")
         known = state if state in ("closed", "half_open", "open") else None
-        summary = f"The circuit breaker of the model {_of(labels)} is {str(known).replace('_', ' ')}."
-        yield _Seen(None if known is None else known != "closed", summary, labels=labels)
+        summary = f"The circuit breaker of the model {_of(labels)} is open."
+        # half open, the next request decides; a model that nobody asks would stay so for ever
+        yield _Seen(None if known is None else known == "open", summary, labels=labels, lingers=known == "half_open")
 
 
 def _not_ready(figures: Figures, settings: Settings) -> Iterator[_Seen]:
@@ -159,12 +188,13 @@ def _backup(figures: Figures, settings: Settings) -> Iterator[_Seen]:
     if not wanted:
         yield _Seen(False)
         return
-    newest, now, up_s = _number(backup["newest_at"]), _moment(figures.get("time")), _number(figures.get("up_s"))
+    newest, now, since = _number(backup["newest_at"]), _moment(figures.get("time")), _number(backup.get("since"))
     if newest is not None:
         age_s = None if now is None else now - newest
         summary = f"The newest backup is {_hours(age_s)} old; the threshold is {_hours(limit)}."
     elif backup["newest_at"] is None:
-        age_s, summary = up_s, f"There is no backup, and the gateway has been up for {_hours(up_s)}."
+        age_s = _number(figures.get("up_s")) if now is None or since is None else now - since
+        summary = f"There is no backup, and the home is {_hours(age_s)} old; the threshold is {_hours(limit)}."
     else:
         age_s, summary = None, ""
     if age_s is None:

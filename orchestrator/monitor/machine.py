@@ -5,10 +5,13 @@ Each is read in a thread of its own (sampled.py), so that what hangs holds up no
 
 from __future__ import annotations
 
+import calendar
+import contextlib
 import os
+import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from orchestrator.monitor.memory import Memory, memory
 from orchestrator.monitor.sampled import EVERY_S, STALE_S, Sampled
 from orchestrator.settings import Settings
 
-BACKUP_FILES = "truthgpt-*.tar*"  # one that is being made has a hidden name
+BACKUP_FILE = re.compile(r"truthgpt-(\d{8}T\d{6}Z)-[0-9a-f]{8}\.tar(?:\.age)?")  # as ops/backup/names.py has it
+IDENTITY_FILE = ".truthgpt-id"  # of a home, made once: see jobs/identity.py
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,10 @@ class Disk:
 
 @dataclass(frozen=True)
 class NewestBackup:
-    """When it was made, as Unix time; None while there is none."""
+    """When it was made, as Unix time; None while there is none. `since`: how long the home has been there, as well."""
 
     at: float | None
+    since: float | None = None
 
 
 def disk(folder: str, path: Path, statvfs: Callable[[Path], os.statvfs_result] = os.statvfs) -> Disk:
@@ -50,21 +55,23 @@ def disk(folder: str, path: Path, statvfs: Callable[[Path], os.statvfs_result] =
     raise FileNotFoundError(f"{path} has no parent")
 
 
-def newest_backup(folder: Path) -> NewestBackup:
-    """By the time of its last change. Raises OSError where the folder cannot be read."""
-    newest: float | None = None
+def newest_backup(folder: Path, home: Path | None = None) -> NewestBackup:
+    """By the times in their names: one that was copied is as old as before. Raises OSError for what cannot be read."""
+    since = None
+    if home is not None:
+        with contextlib.suppress(FileNotFoundError):
+            since = os.lstat(home / IDENTITY_FILE).st_mtime
+    made = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if fnmatchcase(entry.name, BACKUP_FILES) and entry.is_file():
-                    try:
-                        changed = entry.stat().st_mtime
-                    except FileNotFoundError:  # removed meanwhile
-                        continue
-                    newest = changed if newest is None else max(newest, changed)
+                match = BACKUP_FILE.fullmatch(entry.name)
+                if match is not None and entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(ValueError):  # a date that does not exist
+                        made.append(float(calendar.timegm(time.strptime(match[1], "%Y%m%dT%H%M%SZ"))))
     except FileNotFoundError:
-        return NewestBackup(None)
-    return NewestBackup(newest)
+        pass
+    return NewestBackup(max(made, default=None), since)
 
 
 class Machine:
@@ -84,7 +91,9 @@ class Machine:
         self._memory: Sampled[Memory] = sampled("the memory", lambda: memory(root))
         self._gpus: Sampled[tuple[Gpu, ...]] = sampled("the GPUs' memory", (gpus or Gpus()).read)
         self._known_gpus: tuple[Gpu, ...] = ()
-        self._newest: Sampled[NewestBackup] = sampled("the newest backup", lambda: newest_backup(settings.backups))
+        self._newest: Sampled[NewestBackup] = sampled(
+            "the newest backup", lambda: newest_backup(settings.backups, settings.home)
+        )
         self._disks: dict[str, Sampled[Disk]] = {
             folder: sampled(f"the disk of {folder}", partial(disk, folder, path, statvfs))
             for folder, path in folders.items()
@@ -155,9 +164,11 @@ class Machine:
     def figures(self) -> dict[str, Any]:
         """The same as JSON: memory, gpus, disks and backup; what is unknown is None.
 
-        Of the newest backup None says that there is none; while that is unknown `newest_at` is left out.
+        Of the newest backup None says that there is none; while that is unknown `newest_at` is left out. `since` is
+        when the home began.
         """
         found, newest = self.memory, self.newest_backup
+        backup = {"newest_at": newest.at, "since": newest.since} if newest else {}
         return {
             "memory": asdict(found) if found else {"used_bytes": None, "total_bytes": None},
             "gpus": [asdict(gpu) for gpu in self.gpus],
@@ -166,7 +177,7 @@ class Machine:
                 {"folder": folder, "free_bytes": None, "total_bytes": None}
                 for folder, sampled in self._disks.items()
             ],
-            "backup": {"wanted": self._wanted, **({"newest_at": newest.at} if newest else {})},
+            "backup": {"wanted": self._wanted, **backup},
         }  # fmt: skip
 
     def _all(self) -> tuple[Sampled[Any], ...]:

@@ -54,7 +54,8 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "TruthGPTBreakerOpen", CRITICAL, 0.0, "A model failed several times in a row and is being left alone.",
-            "Find out why it fails (`truthgpt breaker show`, Triton's log); it is tried again by itself.", shared=True,
+            "Find out why it fails (`truthgpt breaker show`, Triton's log); after a pause the next request tries it.",
+            shared=True,
         ),
         Rule(
             "TruthGPTRedisAway", CRITICAL, 10.0, "Redis does not answer.",

@@ -10,20 +10,20 @@ import asyncio
 import contextlib
 import copy
 import logging
+import math
 import os
 import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.metrics import Labels, Reading
-from orchestrator.monitor import alertbook, alertstate
+from orchestrator.monitor import alertbook, alertstate, claims
 from orchestrator.monitor.alerts import ELSEWHERE, Alert, Document
 from orchestrator.monitor.alertstate import Due, Tracker, Watch
 from orchestrator.monitor.aside import Aside
-from orchestrator.monitor.claims import claim
 from orchestrator.monitor.conditions import Figures, assess
 from orchestrator.monitor.notice import Notice, of_alert
 from orchestrator.monitor.notifier import Notifier
@@ -56,7 +56,8 @@ class Watcher:
         self._tracker = Tracker(self._host, alertstate.clear_s(interval_s))
         self._began = clock()
         self._document = Document()
-        self._unsaved = False  # the book in memory is newer than the one on the disk
+        self._unwritten: str | None = None  # why the book in memory is newer than the one on the disk
+        self._renewed = -math.inf
         self._aside = Aside("alert book")
         self._unfinished: set[tuple[str, str]] = set()
         self._results: list[tuple[str, str, str, str]] = []
@@ -107,10 +108,16 @@ class Watcher:
             log.log(level, "alert %s: %s %s", alert.state, alert.name, alert.summary)
         for message in due:
             await self._tell(message)
+        self._renew()
 
     def counts(self) -> dict[str, int]:
         """How many alerts fire, and how many of them are critical."""
         return alertstate.counts(self._document)
+
+    def figures(self) -> dict[str, Any]:
+        """Its part of the summary: what fires, and why the book on the disk does not have that, None where it has."""
+        names = {alert.name for alert in self._document.alerts.values() if alert.firing}
+        return {**self.counts(), "names": sorted(names), "unwritten": self._unwritten}
 
     def readings(self) -> dict[str, Reading]:
         """The series that are read from here, see metrics_table.py."""
@@ -125,13 +132,29 @@ class Watcher:
         notice, alert = of_alert(due.alert), due.alert
         rule = RULES.get(alert.name)
         if self._store is not None and rule is not None and rule.shared:
-            repeat_s, repeats = self._watch.repeat_s, alert.message.repeats
-            if not await claim(self._store, alert.id, alert.state, self._replica, self._now(), repeat_s, repeats):
+            watch, repeats = self._watch, alert.message.repeats
+            answer = await claims.claim(
+                self._store, alert.id, alert.state, self._replica, self._now(), watch.repeat_s, repeats, watch.absent_s
+            )
+            if answer == claims.LATER:
+                return  # it stays queued in the book, and is due again at the next look
+            if answer == claims.ELSEWHERE:
                 self._results += [(alert.id, notice.id, sender, ELSEWHERE) for sender in due.senders]
                 self._heard.set()
                 return
         self._unfinished |= {(notice.id, sender) for sender in due.senders}
         self._notifier.tell(notice, due.senders)
+
+    def _renew(self) -> None:
+        """Say to the other replicas, three times within the time that it counts, what this one still sees fire."""
+        watch = self._watch
+        if self._store is None or self._clock() - self._renewed < watch.absent_s / 3:
+            return
+        self._renewed = self._clock()
+        for alert in self._document.alerts.values():
+            rule = RULES.get(alert.name)
+            if alert.firing and rule is not None and rule.shared and watch.instance in alert.holders:
+                claims.renew(self._store, alert.id, self._replica, watch.repeat_s, watch.absent_s)
 
     async def _note(self) -> None:
         self._heard.clear()
@@ -151,7 +174,8 @@ class Watcher:
 
     async def _change(self, edit: Callable[[Document], _T]) -> _T:
         """Edit the book on the disk, else the one in memory."""
-        memory, unsaved, home = self._document, self._unsaved, self._settings.home
+        memory, home = self._document, self._settings.home
+        unsaved = self._unwritten is not None
 
         def edited(disk: Document) -> tuple[Document, _T]:
             document = alertstate.merge(disk, copy.deepcopy(memory)) if unsaved else disk
@@ -159,11 +183,11 @@ class Watcher:
 
         try:
             self._document, result = await self._aside.run(lambda: alertbook.update(home, edited), BOOK_S)
-            self._unsaved = False
+            self._unwritten = None
             self._over("book")
         except (OSError, RuntimeError) as error:
             self._fault("book", "the alert book cannot be kept on the disk, and is in memory", error)
-            self._document, self._unsaved = copy.deepcopy(memory), True
+            self._document, self._unwritten = copy.deepcopy(memory), _why(error)
             result = edit(self._document)
         return result
 
@@ -178,8 +202,11 @@ class Watcher:
     def _fault(self, kind: str, what: str, error: Exception) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            why = (error.strerror or str(error)) if isinstance(error, OSError) else type(error).__name__
-            log.error("%s: %s", what, why, exc_info=None if isinstance(error, OSError) else error)
+            log.error("%s: %s", what, _why(error), exc_info=None if isinstance(error, OSError) else error)
 
     def _over(self, kind: str) -> None:
         self._said.discard(kind)
+
+
+def _why(error: Exception) -> str:
+    return (isinstance(error, OSError) and (error.strerror or str(error))) or type(error).__name__

@@ -16,6 +16,7 @@ from orchestrator.auditwriter import AuditLog
 from orchestrator.domain import Incident
 from orchestrator.fingerprint import Fingerprint
 from orchestrator.keys import is_address, subject_of
+from orchestrator.local import swap
 from orchestrator.settings import Settings
 
 
@@ -61,6 +62,8 @@ def note(settings: Settings, operation: str, subject: str = "", detail: str = ""
     if not settings.audit:
         return ""
     try:
+        if swap.pending(settings.home):  # the log may be moved aside: another would begin, and be in its way
+            return "a restore was interrupted; `truthgpt up`, `truthgpt backup create` or another restore undoes it"
         incident = Incident(
             kind="admin", id="", edge="cli", operation=operation, caller=f"user-{_user()}", address="",
             at=time.time(), subject=subject, detail=detail,

@@ -188,6 +188,9 @@ def check_backup(deployment: Deployment) -> Finding:
             return Finding("backup", True, f"{_off('backup')}, and there is none", _on(deployment, "backup"))
         hint = "make one with `truthgpt backup create`" if deployment.stack else ""
         return Finding("backup", deployment.stack is None, f"there is no backup in {settings.backups}", hint)
+    if newest.ahead(time.time()):
+        hint = "set the clock of this machine; if it is right, remove or rename that file, whose date is wrong"
+        return Finding("backup", False, f"the newest backup, {newest.path.name}, is dated in the future", hint)
     try:
         report = backup.verify(newest.path, settings.backup_key)
     except (backup.BackupError, OSError) as error:

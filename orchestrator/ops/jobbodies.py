@@ -63,7 +63,7 @@ def _backup(task: Task) -> str:
     made = backup.create(settings, models=settings.backup_models, progress=lambda done, total: task.guard())
     auditing.note(settings, "backup create", detail=made.id)
     task.guard()
-    removed = backup.prune(settings)
+    removed = backup.prune(settings, made=made.path)
     return f"made {made.path.name}, removed {len(removed)} that are too old"
 
 
@@ -74,6 +74,9 @@ def _backup_check(task: Task) -> str:
     made = backup.newest(settings.backups)
     if made is None:
         raise JobFailed(f"there is no backup in {settings.backups}", "`truthgpt jobs run backup` makes one")
+    if made.ahead(time.time()):
+        hint = "set the clock of this machine; if it is right, remove or rename that file, whose date is wrong"
+        raise JobFailed(f"the newest backup, {made.path.name}, is dated in the future", hint)
     age_s = time.time() - made.created
     if age_s > settings.alert_backup_age_s:
         hint = "`truthgpt jobs history backup` says why none was made since"

@@ -1,7 +1,8 @@
 """What interrupted work has left: an export, a start, a write, a backup.
 
-An export (export/repository.py) and a backup hold an flock on what they write, for as long as they live, however they
-end. Others name what they are writing by a temporary name and rename it: what has such a name and is old is nobody's.
+An export (export/repository.py) and a backup (ops/backup/names.py) hold an flock on what they write, for as long as
+they live, however they end. Others name what they are writing by a temporary name and rename it: what has such a name
+and is old is nobody's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from orchestrator.local.process import alive
 from orchestrator.models import REMOVED, STAGING
+from orchestrator.ops.backup import names
 from orchestrator.ops.cleanwork import Work
 from orchestrator.ops.folders import Found, entered, listed, opened, remove_tree, walked
 from orchestrator.settings import MODEL_NAME, Settings
@@ -29,7 +31,6 @@ _RANDOM = r"[a-z0-9_]{8}"  # as tempfile makes names
 _WRITTEN = re.compile(rf"(?:state|models|audit\.key|\.truthgpt-id)-{_RANDOM}")
 _IDENTITY = re.compile(rf"\.truthgpt-id-{_RANDOM}")
 _AUDIT = re.compile(rf"base-{_RANDOM}")
-_BACKUP = re.compile(r"\.truthgpt-.+\.part")
 
 
 def temporary(settings: Settings, work: Work) -> None:
@@ -41,17 +42,19 @@ def temporary(settings: Settings, work: Work) -> None:
             owner = _BACKEND.fullmatch(found.name)
             if owner is not None and found.is_folder and _touched(found) < oldest and not alive(int(owner[1])):
                 _remove(work, found, "backends of a start that was interrupted")
-    for base, names, pattern in (
+    for base, folders, pattern in (
         (settings.home, (), _WRITTEN), (settings.home, ("audit",), _AUDIT), (settings.model_repository, (), _IDENTITY),
     ):  # fmt: skip
-        with opened(base, *names) as fd:
-            for found in listed(fd, str(base.joinpath(*names)), work.failed) if fd is not None else ():
+        with opened(base, *folders) as fd:
+            for found in listed(fd, str(base.joinpath(*folders)), work.failed) if fd is not None else ():
                 if found.is_file and pattern.fullmatch(found.name) and _touched(found) < oldest:
                     _remove(work, found, "file that was not written to its end")
-    with opened(settings.backups) as fd:
-        for found in listed(fd, str(settings.backups), work.failed) if fd is not None else ():
-            if found.is_file and _BACKUP.fullmatch(found.name) and _touched(found) < oldest:
-                _remove_unlocked(work, found, "backup that was not made to its end")
+
+    def part(path: Path, facts: os.stat_result) -> None:
+        why = "backup that was not made to its end"
+        work.remove(str(path), facts.st_size, why, path.unlink, work.now - facts.st_mtime)
+
+    names.clear_abandoned(settings.backups, work.now, part)
 
 
 def _staging(repository: Path, work: Work, oldest: float) -> None:

@@ -12,20 +12,24 @@ import pytest
 import yaml
 
 from orchestrator.metrics_table import TABLE
+from orchestrator.monitor.conditions import conditions
 from orchestrator.monitor.rules import RULES as BUILT_IN
 from orchestrator.settings import Settings
+from tests.orchestrator.monitor.test_conditions import NOW, WELL
 
 from .promql import DASHBOARD, DEPLOY, EXPRESSIONS, RULES, SCRAPED, Use, labels_of, panels, parse
 
 ROOT = DEPLOY.parent
-TESTS = yaml.safe_load((DEPLOY / "alerts_test.yml").read_text(encoding="utf-8"))["tests"]
-THRESHOLDS = {
-    "TruthGPTMemoryHigh": "alert_memory",
-    "TruthGPTGpuMemoryHigh": "alert_gpu_memory",
-    "TruthGPTDiskFull": "alert_disk",
-    "TruthGPTErrorRateHigh": "alert_error_rate",
-    "TruthGPTQueueLong": "alert_queue",
-    "TruthGPTBackupTooOld": "alert_backup_age_s",
+TEST_FILES = ("alerts_test.yml", "alerts_long_test.yml")
+TESTS = [test for name in TEST_FILES for test in yaml.safe_load((DEPLOY / name).read_text(encoding="utf-8"))["tests"]]
+# alert -> the setting of its threshold, and figures that are exactly there
+THRESHOLDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "TruthGPTMemoryHigh": ("alert_memory", {"memory": {"used_bytes": 90, "total_bytes": 100}}),
+    "TruthGPTGpuMemoryHigh": ("alert_gpu_memory", {"gpus": [{"gpu": "0", "used_bytes": 95, "total_bytes": 100}]}),
+    "TruthGPTDiskFull": ("alert_disk", {"disks": [{"folder": "home", "free_bytes": 10, "total_bytes": 100}]}),
+    "TruthGPTErrorRateHigh": ("alert_error_rate", {"requests": 1000, "error_rate": 0.1}),
+    "TruthGPTQueueLong": ("alert_queue", {"models": [{"name": "demo", "waiting": 32}]}),
+    "TruthGPTBackupTooOld": ("alert_backup_age_s", {"backup": {"wanted": True, "newest_at": NOW - 172_800}}),
 }
 
 
@@ -108,12 +112,41 @@ def test_every_alert_has_its_advice() -> None:
 
 @pytest.mark.parametrize("alert", THRESHOLDS)
 def test_thresholds_are_the_settings(alert: str) -> None:
-    """The number in the rule is the default of the setting that the built-in alert goes by."""
+    """The rule compares with the default of the setting that the built-in alert goes by, and both alike when equal."""
+    setting, equal = THRESHOLDS[alert]
+    assert compared(alert, setting) == (">=" if holds(alert, equal) else ">")
+
+
+def test_the_error_rate_is_that_of_as_many_requests() -> None:
+    """Both need as many requests in five minutes, that many included."""
+    few = int(Settings.table()["alert_error_requests"].default)  # type: ignore[call-overload]
+    assert compared("TruthGPTErrorRateHigh", "alert_error_requests") == ">="
+    assert holds("TruthGPTErrorRateHigh", {"requests": few, "error_rate": 0.2})
+    assert not holds("TruthGPTErrorRateHigh", {"requests": few - 1, "error_rate": 0.2})
+
+
+def compared(alert: str, setting: str) -> str:
+    """How the rule compares with the setting's default."""
     (rule,) = (rule for rule in RULES if rule["alert"] == alert)
-    default = Settings.table()[THRESHOLDS[alert]].default
-    assert float(str(default)) in [float(number) for number in re.findall(r">=? ([\d.]+)", rule["expr"])]
-    if alert == "TruthGPTErrorRateHigh":
-        assert rule["expr"].rstrip().endswith(f" > {Settings.table()['alert_error_requests'].default}")
+    default = float(str(Settings.table()[setting].default))
+    (sign,) = (
+        sign for sign, number in re.findall(r"([<>]=?|[=!]=) ([\d.]+)", rule["expr"]) if float(number) == default
+    )
+    return str(sign)
+
+
+def holds(alert: str, figures: dict[str, Any]) -> bool:
+    """Whether the gateway's own alert does, of a deployment that is well but for these figures."""
+    return alert in {found.name for found in conditions({**WELL, **figures}, Settings(backup=True))}
+
+
+def test_built_in_alerts_hold_as_long() -> None:
+    """For as long as a rule here holds the built-in one does, but for two scrapes at least where there is a time."""
+    seconds = {"0s": 0, "30s": 30, "1m": 60, "15m": 900}
+    here = {rule["alert"]: seconds[rule.get("for", "0s")] for rule in RULES if rule["alert"] in BUILT_IN}
+    expected = {name: max(30, rule.for_s) if rule.for_s else 0 for name, rule in BUILT_IN.items()}
+    expected["TruthGPTBackupTooOld"] = 900  # docs/monitoring.md says so
+    assert here == expected
 
 
 def test_the_built_in_alerts_are_all_there() -> None:
@@ -125,7 +158,7 @@ def test_the_built_in_alerts_are_all_there() -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule["alert"]))
 def test_a_rule_has_its_own_test(rule: dict[str, Any]) -> None:
-    """alerts_test.yml has a series that fires it, not before its time, and beside it one that does not."""
+    """The tests of the rules have a series that fires it, not before its time, and beside it one that does not."""
     cases = [test for test in TESTS if test["name"].startswith(f"{rule['alert']}: ")]
     checks = [check for test in cases for check in test["alert_rule_test"]]
     assert {check["alertname"] for check in checks} == {rule["alert"]}
@@ -142,9 +175,10 @@ def test_promtool_takes_the_configuration_and_the_rules() -> None:
     assert f"{len(RULES)} rules found" in tool("promtool", "prometheus", "check", "rules", "alerts.yml")
 
 
-def test_promtool_runs_the_rules_tests() -> None:
+@pytest.mark.parametrize("name", TEST_FILES)
+def test_promtool_runs_the_rules_tests(name: str) -> None:
     """Every rule fires when it should, does not when it should not, and says what is expected."""
-    assert "SUCCESS" in tool("promtool", "prometheus", "test", "rules", "alerts_test.yml")
+    assert "SUCCESS" in tool("promtool", "prometheus", "test", "rules", name)
 
 
 def test_promtool_takes_the_dashboards_expressions(tmp_path: Path) -> None:
@@ -231,6 +265,21 @@ def test_the_dashboards_variables() -> None:
     text = (DEPLOY / "grafana" / "truthgpt.json").read_text(encoding="utf-8")
     used = {*re.findall(r"\$\{?(\w+)", text)} - {"__rate_interval", "__all"}
     assert used == defined == {"DS_PROMETHEUS", "instance", "model"}
+
+
+def test_the_dashboards_latency_is_that_of_status() -> None:
+    """Of requests that ended well, as the figures count it: what is refused at once makes no service look fast."""
+    uses = [use for _, expr in EXPRESSIONS for use in parse(expr)[0] if "request_duration_seconds" in use.series]
+    assert len(uses) == 4 and all(use.matchers["outcome"] == ["ok"] for use in uses)
+
+
+def test_the_newest_backup_of_several_gateways() -> None:
+    """The panel shows the age of the oldest one, and says `none` where a gateway has none."""
+    (panel,) = (panel for panel in panels() if panel["title"] == "Newest backup")
+    (target,) = panel["targets"]
+    assert "min(" in target["expr"] and "== 0) - 1" in target["expr"]
+    (mapping,) = panel["fieldConfig"]["defaults"]["mappings"]
+    assert mapping["options"]["-1"]["text"] == "none"
 
 
 def test_what_provisions_grafana_fits_the_rest() -> None:

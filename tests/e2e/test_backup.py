@@ -82,7 +82,7 @@ def test_a_deployment_that_is_lost_comes_back(drilled: Stack) -> None:
     assert found["restored"] and found["kept"] == [] and found["redis_backup"]["keys"] == 1
     note_half_done(drilled.home)
     drilled.start()
-    assert drilled.knows(made["key"])
+    wait_until(lambda: drilled.knows(made["key"]), 10, "the key is known again")
     answer, again = ask()
     assert (answer.get("x-cache"), again) == ("hit", text)
     shown = json.loads(drilled.cli("keys", "list", "--json").stdout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 
 import pytest
 
@@ -76,7 +77,8 @@ def test_a_dead_or_stopped_process_is_an_error_then_unready_then_back(stack: Sta
         assert watcher.events[-1] != "[DONE]"
         assert "error" in watcher.events[-1], watcher.events[-1]
     if when == "idle":
-        status, headers, body = stack.request("POST", "/v1/completions", {"model": stack.model, "prompt": "one"})
+        asked = {"model": stack.model, "prompt": "one", "seed": time.time_ns() % 2**31}  # no answer to it is cached
+        status, headers, body = stack.request("POST", "/v1/completions", asked)
         assert status == 503 and b"error" in body and int(headers["retry-after"]) >= 1
 
     wait_until(stack.ready, BACK_S - (awake() - began), "ready again")

@@ -43,7 +43,8 @@ async def test_it_keeps_figures_and_ends_when_cancelled(tmp_path: Path) -> None:
     await until(lambda: bool(parts.figures()["memory"]["total_bytes"]))
     figures = parts.figures()
     assert figures["requests"] == 0 and figures["minute"]["requests"] == 0 and figures["active_users"] is None
-    assert figures["alerts"] == {"firing": 0, "critical": 0} and "jobs" not in figures
+    assert figures["alerts"]["firing"] == 0 and "jobs" not in figures
+    assert figures["alerts"]["names"] == [] and "unwritten" in figures["alerts"]
     assert {name for name in metrics.readings} <= set(TABLE)
     running.cancel()
     await asyncio.wait([running], timeout=10)
@@ -58,6 +59,20 @@ async def test_what_is_switched_off_does_not_run(tmp_path: Path) -> None:
     assert "jobs" not in parts.figures() and "truthgpt_job_failing" not in metrics.readings
     parts, _ = assembled(tmp_path, redis_url="unix:///nowhere")
     assert set(parts._parts) == {"summary", "store", "shared", "jobs", "alerts", "history"}
+
+
+async def test_without_redis_nobody_knows_the_jobs(tmp_path: Path) -> None:
+    """What was known of them is old news and null while Redis is away; their series stay as they were."""
+    with RealRedis() as server:
+        parts, metrics = assembled(tmp_path, monitoring=False, redis_url=server.url)
+        assert parts.figures()["jobs"] is None
+        running = asyncio.create_task(parts.run())
+        await until(lambda: bool(parts.figures()["jobs"]))
+        server.kill()
+        await until(lambda: parts.figures()["jobs"] is None)
+        assert metrics.readings["truthgpt_job_failing"]()
+        running.cancel()
+        await asyncio.wait([running], timeout=10)
 
 
 def test_wrong_schedules_are_told_before_anything_runs(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from orchestrator.ops.backup.creation import Created, create
 from orchestrator.ops.backup.difference import Difference
-from orchestrator.ops.backup.errors import BackupError, Changed, Damaged
+from orchestrator.ops.backup.errors import BackupError, Changed, Damaged, Newer
 from orchestrator.ops.backup.names import Info, infos, newest
 from orchestrator.ops.backup.reading import Report
 from orchestrator.ops.backup.restoring import Restored, restore, verify
@@ -15,6 +15,6 @@ from orchestrator.ops.backup.retention import prune
 from orchestrator.ops.backup.sealing import new_key
 
 __all__ = [
-    "BackupError", "Changed", "Created", "Damaged", "Difference", "Info", "Report", "Restored", "create", "infos",
-    "new_key", "newest", "prune", "restore", "verify",
+    "BackupError", "Changed", "Created", "Damaged", "Difference", "Info", "Newer", "Report", "Restored", "create",
+    "infos", "new_key", "newest", "prune", "restore", "verify",
 ]  # fmt: skip

@@ -5,9 +5,10 @@
     home/       audit/, audit.key, metrics/, models.json, alerts.json
     models/     the model repository without what is hidden in it
 
-A file that grows is copied as long as it was when it was opened. The audit log's `head` is read before its lines, and
-its newest file ends with its last whole line, so that the copy's chain holds. Files of the model repository do not
-change once they are published: one that did, or is gone, is noticed and nothing is published.
+A file that grows is copied as long as it was when it was opened. So that the copy's chain holds, the audit log's `head`
+is read before its lines, its `base`, the mark of what retention has removed, once all files are open, and its newest
+file ends with its last whole line. Files of the model repository do not change once they are published: one that did,
+or is gone, is noticed and nothing is published.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from orchestrator.auditlog import CURRENT, HEAD, end_of_lines, folder_of
+from orchestrator.auditlog import BASE, CURRENT, HEAD, end_of_lines, folder_of
 from orchestrator.fingerprint import KEY_FILE
 from orchestrator.ops import auditing
 from orchestrator.ops.backup.errors import BackupError, Changed
-from orchestrator.ops.backup.writing import Writer
+from orchestrator.ops.backup.tarform import MOST_MEMBERS
+from orchestrator.ops.backup.writing import Writer, too_many
 from orchestrator.settings import Settings
 
 CONFIG = "truthgpt.toml"
@@ -98,7 +100,12 @@ def models(settings: Settings) -> list[Found]:
         if folder.is_dir():
             facts = folder.stat()
             without.add((facts.st_dev, facts.st_ino))
-    return list(walk(root, "models", frozenset(without)))
+    found: list[Found] = []
+    for item in walk(root, "models", frozenset(without)):
+        if len(found) >= MOST_MEMBERS:
+            raise too_many()
+        found.append(item)
+    return found
 
 
 def write_models(writer: Writer, found: list[Found]) -> None:
@@ -165,10 +172,7 @@ def _write_audit(writer: Writer, folder: Path) -> None:
     if not folder.is_dir():
         return
     for _ in range(_LOOKS):
-        try:
-            head = (folder / HEAD).read_bytes()
-        except FileNotFoundError:
-            head = None
+        head = _bytes(folder / HEAD)
         try:
             files = auditing.opened(folder)
         except auditing.NoAuditLog:
@@ -180,8 +184,10 @@ def _write_audit(writer: Writer, folder: Path) -> None:
             if files and files[-1][0].name == CURRENT and not _still(files[-1][1], files[-1][0]):
                 continue
             writer.folder("home/audit", 0o700, 0)
-            if head is not None:
-                writer.file(f"home/audit/{HEAD}", len(head), 0o600, 0, io.BytesIO(head))
+            # `base` now: what retention has removed meanwhile is still open, and `base` is behind it
+            for name, data in ((HEAD, head), (BASE, _bytes(folder / BASE))):
+                if data is not None:
+                    writer.file(f"home/audit/{name}", len(data), 0o600, 0, io.BytesIO(data))
             for path, file, size in files:
                 if path.name == CURRENT:
                     size = end_of_lines(file.fileno())
@@ -208,6 +214,13 @@ def _write_metrics(writer: Writer, folder: Path) -> None:
 def _write(writer: Writer, name: str, file: BinaryIO) -> None:
     facts = os.fstat(file.fileno())
     writer.file(name, facts.st_size, 0o600, _mtime(file), file)
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
 
 from orchestrator.local import swap
-from orchestrator.ops.backup import collecting, names, redisdata, redissource, sealing
+from orchestrator.ops.backup import collecting, names, placing, redisdata, redissource, sealing
 from orchestrator.ops.backup.errors import BackupError, Changed
 from orchestrator.ops.backup.tarform import BLOCK, Manifest
 from orchestrator.ops.backup.writing import Output, Writer
@@ -27,7 +28,10 @@ Progress = Callable[[int, int], None]  # bytes done, and of how many
 
 @dataclass(frozen=True)
 class Created:
-    """A new backup. `bytes` and `sha256` are the file's, `files` what is in it, `redis` where that part is from."""
+    """A new backup. `bytes` and `sha256` are the file's, `files` what is in it, `redis` where that part is from.
+
+    `recovered`: None, unless a restore that was interrupted was undone first: then where what stood in its way is now.
+    """
 
     id: str
     path: Path
@@ -36,6 +40,7 @@ class Created:
     sha256: str
     encrypted: bool
     redis: str
+    recovered: list[str] | None = None
 
 
 def create(
@@ -44,23 +49,35 @@ def create(
     """Back up a deployment into `settings.backups`, encrypted where there is a `backup_key`.
 
     `models` and `cache`: whether the model repository and cached answers are in it. Nothing is left where it fails.
-    Raises BackupError, NoRedis and OSError.
+    Raises BackupError, NoRedis, swap.NoteError and OSError.
     """
+    _require(settings, models)
     names.remove_abandoned(settings.backups, time.time())
-    if (settings.home / swap.NOTE).exists():
-        with redissource.held(settings.home):  # undoes what a restore that was killed has left half done
-            pass
-    spool_in = settings.home if settings.home.is_dir() else None
-    with _told(settings.backups), tempfile.TemporaryFile(dir=spool_in) as spool:
+    recovered = None
+    if os.path.lexists(settings.home / swap.NOTE):
+        with redissource.held(settings.home) as aside:  # undoes what a restore that was killed has left half done
+            recovered = None if aside is None else [str(path) for path in aside]
+    with _told(settings.backups), tempfile.TemporaryFile(dir=settings.home) as spool:
         began = time.time()
         redis = _export(settings, spool, cache)
         for left in reversed(range(TRIES)):
             try:
-                return _attempt(settings, models, spool, redis, began, progress)
+                return replace(_attempt(settings, models, spool, redis, began, progress), recovered=recovered)
             except Changed:
                 if not left:
                     raise
     raise AssertionError("unreachable")
+
+
+def _require(settings: Settings, models: bool) -> None:
+    """A name that was mistyped is not a deployment that has nothing. Raises BackupError."""
+    if not settings.home.is_dir():
+        raise BackupError(f"there is no home {settings.home}", "--home or TRUTHGPT_HOME names it")
+    if models and not settings.model_repository.is_dir():
+        hint = "--model-repository names it, --no-models makes a backup without it"
+        raise BackupError(f"there is no model repository {settings.model_repository}", hint)
+    if models:
+        placing.check_layout(settings)
 
 
 def _export(settings: Settings, spool: BinaryIO, cache: bool) -> dict[str, object]:
@@ -97,7 +114,7 @@ def _attempt(
             writer = Writer(write, manifest, advance)
             _write(writer, settings, spool if redis["source"] != redissource.NONE else None, spooled, found)
             writer.finish()
-        published = names.publish(handle, path)
+        published = names.publish(handle, path).absolute()
     return Created(
         manifest.id, published, output.bytes, manifest.files, output.hash.hexdigest(), encrypted, str(redis["source"])
     )
@@ -110,12 +127,11 @@ def _write(
     origins["settings"] = _shown(settings.config_file)
     collecting.write_settings(writer, settings)
     if spool is not None:
-        origins["redis"] = settings.shown("redis_url") or _shown(settings.home / "redis")
+        origins["redis"] = ascii(settings.shown("redis_url"))[1:-1] or _shown(settings.home / "redis")
         writer.folder("redis", 0o700, 0)
         writer.file("redis/keys.jsonl", spooled, 0o600, 0, spool)
-    if settings.home.is_dir():
-        origins["home"] = _shown(settings.home)
-        collecting.write_home(writer, settings.home)
+    origins["home"] = _shown(settings.home)
+    collecting.write_home(writer, settings.home)
     if found:
         origins["models"] = _shown(settings.model_repository)
         collecting.write_models(writer, found)

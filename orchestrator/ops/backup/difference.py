@@ -31,9 +31,11 @@ class Tree:
 @dataclass
 class Difference:
     """`redis_now` has keys and limits as they are, None where nobody can tell, for which `redis_unknown` has the
-    reason. `settings`: name, value in the backup and value now, of those that differ.
+    reason. `settings`: name, value in the backup and value now, of those that differ. `replaces`: where the home, the
+    models and a given Redis are that get other contents.
     """
 
+    replaces: dict[str, str]
     trees: dict[str, Tree]
     redis_backup: dict[str, Any]
     redis_now: dict[str, int] | None

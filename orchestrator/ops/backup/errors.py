@@ -18,6 +18,13 @@ class Damaged(BackupError):
         super().__init__(message, "take another backup: `truthgpt backup list` shows what there is")
 
 
+class Newer(BackupError):
+    """A file is of a form that this version does not know: it is not damaged."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: it was made by a newer version of truthgpt", "upgrade truthgpt, then try again")
+
+
 class Changed(BackupError):
     """What was being copied was removed or replaced meanwhile."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -12,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.local.swap import sync_folder
+from orchestrator.ops.backup.names import lock
 from orchestrator.ops.backup.tarform import Member
 
 STAGING, BEFORE = "restoring", "before"
+_STAMP = re.compile(r"\d{8}T\d{6}Z")
 
 
 @dataclass
@@ -64,32 +68,89 @@ class Extract:
         return member.mode | least if member.name.startswith("models/") else least
 
 
-def beside(folder: Path, word: str, stamp: str) -> Path:
-    """A name for another folder on the same file system: beside it, else hidden in it. Raises OSError."""
-    parent = folder.parent
-    movable = folder.stat().st_dev == parent.stat().st_dev and not os.path.ismount(folder)
-    if movable and os.access(parent, os.R_OK | os.W_OK | os.X_OK):
-        return parent / f"{folder.name}.{word}-{stamp}"
-    return folder / f".{word}-{stamp}"
+class Beside:
+    """Names for other folders that what is in `folder` can be renamed into: beside it, else hidden in it.
+
+    What is mounted cannot be renamed, nor anything out of it, not even where it is another view of the same file
+    system: so it is tried. With `inside` nothing is put beside the folder. Raises OSError.
+    """
+
+    def __init__(self, folder: Path, inside: bool = False) -> None:
+        self._folder, self._inside = folder, inside or not _movable(folder)
+
+    @property
+    def parent(self) -> Path:
+        return self._folder if self._inside else self._folder.parent
+
+    def prefix(self, word: str) -> str:
+        return f".{word}-" if self._inside else f"{self._folder.name}.{word}-"
+
+    def path(self, word: str, stamp: str) -> Path:
+        return self.parent / f"{self.prefix(word)}{stamp}"
+
+    def remove_empty(self) -> None:
+        """The folders for what was there before that a restore has left that was killed before it moved anything."""
+        for name in os.listdir(self.parent):
+            if name.startswith(self.prefix(BEFORE)) and _STAMP.fullmatch(name.removeprefix(self.prefix(BEFORE))):
+                with contextlib.suppress(OSError):  # it is not empty
+                    os.rmdir(self.parent / name)
+
+
+def _movable(folder: Path) -> bool:
+    """Whether what is in a folder can be renamed to places beside it."""
+    if folder.parent == folder or not os.access(folder.parent, os.R_OK | os.W_OK | os.X_OK):
+        return False
+    name = f"{STAGING}-{secrets.token_hex(4)}"  # so that the next restore removes it, should this process be killed
+    outside, inside = folder.parent / f"{folder.name}.{name}", folder / f".{name}"
+    try:
+        outside.mkdir(mode=0o700)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return False
+    try:
+        os.replace(outside, inside)
+        inside.rmdir()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            outside.rmdir()
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager
-def staging(folder: Path) -> Iterator[Path]:
+def staging(beside: Beside) -> Iterator[Path]:
     """A new folder to fill, locked as long as this process lives; removed on the way out, with what is still in it.
 
     Those of processes that were killed are removed first. Raises OSError.
     """
-    path = beside(folder, STAGING, secrets.token_hex(4))
-    _remove_abandoned(path.parent, path.name[:-8])
+    path = beside.path(STAGING, secrets.token_hex(4))
+    _remove_abandoned(beside.parent, beside.prefix(STAGING))
     path.mkdir(mode=0o700)
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle)
         yield path
     finally:
         remove(path)
         os.close(handle)
+
+
+@contextlib.contextmanager
+def made(folder: Path, mode: int = 0o777) -> Iterator[Path]:
+    """A folder that may have to be made, and those above it; what of them stays empty goes again. Raises OSError."""
+    new = [path for path in (folder.absolute(), *folder.absolute().parents) if not os.path.lexists(path)]
+    folder.mkdir(parents=True, exist_ok=True, mode=mode)
+    try:
+        for path in new:
+            sync_folder(path.parent)
+        yield folder.resolve()
+    finally:
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
 
 
 def remove(path: Path) -> None:

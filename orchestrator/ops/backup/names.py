@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import calendar
 import contextlib
+import errno
 import fcntl
 import os
 import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from orchestrator.local.swap import sync_folder
 from orchestrator.ops.backup.errors import BackupError
 
 ABANDONED_S = 86_400.0  # a part that nobody has written to for so long is abandoned, whoever holds it
+AHEAD_S = 86_400.0  # a backup dated further in the future than that has a wrong date, or this machine has
+LOCK_S = 10.0  # whoever looks whether a part is abandoned holds it for an instant
+LOCK_STEP_S = 0.01
 
 _NAME = re.compile(r"truthgpt-((\d{8}T\d{6}Z)-[0-9a-f]{8})\.tar(\.age)?")
 _PART = re.compile(r"\.truthgpt-\d{8}T\d{6}Z-[0-9a-f]{8}\.tar(?:\.age)?\.part")
@@ -39,6 +43,10 @@ class Info:
     bytes: int
     created: float
     encrypted: bool
+
+    def ahead(self, now: float) -> bool:
+        """Whether its date is so far in the future that some clock is or was wrong."""
+        return self.created > now + AHEAD_S
 
 
 def stamp(at: float) -> str:
@@ -83,22 +91,45 @@ def newest(folder: Path) -> Info | None:
 def part(folder: Path, id: str, encrypted: bool) -> Iterator[tuple[int, Path]]:
     """A file to write a backup into, and where to put it when it is complete: see `publish`.
 
-    It is removed again however this is left, unless it was published. Raises OSError.
+    It is removed again however this is left, unless it was published. Raises OSError, BlockingIOError where somebody
+    else keeps it locked.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f".{file_name(id, encrypted)}.part"
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with contextlib.suppress(OSError):  # a file system without locks: the age alone tells that it is abandoned
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(handle, path):
-            break
+        try:
+            lock(handle)
+            if _is_at(handle, path):
+                break
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)  # somebody took it for abandoned before it was locked
     try:
         yield handle, path
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def lock(handle: int) -> None:
+    """Lock what is being written, as long as it is open. Raises OSError, BlockingIOError where somebody else keeps it.
+
+    A file system without locks is no error: the age alone tells then what is abandoned.
+    """
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOCK_STEP_S)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+            return
 
 
 def publish(handle: int, path: Path) -> Path:
@@ -112,36 +143,52 @@ def publish(handle: int, path: Path) -> Path:
     return target
 
 
+def clear_abandoned(folder: Path, now: float, remove: Callable[[Path, os.stat_result], object]) -> None:
+    """Give to `remove` each part whose writer is gone, or has written nothing for a day. Raises OSError.
+
+    It is locked meanwhile, so that nobody begins to write to it.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return
+    for name in names:
+        if _PART.fullmatch(name) is None:
+            continue
+        path = folder / name
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # it is gone, a link, or somebody else's
+            continue
+        try:
+            if _abandoned(handle, now) and _is_at(handle, path):
+                remove(path, os.fstat(handle))
+        finally:
+            os.close(handle)
+
+
 def remove_abandoned(folder: Path, now: float, dry_run: bool = False) -> list[Path]:
-    """Remove the parts whose writers are gone, or have written nothing for a day; which those were. Raises OSError."""
+    """Remove them; which those were. Raises OSError."""
     removed = []
-    with contextlib.suppress(FileNotFoundError):
-        for name in sorted(os.listdir(folder)):
-            path = folder / name
-            if _PART.fullmatch(name) and _abandoned(path, now):
-                removed.append(path)
-                if not dry_run:
-                    path.unlink(missing_ok=True)
+
+    def remove(path: Path, facts: os.stat_result) -> None:
+        removed.append(path)
+        if not dry_run:
+            path.unlink(missing_ok=True)
+
+    clear_abandoned(folder, now, remove)
     return removed
 
 
-def _abandoned(path: Path, now: float) -> bool:
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+def _abandoned(handle: int, now: float) -> bool:
+    facts = os.fstat(handle)
+    if not stat.S_ISREG(facts.st_mode):
         return False
     try:
-        facts = os.fstat(handle)
-        if not stat.S_ISREG(facts.st_mode):
-            return False
-        if now - facts.st_mtime > ABANDONED_S:
-            return True
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except OSError:  # it is locked, or nobody can tell
-        return False
-    finally:
-        os.close(handle)
+        return now - facts.st_mtime > ABANDONED_S
 
 
 def _is_at(handle: int, path: Path) -> bool:

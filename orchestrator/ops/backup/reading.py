@@ -24,6 +24,7 @@ from orchestrator.ops.backup.tarform import (
     MANIFEST,
     MANIFEST_BYTES,
     MOST_MEMBERS,
+    TAIL_BYTES,
     TREES,
     Manifest,
     Member,
@@ -109,8 +110,8 @@ def read(path: Path, file: BinaryIO, key: str | None, sink: Sink, progress: Prog
 
 def _check_end(file: BinaryIO, size: int) -> None:
     """What costs nothing first: a file that was cut off or has grown is not read at all."""
-    file.seek(max(0, size - FOOTER_BYTES))
-    found, _ = read_footer(file.read(FOOTER_BYTES))
+    file.seek(max(0, size - TAIL_BYTES))
+    found, _ = read_footer(file.read(TAIL_BYTES))
     if found != size - FOOTER_BYTES:
         raise Damaged(f"it has {size} bytes instead of {found + FOOTER_BYTES}")
     file.seek(0)
@@ -190,10 +191,10 @@ class _Reader:
         if member.bytes > MANIFEST_BYTES:
             raise Damaged("its manifest is too large")
         data = b"".join(self._data(member, lambda chunk: None))
-        manifest = Manifest.decode(data)
+        manifest = Manifest.decode(data, self._members)
         trees = self._folders & set(TREES)
         whole = set(manifest.origins) == trees and ("redis" in trees) == (REDIS in self._names)
-        if manifest.members != self._members or not whole:
+        if not whole:
             raise Damaged("its manifest says something else than what is in it")
         return manifest
 

@@ -1,7 +1,8 @@
-"""What Redis knows, as JSON lines: one key a line, in words that every version of Redis can be given again.
+"""What Redis knows, as JSON lines: a key a line or more, in words that every version of Redis can be given again.
 
     {"format": 1, "at_ms": …}                         the first line: when, Unix time
     {"key": …, "type": …, "value": …, "ttl_ms": …}    value: string (a HyperLogLog is one), hash, list, zset
+    {…, "more": true}                                 the key goes on with the next line
 
 Values are base64, a hash's and a sorted set's in pairs; what is no UTF-8 in a key is escaped as Python's
 surrogateescape does. `ttl_ms` is what was left of the key's life at `at_ms`, -1 for ever.
@@ -11,6 +12,9 @@ read in one transaction, and so are as they were at one moment. Every other key,
 transaction with at most 99 others, found by SCAN: of these keys each is whole, but two may be some seconds apart, and
 one that came or ended meanwhile may be there or not. No command stalls Redis for longer than such a page takes.
 
+Put back, a key appears at once, also one of many lines: those that need more than one line, and what belongs together,
+are made under other names (`truthgpt:restoring:`) and renamed.
+
 Left out is what ends by itself with the process that wrote it: running requests (`:n:`), flights (`:f:`), leases of
 jobs, and which alerts a replica is sending.
 """
@@ -18,6 +22,7 @@ jobs, and which alerts a replica is sending.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import time
@@ -25,21 +30,23 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from orchestrator.ops.backup import redisrows
 from orchestrator.ops.backup.errors import BackupError, Damaged
+from orchestrator.ops.backup.redisrows import Row, b64, name_of, rows, text_of
 from orchestrator.store import BREAKERS, EVENTS, JOBS, REGISTRY, REGISTRY_VERSION
 
 if TYPE_CHECKING:
     import redis
 
-FORMAT = 1
 PAGE = 100
-PAGE_BYTES = 8 << 20  # of strings that are read at once
+PAGE_BYTES = 8 << 20  # of strings that are read at once, and of lines that are written at once
+HEAVY = 8  # times as much memory as their line take values with many elements
 FIELDS = 500  # of a hash that are written by one command
-LINE_BYTES = 256 << 20
 TOGETHER = (REGISTRY, REGISTRY_VERSION, BREAKERS, JOBS)
-OURS = "truthgpt:*"
+OURS = f"{redisrows.OURS}*"
+STAGED = b"truthgpt:restoring:"  # in front of the names of keys that are being made
 
-_PASSING = re.compile(rb"truthgpt:(\{[^}]*\}:[nf]:|\{jobs\}:lease:|told:)")
+_PASSING = re.compile(rb"truthgpt:(\{[^}]*\}:[nf]:|\{jobs\}:lease:|told:|restoring:)")
 _ANSWER = re.compile(rb"truthgpt:\{[^}]*\}:c:")
 _READ: dict[str, Callable[[Any, bytes], Any]] = {
     "string": lambda pipeline, key: pipeline.get(key),
@@ -48,30 +55,30 @@ _READ: dict[str, Callable[[Any, bytes], Any]] = {
     "zset": lambda pipeline, key: pipeline.zrange(key, 0, -1, withscores=True),
 }
 _TRIES = 5
-Row = dict[str, Any]
 
 
 class RedisDataError(BackupError):
     """A key is of a kind that TruthGPT does not have."""
 
     def __init__(self, key: bytes, kind: str) -> None:
-        super().__init__(f"Redis's key {ascii(_text(key))[:200]} is a {kind}, which no key of TruthGPT is", "remove it")
+        name = ascii(text_of(key))[:200]
+        super().__init__(f"Redis's key {name} is a {kind}, which no key of TruthGPT is", "remove it")
 
 
 def export(client: redis.Redis, file: BinaryIO, cache: bool = True) -> dict[str, int]:
     """Write the lines; how many keys and limits the registry has, and how many Redis keys there are.
 
-    Without `cache` cached answers are left out. Raises RedisDataError, redis.RedisError and OSError.
+    Without `cache` cached answers are left out. Raises BackupError, redis.RedisError and OSError.
     """
     at_ms = int(time.time() * 1000)
     counts = {"keys": 0, "limits": 0, "entries": 0}
-    _write(file, {"format": FORMAT, "at_ms": at_ms})
+    redisrows.write_head(file, at_ms)
     for row in _together(client):
         if row["key"] == REGISTRY:
             names = [base64.b64decode(name) for name, _ in row["value"] or ()]
             counts["keys"] = sum(name.startswith(b"key:") for name in names)
             counts["limits"] = sum(name.startswith(b"limits:") for name in names)
-        _write(file, row)
+        redisrows.write(file, row)
         counts["entries"] += row["type"] != "none"
     skipped = {name.encode() for name in TOGETHER}
     found = (
@@ -84,24 +91,9 @@ def export(client: redis.Redis, file: BinaryIO, cache: bool = True) -> dict[str,
                 continue  # it ended meanwhile
             if row["ttl_ms"] >= 0:
                 row["ttl_ms"] += int(time.time() * 1000) - at_ms
-            _write(file, row)
+            redisrows.write(file, row)
             counts["entries"] += 1
     return counts
-
-
-def rows(file: BinaryIO) -> Iterator[Row]:
-    """The keys of an export, `ttl_ms` as it is now; what has ended meanwhile is left out. Raises Damaged."""
-    head = _parsed(file)
-    if head is None or head.get("format") != FORMAT or not isinstance(head.get("at_ms"), int):
-        raise Damaged("its Redis data have a form that this version does not know")
-    passed_ms = max(0, int(time.time() * 1000) - head["at_ms"])
-    while (row := _parsed(file)) is not None:
-        _check(row)
-        if row["ttl_ms"] >= 0:
-            row["ttl_ms"] -= passed_ms
-            if row["ttl_ms"] <= 0:
-                continue
-        yield row
 
 
 def load(client: redis.Redis, file: BinaryIO) -> int:
@@ -110,18 +102,32 @@ def load(client: redis.Redis, file: BinaryIO) -> int:
     The registry, its version, the breakers and the jobs change in one step, last, and every worker hears of it. Raises
     Damaged, redis.RedisError and OSError.
     """
-    together: list[Row] = []
+    import redis
+
+    _clear_staged(client)
+    together: dict[str, int] = {}  # names of those that are staged, and what is left of their lives
+    version: bytes | None = None
     count = 0
-    for page in _bounded(rows(file)):
-        others = [row for row in page if row["key"] not in TOGETHER]
-        together += [row for row in page if row["key"] in TOGETHER]
-        count += len(page)
-        if others:
+    try:
+        for page in _bounded(rows(file)):
             with client.pipeline(transaction=True) as pipeline:
-                for row in others:
-                    _put(pipeline, row)
+                for row in page:
+                    count += row["last"]
+                    if row["key"] == REGISTRY_VERSION:
+                        version = base64.b64decode(row["value"]) if row["type"] == "string" else None
+                    elif row["key"] not in TOGETHER:
+                        _put(pipeline, row)
+                    elif row["type"] not in ("hash", "none"):
+                        raise Damaged(f"its Redis data have {row['key']} as a {row['type']}")
+                    elif row["type"] == "hash":
+                        _push(pipeline, STAGED + name_of(row["key"]), row)
+                        together[row["key"]] = row["ttl_ms"]
                 pipeline.execute()
-    _swap(client, together)
+        _swap(client, together, version)
+    except BaseException:
+        with contextlib.suppress(redis.RedisError):  # the next one removes them
+            _clear_staged(client)
+        raise
     return count
 
 
@@ -130,13 +136,13 @@ def save(client: redis.Redis, file: BinaryIO, into: BinaryIO) -> None:
 
     A key that is not there has type none. Raises as `load` does.
     """
-    _write(into, {"format": FORMAT, "at_ms": int(time.time() * 1000)})
+    redisrows.write_head(into, int(time.time() * 1000))
     for row in _together(client):
-        _write(into, row)
-    names = (_name(row["key"]) for row in rows(file) if row["key"] not in TOGETHER)
+        redisrows.write(into, row)
+    names = (name_of(row["key"]) for row in rows(file) if row["last"] and row["key"] not in TOGETHER)
     for page in pages(names, PAGE):
         for row in read(client, page):
-            _write(into, row)
+            redisrows.write(into, row)
 
 
 def counts(client: redis.Redis) -> dict[str, int]:
@@ -175,11 +181,11 @@ def pages(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _bounded(found: Iterable[Row]) -> Iterator[list[Row]]:
-    """As `pages`, and no more than PAGE_BYTES of strings at once, unless a single one is larger."""
+    """As `pages`, and what is at once in memory is bounded."""
     page: list[Row] = []
     size = 0
     for row in found:
-        weight = len(row["value"]) if isinstance(row["value"], str) else 4096
+        weight = row["bytes"] * (1 if row["type"] == "string" else HEAVY)
         if page and (len(page) >= PAGE or size + weight > PAGE_BYTES):
             yield page
             page, size = [], 0
@@ -241,25 +247,42 @@ def _row(key: bytes, kind: str, value: Any, ttl: Any) -> Row | None:
         if isinstance(reply, Exception):
             raise reply
     if ttl == -2:
-        return {"key": _text(key), "type": "none", "value": None, "ttl_ms": -1}
+        return {"key": text_of(key), "type": "none", "value": None, "ttl_ms": -1}
     if kind == "none":
         return None  # it has come meanwhile
     encoded: Any
     if kind == "hash":
-        encoded = [[_b64(name), _b64(item)] for name, item in value.items()]
+        encoded = [[b64(name), b64(item)] for name, item in value.items()]
     elif kind == "zset":
-        encoded = [[_b64(item), repr(float(score))] for item, score in value]
+        encoded = [[b64(item), repr(float(score))] for item, score in value]
     else:
-        encoded = _b64(value) if kind == "string" else [_b64(item) for item in value]
-    return {"key": _text(key), "type": kind, "value": encoded, "ttl_ms": ttl}
+        encoded = b64(value) if kind == "string" else [b64(item) for item in value]
+    return {"key": text_of(key), "type": kind, "value": encoded, "ttl_ms": ttl}
 
 
 def _put(pipeline: Any, row: Row) -> None:
-    """The commands that make a key what its row says."""
-    key, kind, value, ttl_ms = _name(row["key"]), row["type"], row["value"], row["ttl_ms"]
-    pipeline.unlink(key)
+    """The commands that make a key what its row, or its rows, say."""
+    key = name_of(row["key"])
+    if row["type"] == "none":
+        pipeline.unlink(key)
+        return
+    if row["first"] and row["last"]:
+        _push(pipeline, key, row)
+        if row["ttl_ms"] >= 0:
+            pipeline.pexpire(key, row["ttl_ms"])
+        return
+    _push(pipeline, STAGED + key, row)
+    if row["last"]:
+        _rename(pipeline, key, row["ttl_ms"])
+
+
+def _push(pipeline: Any, key: bytes, row: Row) -> None:
+    """Make a key of a row, or add to it what the row has."""
+    kind, value = row["type"], row["value"]
+    if row["first"]:
+        pipeline.unlink(key)
     if kind == "string":
-        pipeline.set(key, base64.b64decode(value))
+        pipeline.append(key, base64.b64decode(value))
     elif kind == "hash":
         for part in pages(value, FIELDS):
             pipeline.hset(key, mapping={base64.b64decode(name): base64.b64decode(item) for name, item in part})
@@ -269,76 +292,33 @@ def _put(pipeline: Any, row: Row) -> None:
     elif kind == "zset":
         for part in pages(value, FIELDS):
             pipeline.zadd(key, {base64.b64decode(item): float(score) for item, score in part})
-    if kind != "none" and ttl_ms >= 0:
+
+
+def _rename(pipeline: Any, key: bytes, ttl_ms: int) -> None:
+    pipeline.rename(STAGED + key, key)
+    if ttl_ms >= 0:
         pipeline.pexpire(key, ttl_ms)
 
 
-def _swap(client: redis.Redis, together: list[Row]) -> None:
+def _clear_staged(client: redis.Redis) -> None:
+    """Remove what a restore that was killed has left."""
+    for page in pages(client.scan_iter(match=STAGED + b"*", count=1000), PAGE):
+        client.unlink(*page)
+
+
+def _swap(client: redis.Redis, together: dict[str, int], version: bytes | None) -> None:
     """Replace what belongs together. The version only ever grows, or a worker would take an old copy for a new one."""
 
-    def version(value: bytes | None) -> int:
+    def number(value: bytes | None) -> int:
         return int(value) if value is not None and value.isdigit() and len(value) < 19 else 0
 
-    by_name = {row["key"]: row for row in together}
-    given = by_name.pop(REGISTRY_VERSION, None)
-    of_export = base64.b64decode(given["value"]) if given is not None and given["type"] == "string" else None
     now: Any = client.get(REGISTRY_VERSION)
     with client.pipeline(transaction=True) as pipeline:
         for name in (REGISTRY, BREAKERS, JOBS):
-            _put(pipeline, by_name.get(name, {"key": name, "type": "none", "value": None, "ttl_ms": -1}))
-        pipeline.set(REGISTRY_VERSION, max(version(of_export), version(now)) + 1)
+            if name in together:
+                _rename(pipeline, name.encode(), together[name])
+            else:
+                pipeline.unlink(name)
+        pipeline.set(REGISTRY_VERSION, max(number(version), number(now)) + 1)
         pipeline.publish(EVENTS, json.dumps({"event": "registry"}))
         pipeline.execute()
-
-
-def _parsed(file: BinaryIO) -> Row | None:
-    line = file.readline(LINE_BYTES + 1)
-    if not line:
-        return None
-    if len(line) > LINE_BYTES or not line.endswith(b"\n"):
-        raise Damaged("its Redis data have a line that is too long, or no end")
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Damaged("its Redis data cannot be read") from error
-    if not isinstance(row, dict):
-        raise Damaged("its Redis data cannot be read")
-    return row
-
-
-def _check(row: Row) -> None:
-    """Raises Damaged unless a row is one that `export` or `save` writes."""
-    try:
-        kind, value = row["type"], row["value"]
-        good = row["key"].startswith("truthgpt:") and type(row["ttl_ms"]) is int and -1 <= row["ttl_ms"] < 1 << 53
-        _name(row["key"])
-        if kind == "string":
-            base64.b64decode(value, validate=True)
-        elif kind == "list":
-            [base64.b64decode(item, validate=True) for item in value]
-        elif kind == "hash":
-            [(base64.b64decode(name, validate=True), base64.b64decode(item, validate=True)) for name, item in value]
-        elif kind == "zset":
-            [(base64.b64decode(item, validate=True), float(score)) for item, score in value]
-        else:
-            good = good and kind == "none" and value is None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Damaged("its Redis data have a key that is none") from error
-    if not good:
-        raise Damaged("its Redis data have a key that is none")
-
-
-def _write(file: BinaryIO, row: Row) -> None:
-    file.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
-
-
-def _b64(value: bytes) -> str:
-    return base64.b64encode(value).decode()
-
-
-def _text(key: bytes) -> str:
-    return key.decode("utf-8", "surrogateescape")
-
-
-def _name(key: str) -> bytes:
-    return key.encode("utf-8", "surrogateescape")

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from orchestrator.local import alias, state, swap
+from orchestrator.local.preflight import belongs
 from orchestrator.local.process import alive
 from orchestrator.ops.backup.errors import BackupError
 from orchestrator.settings import Settings
@@ -60,10 +63,11 @@ def client(settings: Settings) -> Iterator[redis.Redis | None]:
 
 
 @contextlib.contextmanager
-def held(home: Path) -> Iterator[bool]:
-    """Hold a home, so that no stack starts in it; whether a restore that was killed had to be undone first.
+def held(home: Path) -> Iterator[list[Path] | None]:
+    """Hold a home, so that no stack starts in it. None, unless a restore that was killed had to be undone first: then
+    where is now what stood in the way of that.
 
-    Raises BackupError where a stack runs from it, and OSError.
+    Raises BackupError where a stack runs from it, swap.NoteError, and OSError.
     """
     try:
         lock = state.lock(home)
@@ -90,7 +94,7 @@ def started(settings: Settings, home: Path) -> Iterator[redis.Redis]:
 
     found = state.read(home)
     left = found.processes.get("redis") if found is not None else None
-    if left is not None and alive(left):
+    if left is not None and alive(left) and _is_redis(left, home):
         hint = "`truthgpt down` clears it away"
         raise BackupError(f"Redis of a stack that was killed still runs from {home} (process {left})", hint)
     server = EmbeddedRedis(home.resolve(), max_bytes=settings.redis_max_bytes)
@@ -104,6 +108,15 @@ def started(settings: Settings, home: Path) -> Iterator[redis.Redis]:
         raise NoRedis(f"Redis of {home} failed: {error}", "`truthgpt doctor` looks for the cause") from error
     finally:
         alias.clear(home.resolve())
+
+
+def _is_redis(pid: int, home: Path) -> bool:
+    """Whether a process is this home's Redis: another program may have its number by now."""
+    try:
+        line = " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
+    return "redis-server" in line and any(belongs(pid, path) for path in (home.resolve(), home.absolute()))
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 What is replaced is what a backup has: in the home the audit log and its key, the metric history, the lists of loaded
 models and of alerts, the embedded Redis's files, and truthgpt.toml if the backup has one; all of the model repository,
-if the backup has one. It is moved to HOME.before-TIME and REPOSITORY.before-TIME. Everything else in the home stays
-where it is: logs, backups, whatever lies there.
+if the backup has one. placing.py says whose. It is moved to HOME.before-TIME and REPOSITORY.before-TIME. Everything
+else in the home stays where it is: logs, backups, whatever lies there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from orchestrator.local import swap
 from orchestrator.ops.backup import collecting, difference, extracting, names, reading, redisdata, redissource
 from orchestrator.ops.backup.difference import Difference
 from orchestrator.ops.backup.errors import BackupError, Damaged
+from orchestrator.ops.backup.placing import Target
 from orchestrator.ops.backup.reading import Report
 from orchestrator.ops.backup.tarform import BLOCK, Manifest, Member
 from orchestrator.settings import Settings
@@ -37,14 +38,19 @@ Progress = Callable[[int, int], None]  # bytes done, and of how many
 
 @dataclass
 class Restored:
-    """`done` is false after a dry run or a no. `kept`: where what was there before is. `config`: the settings file."""
+    """`done` is false after a dry run or a no. `kept`: where what was there before is. `config`: the settings file.
+
+    `recovered`: None, unless a restore that was interrupted was undone: then where is what stood in the way of that.
+    `elsewhere`: whether this is another home than the settings' one.
+    """
 
     report: Report
     difference: Difference
     done: bool = False
-    recovered: bool = False
+    recovered: list[Path] | None = None
     kept: list[Path] = field(default_factory=list)
     config: Path | None = None
+    elsewhere: bool = False
 
 
 def verify(path: Path, key: str | None, progress: Progress = lambda done, total: None) -> Report:
@@ -54,29 +60,48 @@ def verify(path: Path, key: str | None, progress: Progress = lambda done, total:
 
 
 def restore(
-    settings: Settings, path: Path, agreed: Callable[[Report, Difference], bool], *, dry_run: bool = False,
+    settings: Settings, path: Path, agreed: Callable[[Report, Difference], bool], *, target: Path | None = None,
+    repository: Path | None = None, given_redis: bool = False, dry_run: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Restored:  # fmt: skip
     """Put a backup back into `settings.home` and `settings.model_repository`, once `agreed` says yes to what changes.
 
-    Nothing is touched before every byte was checked, and everything is as it was where any step fails. Raises
-    BackupError, NoRedis and OSError.
+    Or into the home `target`, with its models in `repository`, and `given_redis` says whether the Redis that the
+    settings give is its: see placing.py. Nothing is touched before every byte was checked, and everything is as it
+    was where any step fails. Raises BackupError, NoRedis, swap.NoteError and OSError.
     """
+    aim = Target(settings, target, repository, given_redis)
+    settings = aim.settings
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(reading.opened(path))
         kept = _Settings()
         report = reading.read(path, file, settings.backup_key, kept, progress)
+        aim.check(report.manifest)
         held = not dry_run and settings.home.is_dir()
-        recovered = held and stack.enter_context(redissource.held(settings.home))
-        found = _difference(settings, report.manifest, kept, held, progress)
-        result = Restored(report, found, recovered=recovered)
+        recovered = stack.enter_context(redissource.held(settings.home)) if held else None
+        found = _difference(aim, report.manifest, kept, held, progress)
+        aim.settle(found, dry_run)
+        if not dry_run:
+            aim.check_unserved(report.manifest)
+        result = Restored(report, found, recovered=recovered, elsewhere=aim.elsewhere)
         if dry_run or not agreed(report, found):
             return result
         if not held:
-            stack.enter_context(redissource.held(settings.home))  # makes it
+            stack.enter_context(_new_home(settings.home))
         stack.enter_context(_told())
-        _put_back(settings, path, file, result, progress)
+        _put_back(aim, path, file, result, progress)
     return result
+
+
+@contextlib.contextmanager
+def _new_home(home: Path) -> Iterator[None]:
+    """Make a home and hold it; it goes again where nothing is put into it."""
+    with extracting.made(home, 0o700) as path, redissource.held(home):
+        try:
+            yield
+        finally:
+            if os.listdir(path) == ["lock"]:
+                (path / "lock").unlink()
 
 
 class _Settings(reading.Nowhere):
@@ -92,9 +117,10 @@ class _Settings(reading.Nowhere):
                 self.described = found if isinstance(found, dict) else {}
 
 
-def _difference(settings: Settings, manifest: Manifest, kept: _Settings, held: bool, progress: Progress) -> Difference:
+def _difference(aim: Target, manifest: Manifest, kept: _Settings, held: bool, progress: Progress) -> Difference:
     from orchestrator.ops.redis import NoRedis
 
+    settings = aim.settings
     now, unknown = None, ""
     if "redis" in manifest.origins:
         try:
@@ -106,7 +132,7 @@ def _difference(settings: Settings, manifest: Manifest, kept: _Settings, held: b
                 raise  # what cannot be asked cannot be written to
             unknown = str(error)
     return Difference(
-        difference.trees(manifest, settings, progress), manifest.redis, now, unknown,
+        aim.replaces(manifest), difference.trees(manifest, settings, progress), manifest.redis, now, unknown,
         difference.settings_of(kept.described, settings),
     )  # fmt: skip
 
@@ -119,19 +145,26 @@ def _counts(settings: Settings, held: bool) -> dict[str, int] | None:
         return None if found is None else redisdata.counts(found)
 
 
-def _put_back(settings: Settings, path: Path, file: BinaryIO, result: Restored, progress: Progress) -> None:
-    manifest, home = result.report.manifest, settings.home.resolve()
+def _put_back(aim: Target, path: Path, file: BinaryIO, result: Restored, progress: Progress) -> None:
+    manifest, settings, home = result.report.manifest, aim.settings, aim.settings.home.resolve()
     with contextlib.ExitStack() as stack:
-        repository = stack.enter_context(_made(settings.model_repository)) if "models" in manifest.origins else None
+        repository = None
+        if "models" in manifest.origins and aim.models:
+            repository = stack.enter_context(extracting.made(settings.model_repository))
+        # beside a home that lies in the repository it would be taken for a model
+        among_models = home.is_relative_to(settings.model_repository.resolve())
+        places = [extracting.Beside(home, among_models), *([extracting.Beside(repository)] if repository else [])]
+        for place in places:
+            place.remove_empty()
         at = time.time()
-        while any(_before(folder, at).exists() for folder in (home, repository) if folder is not None):
+        while any(_before(place, at).exists() for place in places):
             at += 1.0
-        staged = stack.enter_context(extracting.staging(home))
+        staged = stack.enter_context(extracting.staging(places[0]))
         roots = {"home": staged / "home", "settings": staged / "settings", "redis": staged / "redis"}
-        folders = {staged: _before(home, at)}
+        folders = {staged: _before(places[0], at)}
         if repository is not None:
-            staged_models = stack.enter_context(extracting.staging(repository))
-            folders[staged_models] = _before(repository, at)
+            staged_models = stack.enter_context(extracting.staging(places[1]))
+            folders[staged_models] = _before(places[1], at)
             roots["models"] = staged_models / "models"
         _require_space(manifest, roots)
         sink = extracting.Extract(roots)
@@ -146,15 +179,28 @@ def _put_back(settings: Settings, path: Path, file: BinaryIO, result: Restored, 
             moves = _moves(home, staged, before, embedded, "home" in manifest.origins)
             if repository is not None:
                 moves += _model_moves(settings, repository, roots["models"], folders[staged_models])
-            swap.exchange(home, moves, list(folders), list(folders.values()))
+            aim.check_unserved(manifest)  # taking it out may have lasted
+            _exchange(home, moves, list(folders), list(folders.values()))
         result.done = True
         result.kept = [folder for folder in folders.values() if any(folder.iterdir())]
         config = home / collecting.CONFIG
         result.config = config if any(target == config for _, target in moves) else None
 
 
-def _before(folder: Path, at: float) -> Path:
-    return extracting.beside(folder, extracting.BEFORE, names.stamp(at))
+def _exchange(home: Path, moves: list[swap.Move], staging: list[Path], kept: list[Path]) -> None:
+    try:
+        swap.exchange(home, moves, staging, kept)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EBUSY):
+            raise
+        hint = "unmount it while the backup is put back, or restore into a folder in which nothing is mounted"
+        why = "something is mounted there, or it is part of a container's image"
+        told = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+        raise BackupError(f"{error.filename} cannot be moved: {why}; everything is as it was{told}", hint) from error
+
+
+def _before(place: extracting.Beside, at: float) -> Path:
+    return place.path(extracting.BEFORE, names.stamp(at))
 
 
 def _moves(home: Path, staged: Path, before: Path, embedded: Path | None, has_home: bool) -> list[swap.Move]:
@@ -228,6 +274,7 @@ def _give_back(client: redis.Redis, old: BinaryIO, saved: Path) -> None:
 def _kept(folder: Path) -> Iterator[None]:
     """A folder for what was there before; removed again where nothing is in it."""
     folder.mkdir(mode=0o700)
+    swap.sync_folder(folder.parent)
     try:
         yield
     finally:
@@ -235,24 +282,13 @@ def _kept(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-@contextlib.contextmanager
-def _made(folder: Path) -> Iterator[Path]:
-    """A folder that may have to be made; one that was and stays empty goes again."""
-    there = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield folder.resolve()
-    finally:
-        if not there:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
 def _require_space(manifest: Manifest, roots: dict[str, Path]) -> None:
     """Refuse before anything is written. Redis's files are about as large as what they are made of."""
     needed: dict[int, int] = {}
     for member in manifest.members:
         tree = member.name.partition("/")[0]
+        if tree not in roots:
+            continue
         device = roots[tree].parent.stat().st_dev
         needed[device] = needed.get(device, 0) + (member.bytes + BLOCK) * (2 if tree == "redis" else 1)
     for folder in {root.parent for root in roots.values()}:

@@ -14,25 +14,28 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.ops.backup.errors import BackupError, Damaged
+from orchestrator.ops.backup.errors import BackupError, Damaged, Newer
 
 BLOCK = 512
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
-MANIFEST_BYTES = 64 << 20  # that it has at most
-MOST_MEMBERS = 200_000
+MANIFEST_BYTES = 32 << 20  # that it has at most
+HEAD_BYTES = 1 << 20  # of that what is not about members
+MOST_MEMBERS = 100_000
 END = bytes(2 * BLOCK)
 TREES = ("settings", "redis", "home", "models")
 
 _OCTAL_SIZE = 1 << 33
 _ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 _FOOTER = re.compile(rb"truthgpt-backup 1 (\d{20}) ([0-9a-f]{64})\n")
+_OTHER_FOOTER = re.compile(rb"truthgpt-backup (?!1 )[1-9]\d{0,3} [ -~]*\n\Z")
+_OTHER_FORMAT = re.compile(rb'\{"format": ?(?!1[,}])[1-9]\d{0,3}[,}]')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A folder (`sha256` is None) or file. `mode` are permission bits, `mtime` is Unix time in whole seconds."""
 
@@ -65,40 +68,60 @@ class Manifest:
     def files(self) -> int:
         return sum(not member.folder for member in self.members)
 
-    @property
-    def data_bytes(self) -> int:
-        return sum(member.bytes for member in self.members)
-
     def encode(self) -> bytes:
-        document = {"format": FORMAT, **asdict(self)}
-        document["members"] = [_row(member) for member in self.members]
-        return json.dumps(document, separators=(",", ":")).encode()
+        document = {"format": FORMAT, **{name: getattr(self, name) for name in _HEAD}}
+        return json.dumps(document, separators=(",", ":")).encode()[:-1] + _listed(self.members)
 
     @classmethod
-    def decode(cls, data: bytes) -> Manifest:
-        """Raises Damaged."""
+    def decode(cls, data: bytes, members: list[Member]) -> Manifest:
+        """What is said of an archive that has these members. They are not parsed but compared with the text that there
+        has to be of them: nothing can be said that takes more memory than they do. Raises Damaged and Newer.
+        """
+        if _OTHER_FORMAT.match(data):
+            raise Newer("its manifest has another form")
+        listed = _listed(members)
+        if not data.endswith(listed):
+            raise Damaged("its manifest cannot be read, or says something else than what is in it")
+        head = data[: len(data) - len(listed)] + b"}"
         try:
-            found = json.loads(data)
-            if found["format"] != FORMAT:
-                raise Damaged(f"its format is {ascii(found['format'])[:40]}, and this version knows only {FORMAT}")
-            members = [
-                Member(str(row["name"]), int(row.get("bytes", 0)), int(row["mode"]), int(row["mtime"]),
-                       row.get("sha256"))
-                for row in found["members"]
-            ]  # fmt: skip
-            made = cls(str(found["id"]), float(found["created"]), str(found["version"]), dict(found["origins"]),
-                       dict(found["redis"]), members)  # fmt: skip
-            texts = (made.version, *made.origins, *made.origins.values(), str(made.redis))
-            if _ID.fullmatch(made.id) is None or not 0 <= made.created < 1e11 or not all(map(str.isprintable, texts)):
+            if len(head) > HEAD_BYTES:
+                raise ValueError
+            found = json.loads(head)
+            if found.keys() != {"format", *_HEAD} or found["format"] != FORMAT:
+                raise ValueError
+            made = cls(**{name: found[name] for name in _HEAD}, members=members)
+            texts = [made.id, made.version, *made.origins.items(), *made.redis, made.redis.get("source", "")]
+            counts = [count for name, count in made.redis.items() if name != "source"]
+            if not all(_shown(text) for item in texts for text in (item if isinstance(item, tuple) else (item,))):
+                raise ValueError
+            if not all(type(count) is int and 0 <= count < 1 << 63 for count in counts):
+                raise ValueError
+            if _ID.fullmatch(made.id) is None or type(made.created) not in (int, float) or not 0 <= made.created < 1e11:
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise Damaged("its manifest cannot be read") from error
         return made
 
 
+_HEAD = ("id", "created", "version", "origins", "redis")
+
+
+def _listed(members: list[Member]) -> bytes:
+    """The end of a manifest: one line of JSON has all members, in their order."""
+    return b',"members":' + json.dumps([_row(member) for member in members], separators=(",", ":")).encode() + b"}"
+
+
+def _shown(text: object) -> bool:
+    """Whether this is text that a terminal may be given."""
+    return isinstance(text, str) and text.isprintable()
+
+
 def _row(member: Member) -> dict[str, Any]:
-    row = asdict(member)
-    return {name: row[name] for name in ("name", "mode", "mtime")} if member.folder else row
+    row = {"name": member.name, "bytes": member.bytes, "mode": member.mode, "mtime": member.mtime}
+    if member.folder:
+        del row["bytes"]
+        return row
+    return {**row, "sha256": member.sha256}
 
 
 def header(member: Member) -> bytes:
@@ -159,12 +182,15 @@ def footer(size: int, sha256: str) -> bytes:
 
 
 FOOTER_BYTES = len(footer(0, "0" * 64))
+TAIL_BYTES = 512  # in which any version's footer fits
 
 
-def read_footer(line: bytes) -> tuple[int, str]:
-    """Bytes and SHA-256 of what is before it. Raises Damaged."""
-    found = _FOOTER.fullmatch(line)
+def read_footer(tail: bytes) -> tuple[int, str]:
+    """Bytes and SHA-256 of what is before the line that the last TAIL_BYTES end with. Raises Damaged and Newer."""
+    found = _FOOTER.fullmatch(tail[-FOOTER_BYTES:])
     if found is None:
+        if _OTHER_FOOTER.search(tail):
+            raise Newer("its end has another form")
         raise Damaged("its end is missing or was changed")
     return int(found[1]), found[2].decode()
 

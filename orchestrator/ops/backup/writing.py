@@ -76,7 +76,7 @@ class Writer:
         """The manifest and the end."""
         data = self.manifest.encode()
         if len(data) > MANIFEST_BYTES:
-            raise _too_many()
+            raise too_many()
         self._put(header(Member(MANIFEST, len(data), 0o600, int(self.manifest.created), "")))
         for part in (data, padding(len(data)), END):
             self._put(part)
@@ -87,7 +87,7 @@ class Writer:
         if member.name in self._names:
             raise BackupError(f"{ascii(member.name)} is there twice", "rename one of them")
         if len(self._names) >= MOST_MEMBERS:
-            raise _too_many()
+            raise too_many()
         self._names.add(member.name)
         self._put(header(member))
 
@@ -97,6 +97,6 @@ class Writer:
         self._write(data)
 
 
-def _too_many() -> BackupError:
+def too_many() -> BackupError:
     hint = "--no-models leaves the model repository out, which is most of them"
     return BackupError(f"there are more than {MOST_MEMBERS} files and folders", hint)

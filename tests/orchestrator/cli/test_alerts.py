@@ -15,6 +15,7 @@ from orchestrator.monitor import alertbook
 from orchestrator.monitor.notifier import Notifier
 from orchestrator.monitor.watcher import Watcher
 from orchestrator.settings import Settings
+from tests.orchestrator.gateway import write_state
 from tests.orchestrator.monitor.receivers import mailing, mute, receiving
 from tests.orchestrator.monitor.test_conditions import WELL
 
@@ -65,6 +66,9 @@ def test_list_has_what_fires_the_critical_first(watched: Any) -> None:
         "NAME", "STATE", "SEVERITY", "SINCE", "(UTC)", "WHAT",
     ]  # fmt: skip
     assert "TruthGPTAuditAway" in done.stdout and "resolved" in done.stdout and done.stderr == ""
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]  # each in one line, and the labels in its sentence
+    assert [row[0] for row in rows] == ["TruthGPTAuditAway", "TruthGPTModelOnFallback", "TruthGPTRedisAway"]
+    assert " ".join(rows[1][5:]) == "The model demo runs on the CPU because its device failed."
 
 
 def test_list_where_nothing_fires(place: Any) -> None:
@@ -81,6 +85,27 @@ def test_old_news_are_said_to_be_old(place: Any) -> None:
     looked(place.home, (600, {"audit_up": False}))
     done = place.run("alerts", "list", "--json")
     assert len(json.loads(done.stdout)) == 1 and "nobody looks at the alerts now" in done.stderr
+
+
+def test_what_the_book_cannot_have_is_seen(watched: Any, gateway: Any) -> None:
+    """On a full disk list names what fires by the running stack and why; ack and show of it say so, too."""
+    write_state(watched.home, gateway.url, ops=gateway.url)
+    gateway.summary = {"alerts": {"firing": 0, "critical": 0, "names": [], "unwritten": None}}
+    assert "warning" not in watched.run("alerts", "list").stderr
+    names = ["TruthGPTAuditAway", "TruthGPTDiskFull"]
+    gateway.summary = {"alerts": {"firing": 2, "critical": 2, "names": names, "unwritten": "No space left on device"}}
+    done = watched.run("alerts", "list")
+    assert "cannot be written (No space left on device), and is as of 20" in done.stderr
+    assert "warning: what fires now: TruthGPTAuditAway, TruthGPTDiskFull\n" in done.stderr
+    assert done.exit_code == 0 and "TruthGPTModelOnFallback" in done.stdout
+    assert "TruthGPTDiskFull fires, but the alert book cannot" in watched.refused("alerts", "ack", "disk_full")
+    assert "cannot be written: No space" in watched.refused("alerts", "show", "disk_full")
+    assert "does not fire" in watched.refused("alerts", "ack", "memory_high")
+    watched.json("alerts", "clear", "audit_away"), watched.json("alerts", "clear", "model_on_fallback")
+    done = watched.run("alerts", "list", "--firing")
+    assert done.stdout == "" and "TruthGPTDiskFull" in done.stderr  # and not that nothing fires
+    gateway.summary = {"alerts": 1}  # of another version
+    assert watched.run("alerts", "list", "--firing").stdout == "no alert fires\n"
 
 
 @pytest.mark.parametrize("name", ["TruthGPTRedisAway", "redis_away", "redisaway", "truthgpt-redis-away"])

@@ -64,6 +64,17 @@ def test_a_silent_gateway_does_not_hang_the_command(place: Any, gateway: Any) ->
     assert document["running"] is True and "did not answer in time" in document["detail"] and document["uptime_s"] >= 5
 
 
+def test_figures_that_cannot_be_had_are_a_line(place: Any, gateway: Any) -> None:
+    """An ops port that does not answer is said with its address, and the figures are null in JSON."""
+    shown = place.run("status")
+    assert shown.exit_code == 0 and "  figures   unknown: http://127.0.0.1:1 does not answer" in shown.stdout
+    document = place.json("status")
+    assert (document["figures"], document["ops"]) == (None, "http://127.0.0.1:1")
+    gateway.summary = {}
+    write_state(place.home, gateway.url, ops=gateway.url)
+    assert "figures" not in place.run("status").stdout
+
+
 def test_a_redis_password_is_never_shown(place: Any, gateway: Any) -> None:
     """The address of a Redis with a password is printed without it, in text and in JSON."""
     write_state(place.home, gateway.url, redis="redis://user:hunter2@example.org:6379/0")

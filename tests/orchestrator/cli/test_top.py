@@ -28,6 +28,8 @@ FIGURES = {
     "disks": [{"folder": "home", "free_bytes": 50 << 30, "total_bytes": 100 << 30}],
     "jobs": [{"name": "logs", "failing": True}, {"name": "cache", "failing": False}],
     "backup": {"wanted": True, "newest_at": 1_795_710_000.0}, "alerts": {"firing": 2, "critical": 1},
+    "models": [{"name": "demo", "breaker": "closed"}, {"name": "big", "breaker": "open"},
+               {"name": "tiny", "breaker": "half_open"}],
     "minute": {"requests_per_s": 3.5, "error_rate": 0.5, "tokens_per_s": 9.0, "latency_s": {"p95": 0.25}},
 }  # fmt: skip
 
@@ -40,6 +42,7 @@ def test_figures_read_for_people() -> None:
     assert lines["users"] == "about 7 in five minutes" and lines["cache"] == "5 of 20 answers (25.0%)"
     assert lines["memory"] == "gateway 90.0 MiB, machine 6.0 GiB of 24.0 GiB (25%)"
     assert lines["gpu 0"] == "1.0 GiB of 80.0 GiB (1%)" and lines["disk"] == "home 50.0 GiB free"
+    assert lines["breaker"] == "big open, tiny half open (`truthgpt breaker show`)"
     assert lines["jobs"] == "logs failed (`truthgpt jobs history`)"
     assert re.fullmatch(r"the newest is \d+ min old", lines["backup"])
     assert lines["alerts"] == "2 firing, 1 critical (`truthgpt alerts list`)"

@@ -139,3 +139,12 @@ async def test_a_reload_in_vain_has_the_watch_start_the_server_again(
             await asyncio.sleep(0.8)
             assert len(found.restarts) == (name == "e")
         assert found.restarts == ["the watch"]
+
+
+async def test_who_dies_before_being_seen_well_is_mended_as_soon(tmp_path: Path, fake: FakeTriton, stubs: Any) -> None:
+    """A server was started anew and says that it has the model, whose process is dead: patience was for its loading."""
+    async with watching(tmp_path, fake, stubs, "m") as found:
+        fake.beat_error = "Stub process 'm' is not healthy."
+        found.stubs["m"].kill()
+        found.stubs["m"].wait()
+        await until(lambda: len(found.restarts) >= 3, 4 * SOON_S)

@@ -67,7 +67,7 @@ def test_everything_is_exchanged(tmp_path: Path) -> None:
         "home/a": "fresh/a", "home/b": "fresh/b", "home/c": "fresh/c", "old/a": "home/a", "old/b": "home/b",
         "old/gone": "home/gone",
     }  # fmt: skip
-    assert not swap.recover(tmp_path / "home")
+    assert swap.recover(tmp_path / "home") is None
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -88,9 +88,27 @@ def test_what_a_killed_process_left(tmp_path: Path, number: int) -> None:
     moves = prepared(tmp_path)
     before = {name: text for name, text in texts(tmp_path).items() if not name.startswith("fresh/")}
     killed(tmp_path, moves, number)
-    assert swap.recover(tmp_path / "home")
+    assert swap.recover(tmp_path / "home") == []
     assert texts(tmp_path) == before and not (tmp_path / "fresh").exists() and not (tmp_path / "old").exists()
-    assert not swap.recover(tmp_path / "home")
+    assert swap.recover(tmp_path / "home") is None
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_what_was_made_in_the_meantime(tmp_path: Path, number: int) -> None:
+    """Where something had been moved away and somebody has made another, the first comes back, the other is kept."""
+    moves = prepared(tmp_path)
+    killed(tmp_path, moves, number)
+    made = [path for path in (tmp_path / "home" / name for name in ("a", "b", "gone")) if not path.exists()]
+    for path in made:
+        path.mkdir()
+        (path / "new").write_text(path.name)
+    aside = swap.recover(tmp_path / "home")
+    assert aside is not None and [(path.parent, (path / "new").read_text()) for path in aside] == [
+        (tmp_path / "home", path.name) for path in reversed(made)
+    ]
+    assert all(path.name.startswith(".") for path in aside), "a model repository would take it for a model"
+    found = {name: text for name, text in texts(tmp_path / "home").items() if not name.startswith(".")}
+    assert found == {"a": "home/a", "b": "home/b", "gone": "home/gone"}
 
 
 @pytest.mark.parametrize("number", range(7))
@@ -99,5 +117,5 @@ def test_staging_that_was_cleared_away(tmp_path: Path, number: int) -> None:
     moves = prepared(tmp_path)
     killed(tmp_path, moves, number)
     shutil.rmtree(tmp_path / "fresh")
-    assert swap.recover(tmp_path / "home")
+    assert swap.recover(tmp_path / "home") == []
     assert texts(tmp_path / "home") == {"a": "home/a", "b": "home/b", "gone": "home/gone"}

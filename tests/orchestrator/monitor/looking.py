@@ -9,10 +9,7 @@ from typing import Any
 from orchestrator.monitor.alerts import Alert, Document, from_json, to_json
 from orchestrator.monitor.alertstate import Due, Tracker, Watch, step
 from orchestrator.monitor.conditions import assess
-from orchestrator.settings import Settings
-from tests.orchestrator.monitor.test_conditions import WELL
-
-SETTINGS = Settings()
+from tests.orchestrator.monitor.test_conditions import SETTINGS, WELL
 
 
 @dataclass

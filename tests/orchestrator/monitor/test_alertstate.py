@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 
+from orchestrator.breaker import Breaker
 from orchestrator.monitor import alertstate
 from orchestrator.monitor.alerts import MAX_ALERTS, Acknowledged
 from orchestrator.monitor.alertstate import AGAIN_S, KEPT_S, merge
@@ -58,6 +59,29 @@ def test_a_flickering_value_is_told_once() -> None:
     assert looker.one().firing
     looker.look(1650)  # a minute after the first look that found it well, at 1590
     assert (looker.one().state, looker.one().resolved, looker.states) == ("resolved", 1650, ["firing", "resolved"])
+
+
+@pytest.mark.parametrize("every", [20, 110, 300])
+def test_a_breaker_that_opens_again_and_again_is_told_once(every: int) -> None:
+    """With a request that fails every five minutes or more often; where nobody asks any more it is resolved."""
+    looker, breaker = Looker(repeat_s=1e6), Breaker(threshold=3, open_s=5.0)
+    breaker.trip(1000)
+    for at in range(1000, 5200, 10):
+        if at <= 4600 and (at - 1000) % every == 0 and breaker.enter(at) == 0.0:
+            breaker.fail(at)
+        looker.look(at, models=[{"name": "demo", "breaker": breaker.state(at)}])
+        assert at > 4600 or looker.states == ["firing"]
+    assert looker.states == ["firing", "resolved"]
+    assert 300 <= (looker.one().resolved or 0) - (breaker.until or 0) <= 310  # half open for five minutes
+
+
+def test_a_breaker_that_closes_is_resolved_after_a_minute() -> None:
+    """Having been half open before does not make that longer."""
+    looker = Looker()
+    looker.look(1000, models=[{"name": "demo", "breaker": "open"}])
+    looker.looks(1010, 1050, models=[{"name": "demo", "breaker": "half_open"}])
+    looker.looks(1060, 1070)
+    assert looker.one().state == "resolved"
 
 
 def test_unknown_is_not_well() -> None:

@@ -17,7 +17,10 @@ from orchestrator.monitor.rules import RULES, identity
 from orchestrator.settings import Settings
 from tests.test_docs import check_command
 
-SETTINGS = replace(Settings(), alert_error_requests=100, alert_queue=32, alert_backup_age_s=172_800.0)
+SETTINGS = replace(
+    Settings(), alert_error_requests=100, alert_queue=32, alert_backup_age_s=172_800.0, backup=True,
+    redis_url="redis://127.0.0.1",
+)  # fmt: skip
 
 WELL: dict[str, Any] = {
     "time": "2026-11-26T18:30:00.000Z", "window_s": 300.0, "requests": 120, "errors": 3, "error_rate": 0.025,
@@ -51,7 +54,6 @@ BAD = [
     ("TruthGPTErrorRateHigh", "error_rate", 0.11, {}),
     ("TruthGPTQueueLong", "models.0.waiting", 32, {"model": "demo"}),
     ("TruthGPTBreakerOpen", "models.0.breaker", "open", {"model": "demo"}),
-    ("TruthGPTBreakerOpen", "models.0.breaker", "half_open", {"model": "demo"}),
     ("TruthGPTRedisAway", "redis_up", False, {}),
     ("TruthGPTTritonAway", "triton_up", False, {}),
     ("TruthGPTModelNotReady", "models.0.ready", False, {"model": "demo"}),
@@ -91,7 +93,7 @@ def test_every_rule_has_a_fault_above() -> None:
     [
         ("memory.used_bytes", 90), ("gpus.0.used_bytes", 95), ("error_rate", 0.1), ("models.0.waiting", 31),
         ("disks.0.free_bytes", 10), ("backup.newest_at", NOW - 172_800), ("backup.wanted", False),
-        ("redis_up", None), ("models", []), ("gpus", None), ("requests", 99),
+        ("redis_up", None), ("models", []), ("gpus", None), ("requests", 99), ("models.0.breaker", "half_open"),
     ],
 )  # fmt: skip
 def test_at_the_threshold_nothing_holds(path: str, value: object) -> None:
@@ -105,11 +107,58 @@ def test_few_requests_raise_no_error_rate() -> None:
     assert [c.value for c in conditions({**WELL, "requests": 100, "error_rate": 0.11}, SETTINGS)] == [0.11]
 
 
-@pytest.mark.parametrize(("up_s", "names"), [(172_800.0, []), (172_801.0, ["TruthGPTBackupTooOld"]), (None, [])])
-def test_no_backup_at_all_counts_after_a_while(up_s: float | None, names: list[str]) -> None:
-    """A stack that was just started has had no time for a backup."""
-    figures = {**WELL, "backup": {"wanted": True, "newest_at": None}, "up_s": up_s}
+def test_few_requests_after_a_start_say_nothing() -> None:
+    """Of a gateway that was started anew in the middle of failures nobody can tell yet; many good ones are well."""
+    begun = {**WELL, "window_s": 40.0, "requests": 99}
+    for rate in (0.0, 1.0):
+        found = assess({**begun, "error_rate": rate}, SETTINGS)
+        assert found.holding == [] and found.is_unknown("TruthGPTErrorRateHigh", {})
+    assert not assess({**begun, "window_s": 297.6}, SETTINGS).is_unknown("TruthGPTErrorRateHigh", {})
+    assert not assess({**begun, "requests": 100}, SETTINGS).is_unknown("TruthGPTErrorRateHigh", {})
+    (holds,) = conditions({**begun, "requests": 100, "error_rate": 0.2}, SETTINGS)
+    assert holds.name == "TruthGPTErrorRateHigh"
+
+
+OLD, YOUNG = NOW - 172_801, NOW - 172_800
+
+
+@pytest.mark.parametrize(
+    ("since", "up_s", "names"),
+    [
+        (YOUNG, 999_999.0, []), (OLD, 10.0, ["TruthGPTBackupTooOld"]),
+        (None, 172_800.0, []), (None, 172_801.0, ["TruthGPTBackupTooOld"]), (None, None, []),
+    ],
+)  # fmt: skip
+def test_no_backup_at_all_counts_after_a_while(since: float | None, up_s: float | None, names: list[str]) -> None:
+    """A home that was just made has had no time for a backup; how often its gateway was started does not matter."""
+    figures = {**WELL, "backup": {"wanted": True, "newest_at": None, "since": since}, "up_s": up_s}
     assert [found.name for found in conditions(figures, SETTINGS)] == names
+
+
+OFF = [
+    ("TruthGPTRedisAway", {"redis_url": None}), ("TruthGPTLimitsDegraded", {"redis_url": None}),
+    ("TruthGPTLimitsDegraded", {"limits": "off"}), ("TruthGPTJobFailing", {"redis_url": None}),
+    ("TruthGPTJobFailing", {"maintenance": False}), ("TruthGPTAuditAway", {"audit": False}),
+    ("TruthGPTBackupTooOld", {"backup": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "off"), OFF)
+def test_what_is_switched_off_is_not_unknown(name: str, off: dict[str, Any]) -> None:
+    """Of a part that is off there are no figures: its alert does not hold, and so is resolved; else it is unknown."""
+    nothing = {key: value for key, value in WELL.items() if key == "time"}
+    labels = next(labels for rule, _, _, labels in BAD if rule == name)
+    assert assess(nothing, SETTINGS).is_unknown(name, labels)
+    found = assess(nothing, replace(SETTINGS, **off))
+    assert found.holding == [] and not found.is_unknown(name, labels)
+
+
+def test_a_breaker_that_is_half_open_lingers() -> None:
+    """It is not open, but an alert of it may begin again at any moment; closed it may not."""
+    found = assess(with_("models.0.breaker", "half_open"), SETTINGS)
+    assert found.lingers("TruthGPTBreakerOpen", {"model": "demo"})
+    assert not found.lingers("TruthGPTBreakerOpen", {"model": "other"})
+    assert assess(WELL, SETTINGS).lingering == frozenset()
 
 
 def test_what_others_wrote_is_made_harmless() -> None:

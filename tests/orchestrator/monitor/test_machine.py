@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.jobs.identity import FILE, identity
 from orchestrator.metrics_table import TABLE
 from orchestrator.monitor.gpu import Gpu, Gpus
 from orchestrator.monitor.machine import Machine, NewestBackup, disk, newest_backup
+from orchestrator.ops.backup import names
 from orchestrator.settings import Settings
 from tests.clock import awake
 
@@ -71,7 +73,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 def test_everything_is_read(place: Place) -> None:
     """Every series of the table about the machine has its values and labels, and the figures say the same."""
-    (place.settings.backups / "truthgpt-20261126T030000Z.tar").touch()
+    (place.settings.backups / "truthgpt-20261126T030000Z-0123abcd.tar").touch()
     until(lambda: len(place.values()) == 2 + 4 + 6 + 1 and place.values()["backup_newest_timestamp_seconds",] > 0)
     values, figures = place.values(), place.machine.figures()
     assert values["gpu_memory_usage_bytes", "1"] == 2 << 30 and values["gpu_memory_total_bytes", "0"] == 80 << 30
@@ -88,7 +90,9 @@ def test_everything_is_read(place: Place) -> None:
         {"gpu": "1", "used_bytes": 2 << 30, "total_bytes": 80 << 30},
     ]
     assert [row["folder"] for row in figures["disks"]] == ["home", "model_repository", "backups"]
-    assert figures["backup"] == {"wanted": True, "newest_at": values["backup_newest_timestamp_seconds",]}
+    assert figures["backup"] == {
+        "wanted": True, "newest_at": values["backup_newest_timestamp_seconds",], "since": None,
+    }  # fmt: skip
 
 
 def test_a_disk_that_hangs_is_unknown_and_all_else_fresh(place: Place) -> None:
@@ -141,18 +145,28 @@ def test_nothing_is_known_before_the_first_reading(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_the_newest_backup_by_its_time(tmp_path: Path) -> None:
-    """Whole archives count, by their last change; hidden ones that are being made, folders and other files do not."""
+def test_the_newest_backup_by_its_name(tmp_path: Path) -> None:
+    """Whole archives count, by the time in their names whatever was done to them since; nothing else in the folder."""
     assert newest_backup(tmp_path / "nowhere") == NewestBackup(None)
     assert newest_backup(tmp_path) == NewestBackup(None)
-    for name, at in (
-        ("truthgpt-a.tar", 100), ("truthgpt-b.tar.age", 300), ("truthgpt-c.tar.gz", 200),
-        (".truthgpt-d.tar", 900), ("other.tar", 900), ("truthgpt-e.txt", 900),
+    for name in (
+        "truthgpt-19700101T000140Z-00000000.tar", "truthgpt-19700101T000500Z-0123abcd.tar.age",
+        ".truthgpt-20261126T030000Z-00000000.tar.part", "truthgpt-20261126T030000Z-00000000.tar.gz", "truthgpt-a.tar",
+        "truthgpt-20261326T030000Z-00000000.tar", "other.tar",
     ):  # fmt: skip
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (at, at))
-    (tmp_path / "truthgpt-folder.tar").mkdir()
+        (tmp_path / name).touch()  # just now
+    (tmp_path / "truthgpt-20261126T030000Z-00000000.tar").mkdir()
     assert newest_backup(tmp_path) == NewestBackup(300.0)
+    assert names.newest(tmp_path).created == 300.0  # type: ignore[union-attr]
+
+
+def test_how_old_the_home_is(tmp_path: Path) -> None:
+    """As old as its name, which is made once; unknown where it has none yet."""
+    assert newest_backup(tmp_path / "backups", tmp_path) == NewestBackup(None, None)
+    identity(tmp_path)
+    os.utime(tmp_path / FILE, (500, 500))
+    identity(tmp_path)
+    assert newest_backup(tmp_path / "backups", tmp_path) == NewestBackup(None, 500.0)
 
 
 def test_backups_that_are_not_wanted_have_no_series(tmp_path: Path) -> None:
@@ -162,7 +176,7 @@ def test_backups_that_are_not_wanted_have_no_series(tmp_path: Path) -> None:
         machine = Machine(settings)
         machine._newest.sample()
         assert machine.readings()["truthgpt_backup_newest_timestamp_seconds"]() == expected
-        assert machine.figures()["backup"] == {"wanted": wanted, "newest_at": None}
+        assert machine.figures()["backup"] == {"wanted": wanted, "newest_at": None, "since": None}
 
 
 def test_a_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ import pytest
 
 from orchestrator.metrics_table import TABLE
 from orchestrator.monitor import alertbook
-from orchestrator.monitor.alerts import Acknowledged, Document
+from orchestrator.monitor.alerts import Acknowledged, Alert, Document
 from orchestrator.monitor.notifier import Notifier
 from orchestrator.monitor.watcher import Watcher
 from orchestrator.settings import Settings
-from orchestrator.store import Store
+from orchestrator.store import Store, told_key
 from tests.clock import awake
 from tests.orchestrator.conftest import until
 from tests.orchestrator.monitor.receivers import Receiver, mute, receiving
@@ -165,6 +165,68 @@ async def test_replicas_agree_through_redis(tmp_path: Path, receiver: Receiver) 
             assert receiver.requests[3].json["instance"] == "node-2"
             for watcher in watchers:
                 watcher._notifier.close()
+
+
+async def test_a_replica_that_is_gone_holds_up_nobody(tmp_path: Path, receiver: Receiver) -> None:
+    """The one that told that it fires dies; the other tells the end once, and all that fires afterwards."""
+    one, other = (Deployment(tmp_path / name, receiver) for name in "ab")
+    failing = {**WELL, "jobs": [{"name": "logs", "failing": True}]}
+    one.figures = other.figures = failing
+    with RealRedis() as server:
+        async with store_of(server) as store:
+            first, second = one.watcher(store, "node-1"), other.watcher(store, "node-2")
+            await one.looks(first, 20)
+            await other.looks(second, 20)
+            other.figures = WELL
+            await other.looks(second, 100)
+            assert other.states() == {"TruthGPTJobFailing": "resolved"}
+            key = told_key(one_of(one).id)
+            assert await store.call("HSET", key, f"on:{first._replica}", "1") == 0  # what it said counts no longer
+            for figures in (WELL, failing, WELL):
+                other.figures = figures
+                await other.looks(second, 100)
+            await until(lambda: len(receiver.seen) == 4, 20)
+            assert [status for status, _ in receiver.seen] == ["firing", "resolved", "firing", "resolved"]
+            assert [request.json["instance"] for request in receiver.requests] == ["node-1"] + ["node-2"] * 3
+            for watcher in (first, second):
+                watcher._notifier.close()
+
+
+async def test_a_word_is_renewed_while_it_fires(tmp_path: Path, receiver: Receiver) -> None:
+    """Every twenty seconds whoever still sees it fire says so again; who sees it no longer says nothing."""
+    one, other = (Deployment(tmp_path / name, receiver) for name in "ab")
+    one.figures = other.figures = {**WELL, "jobs": [{"name": "logs", "failing": True}]}
+    with RealRedis() as server:
+        async with store_of(server) as store:
+            first, second = one.watcher(store, "node-1"), other.watcher(store, "node-2")
+            await one.looks(first, 20)
+            await other.looks(second, 20)
+            other.figures = WELL
+            await other.looks(second, 100)
+            key, words = told_key(one_of(one).id), [f"on:{each._replica}" for each in (first, second)]
+            assert [word is None for word in await store.call("HMGET", key, *words)] == [False, True]
+            await store.call("HSET", key, words[0], "1")
+            await one.looks(first, 20)
+            await said(store, key, words[0])
+            await other.looks(second, 30)
+            assert await store.call("HGET", key, words[1]) is None
+            assert receiver.seen == [("firing", "TruthGPTJobFailing")]
+            for watcher in (first, second):
+                watcher._notifier.close()
+
+
+async def said(store: Store, key: str, word: str) -> None:
+    """Wait until a word that was over is renewed."""
+    for _ in range(2000):
+        if await store.call("HGET", key, word) != b"1":
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("nobody has renewed it")
+
+
+def one_of(place: Deployment) -> Alert:
+    (alert,) = place.book().alerts.values()
+    return alert
 
 
 async def test_replicas_repeat_it_together(tmp_path: Path, receiver: Receiver) -> None:
@@ -334,9 +396,12 @@ async def test_on_a_full_disk_alerts_go_on(small: Path, receiver: Receiver, capl
     await until(lambda: len(receiver.seen) == 1, 20)
     assert sum("cannot be kept" in record.message for record in caplog.records) == 1
     assert place.states() == {}
+    figures = watcher.figures()
+    assert (figures["names"], figures["unwritten"]) == (["TruthGPTAuditAway"], "No space left on device")
     ballast.unlink()
     await place.looks(watcher, 30)
     assert place.states() == {"TruthGPTAuditAway": "firing"} and len(receiver.seen) == 1
+    assert watcher.figures() == {"firing": 1, "critical": 1, "names": ["TruthGPTAuditAway"], "unwritten": None}
     watcher._notifier.close()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.ops import backup
-from orchestrator.ops.backup import reading
-from orchestrator.ops.backup.tarform import END, MANIFEST, Manifest, Member, footer, header, padding, parse
+from orchestrator.ops.backup import collecting, reading, sealing, writing
+from orchestrator.ops.backup.tarform import (
+    END,
+    FOOTER_BYTES,
+    MANIFEST,
+    MANIFEST_BYTES,
+    Manifest,
+    Member,
+    footer,
+    header,
+    padding,
+    parse,
+)
 from orchestrator.settings import Settings
 from tests.clock import awake
-from tests.orchestrator.ops.deployments import ID, archive, files, sealed
+from tests.orchestrator.ops.deployments import ID, archive, deployment, files, sealed
 
 HOME, MODELS = Member("home", 0, 0o700, 0), Member("models", 0, 0o755, 0)
 ALERTS = Member("home/alerts.json", 2, 0o600, 0, "")
@@ -124,7 +137,7 @@ def test_a_backup_larger_than_the_disk(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: real(folder)._replace(free=1000))
     with pytest.raises(backup.BackupError, match="are free"):
         backup.restore(settings, path, lambda *_: True)
-    assert files(tmp_path) == {"good.tar": path.read_bytes(), "home/": b"", "home/lock": b""}
+    assert files(tmp_path) == {"good.tar": path.read_bytes()}
 
 
 def manifest(**changes: object) -> Manifest:
@@ -149,10 +162,105 @@ def test_a_manifest_that_lies(tmp_path: Path) -> None:
     for changes in ({"id": "../x"}, {"created": float("nan")}, {"version": "\x1b[2J"}, {"origins": {"home": "\n"}}):
         refused(tmp_path, archive(GOOD, manifest(**changes)), "manifest cannot be read")
     start = b"".join(header(member) + data + padding(len(data)) for member, data in GOOD)
-    for text in (b"", b"[]", b"{", b'{"format": 2}', b"[" * 100_000, b"\xff"):
+    listed = manifest().encode().partition(b',"members":')[2]
+    for text in (
+        b"", b"[]", b"{", b"[" * 100_000, b"\xff", *(before + b',"members":' + listed for before in (
+            b"", b"[]", b"{", b'{"format":1', b"[" * 100_000, b"\xff", b'{"format":1,"id":[],"members":[]',
+            manifest().encode().partition(b',"members":')[0] + b',"more":1',
+        )),
+    ):  # fmt: skip
         data = header(Member(MANIFEST, len(text), 0o600, 0, "")) + text + padding(len(text))
-        refused(tmp_path, sealed(start + data + END), "manifest cannot be read|knows only 1")
+        refused(tmp_path, sealed(start + data + END), "manifest cannot be read")
     refused(tmp_path, sealed(start + END), "no plain file")
+
+
+def test_counts_and_sources_cannot_move_the_cursor(tmp_path: Path) -> None:
+    """Of Redis a manifest has whole numbers and a word that can be shown: escapes and other kinds are refused."""
+    for redis in (
+        {"source": "\x1b[2J"}, {"source": 1}, {"source": ["a"]}, {"source": "given", "keys": "\x1b[2J"},
+        {"source": "given", "keys": 1.5}, {"source": "given", "keys": True}, {"source": "given", "keys": -1},
+        {"source": "given", "limits": None}, {"source": "given", "\x1b": 1}, {"source": "given", "keys": {"a": 1}},
+    ):  # fmt: skip
+        refused(tmp_path, archive(GOOD, manifest(redis=redis)), "manifest cannot be read")
+    for changes in ({"origins": {"home": "\x1b[2J", "models": ""}}, {"version": 1}, {"created": "1"}):
+        refused(tmp_path, archive(GOOD, manifest(**changes)), "manifest cannot be read")
+
+
+def test_a_backup_of_a_newer_version(tmp_path: Path) -> None:
+    """Another form of the end or of the manifest is no damage: the hint is to upgrade; also where it is encrypted."""
+    good = archive(GOOD)
+    body = good[:-FOOTER_BYTES]
+    texts = [body + end for end in (good[-FOOTER_BYTES:].replace(b"backup 1", b"backup 2"),
+                                    b"truthgpt-backup 12 sha512 " + b"0" * 128 + b"\n")]  # fmt: skip
+    start = b"".join(header(member) + data + padding(len(data)) for member, data in GOOD)
+    for text in (b'{"format":2,"what":[]}', b'{"format": 17}'):
+        data = header(Member(MANIFEST, len(text), 0o600, 0, "")) + text + padding(len(text))
+        texts.append(sealed(start + data + END))
+    key = backup.new_key()[0]
+    for text in texts:
+        encrypted = io.BytesIO()
+        with sealing.encrypted(encrypted.write, key) as write:
+            write(text)
+        for data in (text, encrypted.getvalue()):
+            if data is not text and b"sha512" in text:
+                continue  # of an encrypted one the end is found by its length
+            (tmp_path / "new.tar").write_bytes(data)
+            with pytest.raises(backup.Newer, match="made by a newer version") as failed:
+                backup.verify(tmp_path / "new.tar", key)
+            assert "upgrade" in failed.value.hint and not isinstance(failed.value, backup.Damaged)
+
+
+@pytest.mark.parametrize("unit", ["[],", '"",', "{},", "0,", '{"name":"","mode":0,"mtime":0},'])
+def test_a_manifest_that_takes_memory(tmp_path: Path, unit: str) -> None:
+    """32 MiB of empty lists, texts, numbers and members are refused without being taken apart."""
+    inside = unit * ((MANIFEST_BYTES - 4096) // len(unit))
+    head = manifest().encode().partition(b',"members":')
+    texts = [head[0] + b',"members":[' + inside.encode()[:-1] + b"]}",
+             b'{"format":1,"id":[' + inside.encode()[:-1] + b"]" + head[1] + head[2]]  # fmt: skip
+    start = b"".join(header(member) + data + padding(len(data)) for member, data in GOOD)
+    for text in texts:
+        data = header(Member(MANIFEST, len(text), 0o600, 0, "")) + text + padding(len(text))
+        (tmp_path / "bad.tar").write_bytes(sealed(start + data + END))
+        script = (
+            "import sys, resource\nfrom pathlib import Path\nfrom orchestrator.ops import backup\n"
+            "try:\n    backup.verify(Path(sys.argv[1]), None)\nexcept backup.Damaged as error:\n"
+            "    print(error, file=sys.stderr)\n"
+            "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )
+        argv = [sys.executable, "-c", script, str(tmp_path / "bad.tar")]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        assert "manifest cannot be read" in done.stderr and int(done.stdout) < 280_000, done.stderr  # KiB
+
+
+def test_more_members_than_a_backup_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same number is the most for who writes and who reads; the repository is not walked beyond it."""
+    settings = deployment(tmp_path)
+    made = backup.create(settings)
+    members = len(backup.verify(made.path, None).manifest.members)
+    for most in (members, members - 1):
+        for module in (reading, writing, collecting):
+            monkeypatch.setattr(module, "MOST_MEMBERS", most)
+        if most == members:
+            assert backup.create(settings).files == made.files and backup.verify(made.path, None)
+            continue
+        with pytest.raises(backup.BackupError, match=f"more than {most}|more than "):
+            backup.create(settings)
+        with pytest.raises(backup.Damaged, match=f"more than {most}"):
+            backup.verify(made.path, None)
+    looked: list[str] = []
+    real = collecting._walk
+
+    def walk(path: Path, *rest: object) -> object:
+        looked.append(str(path))
+        return real(path, *rest)  # type: ignore[arg-type]
+
+    for number in range(100):
+        (settings.model_repository / f"m{number:03d}").mkdir()
+    monkeypatch.setattr(collecting, "MOST_MEMBERS", 10)
+    monkeypatch.setattr(collecting, "_walk", walk)
+    with pytest.raises(backup.BackupError, match="more than"):
+        backup.create(settings)
+    assert len(looked) < 20
 
 
 def test_what_follows_the_manifest(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.ops.backup import redisdata
-from orchestrator.ops.backup.errors import BackupError, Damaged
+from orchestrator.ops.backup import redisdata, redisrows
+from orchestrator.ops.backup.errors import BackupError, Damaged, Newer
 from orchestrator.store import JOBS, REGISTRY, REGISTRY_VERSION, history_key, lease_key, told_key, users_key
 from tests.redis import RealRedis
 
@@ -62,10 +62,18 @@ _values = st.one_of(
 _names = st.one_of(_some, st.text(min_size=1, max_size=20).map(lambda text: text.encode("utf-8", "surrogatepass")))
 
 
-@given(st.dictionaries(_names, st.tuples(_values, st.one_of(st.none(), st.integers(60_000, 10**12))), max_size=12))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-def test_every_key_comes_back(client: redis.Redis, keys: dict[bytes, tuple[object, int | None]]) -> None:
-    """Any names, bytes and lives in strings, hashes, lists and sorted sets are the same in an empty Redis."""
+@given(
+    st.dictionaries(_names, st.tuples(_values, st.one_of(st.none(), st.integers(60_000, 10**12))), max_size=12),
+    st.sampled_from([4, 40, redisrows.PART_BYTES]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80)
+def test_every_key_comes_back(
+    client: redis.Redis, keys: dict[bytes, tuple[object, int | None]], part_bytes: int
+) -> None:
+    """Any names, bytes and lives in strings, hashes, lists and sorted sets are the same in an empty Redis.
+
+    However many lines a key takes.
+    """
     client.flushall()
     for name, (value, ttl_ms) in keys.items():
         key = b"truthgpt:{t}:l:" + name
@@ -81,7 +89,9 @@ def test_every_key_comes_back(client: redis.Redis, keys: dict[bytes, tuple[objec
             client.pexpire(key, ttl_ms)
     before = everything(client)
     lives = {key: client.pttl(key) for key in before}
-    file = exported(client)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(redisrows, "PART_BYTES", part_bytes)
+        file = exported(client)
     client.flushall()
     redisdata.load(client, file)
     assert everything(client) == before
@@ -212,15 +222,106 @@ def test_saved_keys_are_put_back(client: redis.Redis) -> None:
     assert everything(client) == before
 
 
+def large(client: redis.Redis) -> None:
+    """One of each kind that takes several lines, the registry and an answer among them."""
+    for start in range(0, 30_000, 10_000):
+        names = range(start, start + 10_000)
+        client.hset(REGISTRY, mapping={f"key:{name:06d}": "x" * 150 for name in names})
+        client.rpush("truthgpt:{t}:l:list", *[f"{name:06d}" + "y" * 150 for name in names])
+        client.zadd("truthgpt:{t}:l:zset", {f"{name:06d}" + "z" * 150: name / 7 for name in names})
+    client.set("truthgpt:{t}:c:answer", bytes(range(256)) * 40_000, px=600_000)
+
+
+def test_large_keys_take_many_lines_and_appear_at_once(client: redis.Redis) -> None:
+    """No line is longer than its bound; while they are put back nobody sees a key without all of it, nor a leftover."""
+    large(client)
+    before = everything(client)
+    file = exported(client)
+    lines = file.getvalue().splitlines(keepends=True)
+    assert max(map(len, lines)) < 2 * redisrows.PART_BYTES < redisrows.LINE_BYTES and len(lines) > 25
+    assert redisdata.counts(client) == {"keys": 30_000, "limits": 0}
+    client.flushall()
+    client.hset(REGISTRY, "key:old", "1")
+    client.rpush("truthgpt:{t}:l:list", "old")
+    client.set(redisdata.STAGED + b"truthgpt:{t}:l:gone", "left by a restore that was killed")
+    seen: set[tuple[int, ...]] = set()
+    ending = threading.Event()
+
+    def look() -> None:
+        with redis.Redis(connection_pool=client.connection_pool) as own:
+            while not ending.is_set():
+                with own.pipeline(transaction=True) as pipeline:
+                    pipeline.hlen(REGISTRY).llen("truthgpt:{t}:l:list").zcard("truthgpt:{t}:l:zset")
+                    seen.add(tuple([*pipeline.strlen("truthgpt:{t}:c:answer").execute()]))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        redisdata.load(client, file)
+    finally:
+        ending.set()
+        watcher.join()
+    assert everything(client) == before and 500_000 < client.pttl("truthgpt:{t}:c:answer") <= 600_000
+    for position, whole in enumerate(((1, 30_000), (1, 30_000), (0, 30_000), (0, 10_240_000))):
+        assert {row[position] for row in seen} <= set(whole)
+
+
+def test_a_load_that_fails_leaves_nothing_half(client: redis.Redis) -> None:
+    """Where the data end in the middle of a large key, that and the registry are as they were, and nothing is left."""
+    large(client)
+    lines = exported(client).getvalue().splitlines(keepends=True)
+    client.flushall()
+    client.hset(REGISTRY, "key:old", "1")
+    before = everything(client)
+    cut = next(number for number, line in enumerate(lines) if b'"more":true' in line and b"l:list" in line)
+    with pytest.raises(Damaged, match="without its end"):
+        redisdata.load(client, io.BytesIO(b"".join(lines[: cut + 1])))
+    found = everything(client)
+    assert found[REGISTRY.encode()] == before[REGISTRY.encode()] and b"truthgpt:{t}:l:list" not in found
+    assert not [key for key in found if key.startswith(redisdata.STAGED)]
+
+
+def test_what_could_not_be_put_back_is_not_exported(client: redis.Redis) -> None:
+    """An element that is larger than a line may be is an error that names its key; one that just fits comes back."""
+    fits = (redisrows.LINE_BYTES - 1000) // 4 * 3
+    client.rpush("truthgpt:{t}:l:list", b"x" * fits, b"y", b"z" * fits)
+    file = exported(client)
+    before = everything(client)
+    client.flushall()
+    redisdata.load(client, file)
+    assert everything(client) == before
+    client.rpush("truthgpt:{t}:l:list", b"x" * (fits + 2000))
+    with pytest.raises(BackupError, match="l:list' has an element of") as failed:
+        exported(client)
+    assert failed.value.hint
+
+
+def test_data_of_a_newer_version(client: redis.Redis) -> None:
+    """Another form is no damage: the hint is to upgrade."""
+    with pytest.raises(Newer, match="newer version"):
+        redisdata.load(client, io.BytesIO(b'{"format":2,"at_ms":1}\n'))
+
+
 @pytest.mark.parametrize(
     "line",
-    [b"", b"[]\n", b"{}\n", b'{"format": 2, "at_ms": 1}\n', b'{"format":1,"at_ms":1}\nx\n',
+    [b"", b"[]\n", b"{}\n", b'{"format":1,"at_ms":1}\nx\n',
      b'{"format":1,"at_ms":1}\n{"key":"other","type":"string","value":"","ttl_ms":-1}\n',
      b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"set","value":[],"ttl_ms":-1}\n',
      b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"string","value":"&","ttl_ms":-1}\n',
      b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"hash","value":["a"],"ttl_ms":-1}\n',
      b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"string","value":"","ttl_ms":"1"}\n',
-     b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"string","value":"","ttl_ms":-1}'],
+     b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"string","value":"","ttl_ms":-1}',
+     b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"list","value":[],"ttl_ms":-1}\n',
+     b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"zset","value":[["","nan"]],"ttl_ms":-1}\n',
+     b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"string","value":"","ttl_ms":-1,"more":true}\n',
+     b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"string","value":"","ttl_ms":-1,"x":1}\n',
+     b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"none","value":null,"ttl_ms":-1,"more":true}\n',
+     b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"string","value":"","ttl_ms":-1,"more":true}\n'
+     b'{"key":"truthgpt:y","type":"string","value":"","ttl_ms":-1}\n',
+     b'{"format":1,"at_ms":1}\n{"key":"truthgpt:{registry}","type":"string","value":"","ttl_ms":-1}\n',
+     b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"string","value":"' + b"A" * (4 << 20) + b'","ttl_ms":-1}\n',
+     b'{"format":1,"at_ms":1}\n{"key":"truthgpt:x","type":"hash","value":' + b"[" * 100_000 + b"\n"],
+    ids=lambda line: str(len(line)),
 )  # fmt: skip
 def test_data_that_are_none(client: redis.Redis, line: bytes) -> None:
     """Lines of another form, keys of others, types and values that do not fit are Damaged; Redis is left alone."""

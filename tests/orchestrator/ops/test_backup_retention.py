@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -86,6 +88,58 @@ def test_abandoned_parts_go(tmp_path: Path) -> None:
             assert set(backup.prune(settings(tmp_path, 1, 1))) == {dead, hung}
         assert at_work.exists() and not dead.exists() and not hung.exists()
     assert list(folder.iterdir()) == []
+
+
+def test_dates_in_the_future(tmp_path: Path) -> None:
+    """The backup that was made just now stays, whatever dates others have; those from the future go first."""
+    future = [made(tmp_path / "b", -age) for age in (400, 300, 2)]
+    new, old = made(tmp_path / "b", 0), made(tmp_path / "b", 5)
+    soon = made(tmp_path / "b", -0.5)  # a clock that goes a bit wrong, or another time zone
+    assert [info.path for info in backup.infos(tmp_path / "b") if info.ahead(NOW)] == future
+    plan = retention.prune(settings(tmp_path, 0, 3), dry_run=True, now=NOW)
+    assert sorted(plan) == sorted(future)
+    just = made(tmp_path / "b", 30)
+    removed = retention.prune(settings(tmp_path, 20, 1), now=NOW, made=just)
+    assert just.exists() and just not in removed and set(removed) == {*future, new, old, soon}
+
+
+def test_a_backup_of_a_newer_version_counts_as_complete(tmp_path: Path) -> None:
+    """Retention does not take it for one that was cut off."""
+    new, old = made(tmp_path / "b", 1), made(tmp_path / "b", 2)
+    new.write_bytes(new.read_bytes().replace(b"truthgpt-backup 1 ", b"truthgpt-backup 12 "))
+    assert retention.prune(settings(tmp_path, 0, 1), now=NOW) == [old] and new.exists()
+
+
+def test_a_part_is_locked_although_a_cleaner_looks_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who holds it for an instant is waited for: only then it is taken. Locks that fail otherwise are errors."""
+    id, real, calls = names.new_id(NOW), fcntl.flock, 0
+    path = tmp_path / f".{names.file_name(id, False)}.part"
+    path.write_bytes(b"")
+    with path.open("rb") as cleaner:
+        fcntl.flock(cleaner, fcntl.LOCK_EX)
+
+        def flock(handle: int, how: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                cleaner.close()
+            real(handle, how)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with names.part(tmp_path, id, False) as (_, found):
+            assert calls == 3 and found == path
+            monkeypatch.setattr(fcntl, "flock", real)
+            assert names.remove_abandoned(tmp_path, time.time()) == []  # it is locked now
+    for number, passes in ((errno.ENOLCK, True), (errno.ENOTSUP, True), (errno.EIO, False)):
+
+        def fails(handle: int, how: int, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", fails)
+        with contextlib.nullcontext() if passes else pytest.raises(OSError, match="Input/output"):
+            with names.part(tmp_path, names.new_id(NOW), False):
+                pass
+        assert list(tmp_path.iterdir()) == [] or not passes
 
 
 def test_infos_are_what_names_say(tmp_path: Path) -> None:

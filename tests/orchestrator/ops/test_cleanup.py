@@ -144,11 +144,11 @@ def test_leftovers_go_and_what_somebody_works_on_stays(settings: Settings) -> No
         old(staging / "demo-77-0123abcd" / "demo" / "1" / "model.onnx").parents[2], old(staging / "demo.lock"),
         old(backends / f".python-{gone_pid.pid}" / "x").parent, old(settings.home / "state-abcd_123"),
         old(settings.home / "models-abcd1234"), old(settings.home / "audit" / "base-abcd1234"),
-        old(settings.backups / ".truthgpt-20260101T000000Z-1a2b3c4d.tar.part"),
         old(settings.model_repository / ".removed-demo-77-0123abcd" / "model.onnx").parent,
     ]  # fmt: skip
     live, live_lock = old(staging / "live-78-0123abcd" / "x").parent, old(staging / "live.lock")
-    live_backup = old(settings.backups / ".truthgpt-20260102T000000Z-1a2b3c4d.tar.age.part")
+    live_backup = old(settings.backups / ".truthgpt-20260102T000000Z-1a2b3c4d.tar.age.part", 3600)
+    part = old(settings.backups / ".truthgpt-20260101T000000Z-1a2b3c4d.tar.part", 3600)
     kept = [
         live, live_lock, live_backup,
         old(settings.model_repository / ".removed-demo-77" / "x").parent,
@@ -163,7 +163,8 @@ def test_leftovers_go_and_what_somebody_works_on_stays(settings: Settings) -> No
     try:
         for handle in handles:
             fcntl.flock(handle, fcntl.LOCK_EX)
-        assert run(settings, "temporary").count == 0  # made a moment ago, whatever their files say
+        # made a moment ago, whatever their files say; of a backup the lock tells that its writer is gone
+        assert run(settings, "temporary").count == 1 and not part.exists()
         tally = run(settings, "temporary", dry=True, now=later())
         assert tally.count == len(gone) and all(path.exists() for path in gone)
         tally = run(settings, "temporary", now=later())

@@ -22,7 +22,9 @@ from orchestrator.jobs.ledger import RUNNING, Claim, Ledger, Run, seen
 from orchestrator.jobs.table import JOBS
 from orchestrator.ops import auditread, backup, cachetools, cleanrun, cleanup, jobrun
 from orchestrator.ops.cachetools import Overtaken
+from orchestrator.ops.checks_profile import check_backup
 from orchestrator.ops.cleanwork import Tally, Work
+from orchestrator.ops.finding import Deployment
 from orchestrator.ops.jobbodies import Task
 from orchestrator.settings import Settings
 from orchestrator.store import JOBS as HASH
@@ -377,6 +379,23 @@ def test_each_home_is_backed_up(settings: Settings, client: redis.Redis, tmp_pat
             assert (ended.result, ended.error) == ("ok", "")
             assert isinstance(jobrun.run(one, JOBS[name], client, scheduled=True), Claim)  # once
         assert len(backup.infos(one.home / "backups")) == 1
+
+
+def test_a_backup_from_the_future(settings: Settings, client: redis.Redis) -> None:
+    """It does not cost the one that is made now; while it is there, job and doctor say that a clock is wrong."""
+    settings = replace(settings, backup_models=False, backup_keep=1)
+    assert run(settings, client, "backup").result == "ok"
+    (made,) = backup.infos(settings.backups)
+    late = made.path.with_name(made.path.name.replace(made.path.name[9:24], "29990101T000000"))
+    late.write_bytes(made.path.read_bytes())
+    ended = run(settings, client, "backup_check")
+    assert ended.result == "failed" and f"{late.name}, is dated in the future" in ended.error
+    finding = check_backup(Deployment(settings))
+    assert finding.ok is False and late.name in finding.detail and "clock" in finding.hint
+    assert run(settings, client, "backup").result == "ok"
+    (kept,) = backup.infos(settings.backups)
+    assert kept.path not in (late, made.path)
+    assert run(settings, client, "backup_check").result == "ok"
 
 
 def test_a_lease_is_renewed_while_a_backup_is_made(settings: Settings, client: redis.Redis) -> None:
