@@ -8,8 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from export.pipeline import ExportOptions, export_model
 from export.repository import Repository
 from export.resources import Needs
 from export.source import Source, Trust, resolve
+from tests.disks import small_disk
 from tests.export.checkpoints import edit_config, write_gpt2, write_llama
 from tests.export.test_cli import _KILLED, _refused, _run
 from tests.export.test_repository import _publish, snapshot
@@ -195,19 +194,6 @@ def test_a_file_that_is_not_the_hubs(tmp_path: Path) -> None:
     assert str(blob) in str(caught.value.hint)
 
 
-@contextmanager
-def _disk(path: Path, size: int) -> Iterator[Path]:
-    """A file system of its own, with room for ``size`` bytes."""
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-    if subprocess.run(command, capture_output=True, check=False, timeout=60).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True, timeout=60)
-
-
 # A tiny export writes 0.6 MB of graph and then a tokenizer of 20 KB, a manifest and a configuration.
 @pytest.mark.parametrize(
     "size", [16_384, *(pytest.param(size, marks=pytest.mark.slow) for size in (4096, 131_072, 400_000))]
@@ -217,7 +203,7 @@ def test_a_full_disk(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A disk that fills up in the middle gives one sentence and leaves nothing, also with weights beside the graph."""
     monkeypatch.setattr(export.pipeline, "needs", lambda *_: Needs(0, 0))  # as if somebody else had taken the space
     monkeypatch.setattr("export.optimize.EXTERNAL_DATA_BYTES", 0 if external else 1 << 40)
-    with _disk(tmp_path / "disk", size) as disk:
+    with small_disk(tmp_path / "disk", str(size)) as disk:
         with pytest.raises(RepositoryError, match="no space left"):
             export_model(ExportOptions(str(gpt2), disk, name="m"))
         assert list(disk.iterdir()) == []

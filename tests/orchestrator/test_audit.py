@@ -29,6 +29,7 @@ from orchestrator.ops.auditcheck import Report, verify
 from orchestrator.ops.auditread import lines
 from orchestrator.settings import Settings
 from tests.clock import awake
+from tests.disks import small_disk
 from tests.e2e.stack import free_ports
 
 from .conftest import serving
@@ -126,14 +127,8 @@ def test_a_sink_that_cannot_write_holds_up_nobody_and_counts(tmp_path: Path, cap
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("only root may mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with small_disk(tmp_path / "small", "1m") as folder:
+        yield folder
 
 
 def test_a_full_disk(small: Path) -> None:

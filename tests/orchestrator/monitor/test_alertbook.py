@@ -8,7 +8,6 @@ import logging
 import multiprocessing
 import os
 import stat
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from orchestrator.monitor import alertbook
 from orchestrator.monitor.alertbook import BookError
 from orchestrator.monitor.alerts import Acknowledged, Document, from_json, to_json
+from tests.disks import small_disk
 from tests.orchestrator.monitor.looking import Looker
 
 
@@ -162,14 +162,8 @@ def test_processes_change_it_one_at_a_time(tmp_path: Path) -> None:
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("only root may mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with small_disk(tmp_path / "small", "64k") as folder:
+        yield folder
 
 
 def test_a_full_disk_leaves_the_book_as_it_was(small: Path) -> None:

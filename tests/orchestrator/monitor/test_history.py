@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from orchestrator.monitor import history
 from orchestrator.monitor.history import History, file_of, folder_of, pause_s, read, stamp
 from tests.clock import awake
+from tests.disks import small_disk
 
 NOON = datetime(2026, 11, 26, 12, tzinfo=UTC).timestamp()
 DAY = 86_400.0
@@ -118,14 +119,8 @@ def test_there_may_be_none(tmp_path: Path) -> None:
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("only root may mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with small_disk(tmp_path / "small", "256k") as folder:
+        yield folder
 
 
 def test_a_full_disk_leaves_no_half_line(small: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,6 @@ import fcntl
 import json
 import logging
 import os
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -24,6 +23,7 @@ from orchestrator.monitor.watcher import Watcher
 from orchestrator.settings import Settings
 from orchestrator.store import Store, told_key
 from tests.clock import awake
+from tests.disks import small_disk
 from tests.orchestrator.conftest import until
 from tests.orchestrator.monitor.receivers import Receiver, mute, receiving
 from tests.orchestrator.monitor.test_conditions import WELL
@@ -371,14 +371,8 @@ async def test_a_fault_does_not_end_it(tmp_path: Path, caplog: pytest.LogCapture
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("only root may mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with small_disk(tmp_path / "small", "64k") as folder:
+        yield folder
 
 
 async def test_on_a_full_disk_alerts_go_on(small: Path, receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from orchestrator.ops.auditread import Wanted, lines, tail
 from orchestrator.ops.cleanup import clean
 from orchestrator.ops.cleanwork import Tally, Work
 from orchestrator.settings import Settings
+from tests.disks import small_disk
 
 DAY_S = 86_400.0
 BEGAN = 1_800_000_000.0
@@ -280,14 +280,8 @@ def test_however_often_it_runs_the_log_verifies(
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("only root may mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with small_disk(tmp_path / "small", "1m") as folder:
+        yield folder
 
 
 def test_a_full_disk_is_freed(small: Path) -> None:

@@ -18,6 +18,7 @@ from orchestrator.local import state, swap
 from orchestrator.ops import backup
 from orchestrator.ops.backup import redissource
 from orchestrator.settings import Settings
+from tests.disks import small_disk
 from tests.orchestrator.gateway import write_state
 from tests.orchestrator.ops.deployments import deployment, files
 
@@ -162,14 +163,8 @@ def test_ctrl_c_during_a_backup(tmp_path: Path, encrypted: bool) -> None:
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", folder], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("only root may mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    with small_disk(tmp_path / "small", "24m") as folder:
+        yield folder
 
 
 def fill(folder: Path) -> None:
