@@ -13,6 +13,7 @@ from tests.soak.report import line
 LEAK = Path(engine.__file__).parent / "leak"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_minute_of_everything_leaves_nothing_behind() -> None:
     """Every kind of request on two workers: each is answered as it should be, and no process holds more memory, files,

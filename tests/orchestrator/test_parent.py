@@ -257,6 +257,7 @@ def test_a_killed_parent_leaves_nothing_behind(tmp_path: Path) -> None:
                 assert time.monotonic() < deadline
 
 
+@pytest.mark.slow
 def test_a_job_that_stands_still_does_not_hold_up_the_end(tmp_path: Path) -> None:
     """Told to end while a job's process is suspended, the gateway kills it and exits with 0, drain and all."""
     (tmp_path / "models").mkdir()

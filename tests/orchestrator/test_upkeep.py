@@ -135,6 +135,7 @@ async def test_a_job_that_does_not_end_is_killed_with_all_it_started(
     (job,) = (child for child in children() if "cache_ttls" in child.cmdline())
     job.suspend()
     await until(lambda: job.status() == psutil.STATUS_STOPPED)
+    await asyncio.sleep(0.5)  # that it has begun is known by now
     began = awake()
     running.cancel()
     await asyncio.wait([running])

@@ -164,11 +164,11 @@ async def test_one_at_a_time_the_longest_due_first(settings: Settings, client: r
         return True
 
     async with keeping(settings, start_job=start):
-        await until(lambda: started != [])
+        await until(lambda: started != [], 30)
         await asyncio.sleep(0.5)
         assert started == ["logs"]
         go.set()
-        await until(lambda: started == ["logs", "cache_ttls"])
+        await until(lambda: started == ["logs", "cache_ttls"], 30)
 
 
 async def test_what_cannot_be_started_is_tried_again_ever_more_rarely(

@@ -147,4 +147,4 @@ async def test_who_dies_before_being_seen_well_is_mended_as_soon(tmp_path: Path,
         fake.beat_error = "Stub process 'm' is not healthy."
         found.stubs["m"].kill()
         found.stubs["m"].wait()
-        await until(lambda: len(found.restarts) >= 3, 4 * SOON_S)
+        await until(lambda: len(found.restarts) >= 2, 4 * SOON_S)

@@ -398,6 +398,7 @@ def test_a_backup_from_the_future(settings: Settings, client: redis.Redis) -> No
     assert run(settings, client, "backup_check").result == "ok"
 
 
+@pytest.mark.slow
 def test_a_lease_is_renewed_while_a_backup_is_made(settings: Settings, client: redis.Redis) -> None:
     """A job that works longer than a lease lasts keeps it."""
     ended = run(settings, client, "logs", lease_s=6.0, do=lambda task: time.sleep(7.0) or task.guard() or "kept")
