@@ -264,6 +264,7 @@ for child, where in children.items():
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_killed_at_every_stage(gpt2: Path, tmp_path: Path) -> None:
     """kill -9 at each stage of a real export leaves the repository as it was; the next export removes what it left."""
     (tmp_path / "other" / "1").mkdir(parents=True)

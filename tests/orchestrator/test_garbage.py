@@ -182,6 +182,7 @@ def redis_server() -> Iterator[RealRedis]:
         yield server
 
 
+@pytest.mark.slow
 async def test_no_request_waits_for_the_garbage_collector(fake: FakeTriton, redis_server: RealRedis) -> None:
     """However it ended and by whichever edge: nothing of ours is left in a cycle, neither objects nor frames."""
     fake.models |= dict.fromkeys(("plain", "e", "c"), "READY")
