@@ -19,7 +19,6 @@ from tests.orchestrator.monitor.receivers import Certificate, certificate, maili
 
 @pytest.fixture(scope="module")
 def signed(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    pytest.importorskip("cryptography")
     return certificate(tmp_path_factory.mktemp("certificate"))
 
 

@@ -145,7 +145,6 @@ def test_a_url_that_is_none_is_said_without_it(url: str) -> None:
 
 def test_certificates_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that nobody has vouched for is refused, and nothing is sent; with SSL_CERT_FILE it is trusted."""
-    pytest.importorskip("cryptography")
     made = certificate(tmp_path)
     with receiving(tls=made.server()) as receiver:
         error = failed(receiver.url)
