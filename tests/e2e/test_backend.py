@@ -107,7 +107,8 @@ def test_a_full_queue_refuses_at_once(stack: Stack):
         wait_until(lambda: stack.load()["waiting"] == 80, 10, "the queue is full")
         _, events = generate(stack)
         assert events[0]["error"].startswith("resource_exhausted: ") and "max_queue" in events[0]["error"]
-        status, headers, _ = stack.request("POST", "/v1/completions", {"model": stack.model, "prompt": "one"})
+        asked = {"model": stack.model, "prompt": "one", "seed": time.time_ns() % 2**31}  # no answer to it is cached
+        status, headers, _ = stack.request("POST", "/v1/completions", asked)
         assert status == 503 and int(headers["retry-after"]) >= 1
     finally:
         for client in clients:

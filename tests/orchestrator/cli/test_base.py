@@ -63,39 +63,21 @@ def test_every_command_explains_itself(place: Any, path: tuple[str, ...], comman
             assert parameter.help and parameter.help.strip().endswith((".", "]")), parameter.name
 
 
-def test_help_is_fast_and_imports_nothing_heavy() -> None:
-    """`truthgpt --help` loads no server, client, tensor or table library, which is what keeps it below 300 ms."""
+def test_help_loads_hardly_anything() -> None:
+    """`truthgpt --help` loads click and no other library, and few modules at all: so it takes 0.2 s, not two."""
     code = (
         "import sys; from orchestrator.cli import cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print(sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+        "print(*sys.modules, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Commands:" in done.stdout
-    for heavy in (
-        "torch",
-        "transformers",
-        "onnx",
-        "onnxruntime",
-        "numpy",
-        "aiohttp",
-        "redis",
-        "uvicorn",
-        "rich",
-        "psutil",
-    ):
-        assert f"'{heavy}'" not in done.stderr
-    took = min(_cpu_of_help() for _ in range(3))
-    assert took < 0.3
-
-
-def _cpu_of_help() -> float:
-    """CPU seconds, because the wall clock of a busy machine measures its neighbours."""
-    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL); " \
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, *PROCESS, "--help"], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    loaded = set(done.stderr.split())
+    ours = {"click", "orchestrator", "export"}
+    others = {name.split(".")[0] for name in loaded} - ours - set(sys.stdlib_module_names)
+    assert {name for name in others if not name.startswith("_")} == set()  # these are of the installation
+    assert len(loaded) < 320
 
 
 def test_version() -> None:
