@@ -66,7 +66,7 @@ class Stack:
         return [line.removeprefix("data: ") for line in text.split("\n\n") if line]
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> float:
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> float:
     """Wait for a condition; the seconds it took. Fails after the time-out."""
     began = awake()
     while not condition():
