@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Most end-to-end tests wait more than they work: a few at once, as many as there are cores and not more than four. A file
-# runs in one process, so that what its tests share is made once; tests/conftest.py has the long ones begin first.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A file runs in one process, so that what its tests share is made once; tests/conftest.py says how many processes there
+# are and has the long files begin first.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-all soak lint types bench bench-gateway demo-model docs clean

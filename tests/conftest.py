@@ -1,5 +1,6 @@
 """Settings of every test."""
 
+import os
 import signal
 
 import pytest
@@ -10,6 +11,11 @@ settings.load_profile("truthgpt")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a script has started with `&`, and the programs under test
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, as many tests wait more than they work, and not more than four."""
+    return min(4, len(os.sched_getaffinity(0)) + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
