@@ -210,6 +210,7 @@ def test_a_server_that_crashes_while_it_starts_is_started_once_more(make_stack, 
         assert stack.leftovers() == []
 
 
+@pytest.mark.slow
 def test_the_gateway_may_listen_on_ipv6(make_stack):
     """An address with colons is put into brackets in every URL."""
     stack = make_stack()
