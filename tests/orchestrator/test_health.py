@@ -154,7 +154,9 @@ async def test_healing_and_removal(health: Health, fake: FakeTriton, monkeypatch
     await asyncio.sleep(0.1)
     with pytest.raises(UpstreamUnavailable):
         await ready(health, "m")
-    fake.models["m"], fake.beat_error, fake.parameters["chat"] = "READY", None, "false"
+    fake.models["m"], fake.parameters["chat"] = "READY", "false"
+    await asyncio.sleep(0.1)  # a heartbeat that had read the old configuration has failed by now
+    fake.beat_error = None
     await until(lambda: health.ready)
     assert not (await ready(health, "m")).chat, "the configuration is read anew after a reload"
     del fake.models["other"]
