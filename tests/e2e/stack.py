@@ -57,6 +57,8 @@ class Stack:
             "TRUTHGPT_MODEL_REPOSITORY": str(self.repository),
             "TRUTHGPT_MODEL": self.model,
             "TRUTHGPT_DRAIN_S": "5",
+            # on a busy machine Redis takes longer than the default of 20 ms now and then, which costs a cached answer
+            "TRUTHGPT_REDIS_TIMEOUT_S": "0.5",
             **self.extra,
         }
 

@@ -72,6 +72,7 @@ def guarded() -> Iterator[Guarded]:
     folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))
     write_entry(folder / "repository", slots=8, step_delay_ms=2, max_queue=80, max_len=2000)
     extra = {"TRUTHGPT_AUTH": "keys", "TRUTHGPT_WORKERS": "2", "TRUTHGPT_BREAKER_OPEN_S": "1"}
+    extra["TRUTHGPT_REDIS_TIMEOUT_S"] = "0.02"  # the default, which is what is measured here
     stack = Stack(folder / "home", folder / "repository", extra=extra)
     try:
         stack.start()
