@@ -100,6 +100,7 @@ class Hardened(asyncio.Protocol):
         self._running: Cycle | None = None
         self._waiting: deque[Cycle] = deque()  # requests that came before the answer to the one before them
         self._refused: Refusal | None = None
+        self._closing = False  # what still comes is thrown away, for a while
         self._last = False  # the server ends: the next answer is this connection's last
         self._deadline = math.inf
         self._unread: tuple[int, float] | None = None  # of a closed connection: bytes to be read, and since when
@@ -155,7 +156,7 @@ class Hardened(asyncio.Protocol):
             call()
 
     def data_received(self, data: bytes) -> None:
-        if self._refused is not None or self._parser is None:
+        if self._refused is not None or self._closing or self._parser is None:
             return
         if b"pgrade:" in data and not self._in_head and not self._in_body:
             data = _without_upgrade(data)
@@ -251,13 +252,20 @@ class Hardened(asyncio.Protocol):
         self.server_state.tasks.add(task)
         task.add_done_callback(self.server_state.tasks.discard)
 
+    def close(self, unread: bool) -> None:
+        """Behind the whole answer, which may have come before the whole request: then that is `unread`."""
+        if unread:
+            self._close_in_stages()
+        else:
+            self.transport.close()
+
     def answered(self, cycle: Cycle) -> None:
         """The whole answer is written; what came behind this request is next."""
         self.server_state.total_requests += 1
         self.ended(cycle)
         if self._refused is not None and not self._waiting:  # what was refused came behind this request
             self._close_in_stages()
-        elif not self.transport.is_closing():
+        elif not self._closing and not self.transport.is_closing():
             self.flow.resume_reading()
             if self._waiting:
                 self._run(self._waiting.popleft())
@@ -297,7 +305,7 @@ class Hardened(asyncio.Protocol):
                 self.transport.abort()
         elif now < self._deadline:
             return
-        elif self._refused is not None:
+        elif self._closing:
             self.transport.abort()
         elif self._waiting or (self._in_head and self._newest is not None):
             self._deadline = now + self._bounds.head_s  # its reading may be paused by ourselves
@@ -328,8 +336,9 @@ class Hardened(asyncio.Protocol):
 
     def _close_in_stages(self) -> None:
         """RFC 9112, 9.6: a connection closed while its client still sends is reset, and the answer is lost on it."""
-        if self.transport.is_closing():
+        if self._closing or self.transport.is_closing():
             return
+        self._closing = True
         self.flow.resume_reading()
         self.transport.write_eof()
         self._deadline = self._loop.time() + LINGER_S

@@ -49,6 +49,7 @@ class Connection(Protocol):
     server_state: ServerState
     turn: Turn
 
+    def close(self, unread: bool) -> None: ...
     def answered(self, cycle: Cycle) -> None: ...
     def ended(self, cycle: Cycle) -> None: ...
 
@@ -173,7 +174,7 @@ class Cycle:
             self.complete = True
             self._wake()
             if not self.keep_alive:
-                self._connection.transport.close()
+                self._connection.close(unread=self._more_body)
             self._connection.answered(self)
 
     def flush(self) -> None:

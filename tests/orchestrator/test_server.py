@@ -62,6 +62,8 @@ class Application:
         query = scope["query_string"].decode()[:10]
         body = json.dumps({"query": query, "size": size, "client": scope["client"][0]}).encode()
         headers = [(b"content-length", b"%d" % len(body))]
+        if query == "close":
+            headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -321,6 +323,31 @@ async def test_a_body_that_comes_after_its_answer_keeps_no_connection() -> None:
         assert (await client.answer())[0] == 200
         client.send(b"0123456789")
         assert await client.ended(3)
+
+
+@on_uvloop
+async def test_an_answer_before_the_end_of_the_body_is_not_lost() -> None:
+    """Who is told that the connection ends and is still sending can read why: it is not reset at once, but for those
+    who go on and on; and what they send is no request.
+    """
+    async with serving() as running:
+        client, endless = await running.connect(), await running.connect()
+        for each in (client, endless):
+            each.send(b"POST /early?close HTTP/1.1\r\nhost: h\r\ncontent-length: 2000000\r\n\r\n")
+        await until(lambda: not running.server.server_state.tasks)
+        for _ in range(20):
+            client.send(bytes(100_000))
+            await client.writer.drain()
+        client.send(GET % b"q")
+        assert (await client.answer())[2]["query"] == "close"
+        assert await client.ended(3)
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(5):
+                while True:
+                    endless.send(bytes(10_000))
+                    await endless.writer.drain()
+                    await asyncio.sleep(0.01)
+        await until(lambda: len(running.connections) <= 1)
 
 
 @on_uvloop
