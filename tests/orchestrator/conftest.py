@@ -115,6 +115,9 @@ async def serving(fake: FakeTriton, wait: bool = True, **changes: Any) -> AsyncI
             for listening in server.servers:
                 listening.close()
             await until(lambda: not server.server_state.tasks)
+            for connection in tuple(server.server_state.connections):  # one that lingers, so that its answer is read
+                connection.transport.abort()
+            await until(lambda: not server.server_state.connections)
             await server.lifespan.shutdown()
 
 
