@@ -142,13 +142,13 @@ async def test_unknown_models_are_looked_up_at_most_once_a_second(health: Health
 async def test_healing_and_removal(health: Health, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model being healed answers 503, not 404; one that left the repository, or stays unloaded, is gone."""
     monkeypatch.setattr("orchestrator.health.INDEX_INTERVAL_S", 0.05)
-    monkeypatch.setattr("orchestrator.health.FORGET_S", 0.3)
+    monkeypatch.setattr("orchestrator.health.FORGET_S", 1.0)
     fake.models["other"] = "READY"
     await ready(health, "m")
     await until(lambda: len(health.served()) == 2)
     await asyncio.sleep(2.1)  # the watch still sleeps its first long interval
     fake.beat_error = "Stub process 'm' is not healthy."
-    await until(lambda: not health.ready)
+    await until(lambda: not any(served.model.ready for served in health.served()))  # each has its own heartbeat
     fake.models["m"] = "UNAVAILABLE"
     fake.beat_error = "Request for unknown model: 'm' is not found"
     await asyncio.sleep(0.1)
@@ -157,7 +157,7 @@ async def test_healing_and_removal(health: Health, fake: FakeTriton, monkeypatch
     fake.models["m"], fake.parameters["chat"] = "READY", "false"
     await asyncio.sleep(0.1)  # a heartbeat that had read the old configuration has failed by now
     fake.beat_error = None
-    await until(lambda: health.ready)
+    await until(lambda: all(served.model.ready for served in health.served()))
     assert not (await ready(health, "m")).chat, "the configuration is read anew after a reload"
     del fake.models["other"]
     await until(lambda: len(health.served()) == 1)
