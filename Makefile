@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) scripts/preflight.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (the first time takes a few minutes; sizes are in README.md)"
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q -e '.[serve,export,dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q -e '.[serve,export,measure,dev]'
 	@touch $@
 
 install: $(STAMP)  ## build .venv with everything

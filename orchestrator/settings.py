@@ -20,6 +20,7 @@ from typing import Any
 
 from orchestrator.masking import mask_secret, mask_url
 from orchestrator.settings_operations import OperationsSettings
+from orchestrator.settings_servers import ServerSettings
 from orchestrator.spec import Spec, setting
 
 __all__ = ["PROFILES", "Settings", "SettingsError", "mask_url"]
@@ -72,7 +73,7 @@ _DEVELOPMENT = PROFILES["development"]
 
 
 @dataclass(frozen=True, repr=False)
-class Settings(OperationsSettings):
+class Settings(OperationsSettings, ServerSettings):
     """Every setting of TruthGPT. Durations are seconds (`_s`), sizes bytes. Build it with `Settings.load()`."""
 
     environment: str = setting(
@@ -309,7 +310,7 @@ class Settings(OperationsSettings):
     def table(cls) -> dict[str, Spec]:
         """All settings by name, in the order they are shown and documented."""
         hints, table = typing.get_type_hints(cls), {}
-        inherited = {item.name for item in dataclasses.fields(OperationsSettings)}
+        inherited = {item.name for group in (ServerSettings, OperationsSettings) for item in dataclasses.fields(group)}
         for item in sorted(dataclasses.fields(cls), key=lambda item: item.name in inherited):
             if "help" not in item.metadata:
                 continue

@@ -18,7 +18,8 @@ BASE = {"settings", "errors", "domain"}
 ROOMS: dict[str, set[str]] = {
     "spec": set(),
     "settings_operations": {"spec"},
-    "settings": {"masking", "settings_operations", "spec"},
+    "settings_servers": {"spec"},
+    "settings": {"masking", "settings_operations", "settings_servers", "spec"},
     "errors": set(),
     "domain": set(),
     "context": set(),
