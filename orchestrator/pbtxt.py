@@ -8,7 +8,8 @@ dict for a message. Extensions, `Any` and byte escapes outside UTF-8 are refused
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 MAX_DEPTH = 32
 
@@ -33,6 +34,35 @@ class Name(str):
     __slots__ = ()
 
 
+class Token(NamedTuple):
+    """What a file consists of beside space and comments. `kind` is text, number, name or mark, and "end" behind all;
+    it begins `start` characters into the file.
+    """
+
+    kind: str
+    text: str
+    line: int
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.text)
+
+
+def tokens(source: str) -> Iterator[Token]:
+    """The tokens of a file. Raises ValueError with the line of what is none."""
+    position, line = 0, 1
+    while position < len(source):
+        match = _TOKEN.match(source, position)
+        if match is None:
+            raise ValueError(f"line {line}: {source[position : position + 10].splitlines()[0]!r} is not understood")
+        if match.lastgroup != "space":
+            yield Token(str(match.lastgroup), match[0], line, position)
+        line += match[0].count("\n")
+        position = match.end()
+    yield Token("end", "", line, position)
+
+
 def parse(source: str) -> Message:
     """The message of a file. Raises ValueError with the line of what is wrong."""
     return _Parser(source).message(None, 0)
@@ -40,17 +70,7 @@ def parse(source: str) -> Message:
 
 class _Parser:
     def __init__(self, source: str) -> None:
-        self._tokens: list[tuple[str, str, int]] = []
-        position, line = 0, 1
-        while position < len(source):
-            match = _TOKEN.match(source, position)
-            if match is None:
-                raise ValueError(f"line {line}: {source[position : position + 10].splitlines()[0]!r} is not understood")
-            if match.lastgroup != "space":
-                self._tokens.append((str(match.lastgroup), match[0], line))
-            line += match[0].count("\n")
-            position = match.end()
-        self._tokens.append(("end", "the end of the file", line))
+        self._tokens = [*tokens(source)]
         self._next = 0
 
     def message(self, closer: str | None, depth: int) -> Message:
@@ -106,17 +126,17 @@ class _Parser:
 
     @property
     def _kind(self) -> str:
-        return self._tokens[self._next][0]
+        return self._tokens[self._next].kind
 
     @property
     def _text(self) -> str:
         """What stands here if it is a mark, else an empty text: a quoted "{" opens nothing."""
-        kind, text, _ = self._tokens[self._next]
-        return text if kind == "mark" else ""
+        token = self._tokens[self._next]
+        return token.text if token.kind == "mark" else ""
 
     def _advance(self) -> str:
         self._next += 1
-        return self._tokens[self._next - 1][1]
+        return self._tokens[self._next - 1].text
 
     def _take(self, mark: str) -> bool:
         found = self._text == mark
@@ -128,8 +148,8 @@ class _Parser:
             raise self._error(f"expected {mark!r}")
 
     def _error(self, what: str) -> ValueError:
-        _, text, line = self._tokens[self._next]
-        return ValueError(f"line {line}: {what}, found {text[:20]!r}")
+        kind, text, line, _ = self._tokens[self._next]
+        return ValueError(f"line {line}: {what}, found {'the end of the file' if kind == 'end' else text[:20]!r}")
 
 
 def _number(text: str, negative: bool) -> int | float:
