@@ -118,8 +118,7 @@ class Entry:
 
         What was checked is what is loaded, although an export may publish a newer version meanwhile.
         """
-        config = pbtxt.model_config(self.config())
-        return config | {"version_policy": {"specific": {"versions": [*numbers]}}}
+        return pin(self.config(), *numbers)
 
     def version(self, number: int) -> Version:
         """One version. Raises ModelsError."""
@@ -128,6 +127,11 @@ class Entry:
                 return version
         have = ", ".join(str(version.number) for version in self.versions)
         raise ModelsError(f"{self.name} has no version {number}", f"it has {have}")
+
+
+def pin(config: pbtxt.Message, *numbers: int) -> dict[str, Any]:
+    """A parsed config.pbtxt as Triton's `load` takes it, with these versions."""
+    return pbtxt.model_config(config) | {"version_policy": {"specific": {"versions": [*numbers]}}}
 
 
 def parameters(config: pbtxt.Message) -> dict[str, str]:
