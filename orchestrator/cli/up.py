@@ -41,6 +41,7 @@ def up(settings: Settings, detach: bool, hello: bool, background: bool, as_json:
     from orchestrator.cli import demo, launch, stack
     from orchestrator.cli.progress import Progress
     from orchestrator.jobs.table import schedules
+    from orchestrator.ops.tune import applying
 
     found = stack.running(settings)
     if found is not None:
@@ -49,6 +50,9 @@ def up(settings: Settings, detach: bool, hello: bool, background: bool, as_json:
             f"`truthgpt status{stack.flags(settings)}` shows it, `truthgpt down{stack.flags(settings)}` stops it",
         )
     schedules(settings)  # wrong ones are told before anything starts
+    undone = applying.recover(settings)
+    if undone is not None:
+        click.echo(undone, err=True)
     choice = models.choice(settings)
     if choice.note:
         click.echo(choice.note, err=True)

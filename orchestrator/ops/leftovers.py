@@ -1,7 +1,7 @@
-"""What interrupted work has left: an export, a start, a write, a backup.
+"""What interrupted work has left: an export, a start, a write, a backup, a tuning.
 
-An export (export/repository.py) and a backup (ops/backup/names.py) hold an flock on what they write, for as long as
-they live, however they end. Others name what they are writing by a temporary name and rename it: what has such a name
+An export (export/repository.py), a backup (ops/backup/names.py) and a tuning (ops/tune/scratch.py) hold an flock on
+what they write, for as long as they live, however they end. Others name what they are writing by a temporary name and rename it: what has such a name
 and is old is nobody's.
 """
 
@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from orchestrator.models import REMOVED, STAGING
 from orchestrator.ops.backup import names
 from orchestrator.ops.cleanwork import Work
 from orchestrator.ops.folders import Found, entered, listed, opened, remove_tree, walked
+from orchestrator.ops.tune import applying, scratch
 from orchestrator.settings import MODEL_NAME, Settings
 
 _STAGED = re.compile(rf"{MODEL_NAME}-[0-9]+-[0-9a-f]{{8}}")
@@ -31,6 +33,9 @@ _RANDOM = r"[a-z0-9_]{8}"  # as tempfile makes names
 _WRITTEN = re.compile(rf"(?:state|models|audit\.key|\.truthgpt-id)-{_RANDOM}")
 _IDENTITY = re.compile(rf"\.truthgpt-id-{_RANDOM}")
 _AUDIT = re.compile(rf"base-{_RANDOM}")
+_CONFIG = re.compile(rf"{re.escape(applying.WRITING)}{_RANDOM}")
+_NOTE = re.compile(rf"\.{re.escape(applying.NOTE)}-{_RANDOM}")
+_SCRATCH = re.compile(rf"{scratch.PREFIX}{_RANDOM}")
 
 
 def temporary(settings: Settings, work: Work) -> None:
@@ -42,8 +47,11 @@ def temporary(settings: Settings, work: Work) -> None:
             owner = _BACKEND.fullmatch(found.name)
             if owner is not None and found.is_folder and _touched(found) < oldest and not alive(int(owner[1])):
                 _remove(work, found, "backends of a start that was interrupted")
+    _scratches(settings.home, work, oldest)
     for base, folders, pattern in (
-        (settings.home, (), _WRITTEN), (settings.home, ("audit",), _AUDIT), (settings.model_repository, (), _IDENTITY),
+        (settings.home, (), _WRITTEN), (settings.home, ("audit",), _AUDIT), (settings.home, (scratch.FOLDER,), _NOTE),
+        (settings.model_repository, (), _IDENTITY),
+        *((settings.model_repository, (name,), _CONFIG) for name in _models(settings.model_repository, work)),
     ):  # fmt: skip
         with opened(base, *folders) as fd:
             for found in listed(fd, str(base.joinpath(*folders)), work.failed) if fd is not None else ():
@@ -55,6 +63,20 @@ def temporary(settings: Settings, work: Work) -> None:
         work.remove(str(path), facts.st_size, why, path.unlink, work.now - facts.st_mtime)
 
     names.clear_abandoned(settings.backups, work.now, part)
+
+
+def _scratches(home: Path, work: Work, oldest: float) -> None:
+    with opened(home, scratch.FOLDER) as fd:
+        for found in listed(fd, str(home / scratch.FOLDER), work.failed) if fd is not None else ():
+            if found.is_folder and _SCRATCH.fullmatch(found.name) and _touched(found) < oldest:
+                folder = home.resolve() / scratch.FOLDER / found.name
+                _remove_unlocked(work, found, "tuning that was interrupted", partial(scratch.clear_processes, folder))
+
+
+def _models(repository: Path, work: Work) -> list[str]:
+    with opened(repository) as fd:
+        rows = listed(fd, str(repository), work.failed) if fd is not None else ()
+        return [found.name for found in rows if found.is_folder and re.fullmatch(MODEL_NAME, found.name)]
 
 
 def _staging(repository: Path, work: Work, oldest: float) -> None:
@@ -77,8 +99,8 @@ def _staging(repository: Path, work: Work, oldest: float) -> None:
                     os.rmdir(STAGING, dir_fd=above)
 
 
-def _remove_unlocked(work: Work, found: Found, what: str) -> None:
-    """Remove what somebody has left who held a lock on it while he lived."""
+def _remove_unlocked(work: Work, found: Found, what: str, first: Callable[[], object] = lambda: None) -> None:
+    """Remove what somebody has left who held a lock on it while he lived; `first` ends what still works on it."""
     try:
         handle = os.open(found.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=found.folder_fd)
     except FileNotFoundError:
@@ -90,6 +112,8 @@ def _remove_unlocked(work: Work, found: Found, what: str) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(handle), found.facts):
+            if not work.dry:
+                first()
             _remove(work, found, what)
     except BlockingIOError:  # its owner lives
         return

@@ -51,7 +51,7 @@ def reversions(point: Point, current: Point) -> list[dict[str, str]]:
     return [{**point, name: current[name]} for name in changed] if len(changed) > 1 else []
 
 
-def finalists(measured: Sequence[Measured], current: Measured, bounds: Bounds) -> list[Point]:
+def finalists(measured: Sequence[Measured], current: Measured, bounds: Bounds, margin: float) -> list[Point]:
     """At most FINALISTS points that may be better than what is set: the fastest, and of those that are hardly slower
     the one with the fewest changes, else the next.
     """
@@ -60,7 +60,7 @@ def finalists(measured: Sequence[Measured], current: Measured, bounds: Bounds) -
     found = [
         (point, figures) for point, figures in measured
         if key(point) != key(current[0]) and loose.kept(figures)
-        and (promising or figures.throughput > current[1].throughput)
+        and (promising or figures.throughput > current[1].throughput * (1 + margin / 2))
     ]  # fmt: skip
     found.sort(key=lambda one: (-one[1].throughput, distance(one[0], current[0])))
     if not found:
@@ -93,7 +93,8 @@ def verdicts(
         else:
             kept, mends = all(value <= relative for value in _ratios(pairs)), False
         better = kept and (ratio >= 1 + margin or mends) and len(pairs) == len(rounds)
-        found.append(Verdict(dict(one), figures, ratio, kept, better))
+        point = {name: dict(one)[name] for name in current}
+        found.append(Verdict(point, figures, ratio, kept, better))
     return sorted(found, key=lambda one: (-one.better, -one.ratio))
 
 

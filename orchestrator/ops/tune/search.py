@@ -65,7 +65,7 @@ class Search:
         """A point that was not asked for before; None when all were."""
         while self._first:
             point = self._first.pop(0)
-            if key(point) not in self._seen:
+            if self.unseen(point):
                 return self._ask_for(point)
         if len(self._seen) >= self.size:
             return None

@@ -86,11 +86,14 @@ class Result:
 
     def measured(self) -> list[Measured]:
         """The figures of each point, medians of what was measured of it."""
-        found: dict[tuple[tuple[str, str], ...], list[Figures]] = {}
+        found: dict[tuple[tuple[str, str], ...], list[Trial]] = {}
         for trial in self.trials:
             if trial.figures is not None:
-                found.setdefault(key(trial.point), []).append(trial.figures)
-        return [(dict(point), choosing.medians(figures)) for point, figures in found.items()]
+                found.setdefault(key(trial.point), []).append(trial)
+        return [
+            (trials[0].point, choosing.medians([trial.figures for trial in trials if trial.figures is not None]))
+            for trials in found.values()
+        ]
 
     def frontier(self) -> list[Measured]:
         return choosing.frontier(self.measured())
@@ -187,7 +190,8 @@ class Tuning:
         loose = bounds.scaled(choosing.SLACK)
         best = sorted((one for one in good if loose.kept(one[1])), key=lambda one: -one[1].throughput)
         points = {key(point): point for point, _ in best if key(point) != key(self._current)}
-        search = Search(self._knobs, bounds, self._plan.seed, list(points.values())[:KNOWN])
+        widest = {**self._current, self._knobs[0].name: self._knobs[0].values[-1]}  # slots, or instances: a good guess
+        search = Search(self._knobs, bounds, self._plan.seed, [*list(points.values())[:KNOWN], widest])
         for point, figures in rows:
             search.learn(point, figures)
         search.learn(self._current, current)
@@ -202,14 +206,18 @@ class Tuning:
 
     async def _simplify(self, search: Search, result: Result) -> None:
         """Try the best without each of its changes."""
-        best = choosing.finalists(result.measured(), (self._current, result.current), result.bounds)
+        best = self._finalists(result)
         for point in choosing.reversions(best[0], self._current) if best else ():
             if self._left_s() > self._each_s * (1 + self._plan.rounds * 2) and search.unseen(point):
                 search.skip(point)
                 await self._trial("search", point)
 
+    def _finalists(self, result: Result) -> list[Point]:
+        current = (self._current, result.current)
+        return choosing.finalists(result.measured(), current, result.bounds, self._plan.margin)
+
     async def _finals(self, result: Result) -> None:
-        points = choosing.finalists(result.measured(), (self._current, result.current), result.bounds)
+        points = self._finalists(result)
         if not points:
             return
         self._total = len(self._trials) + self._plan.rounds * (1 + len(points))
