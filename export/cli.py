@@ -193,7 +193,7 @@ def export_command(
             allow_drift=allow_drift,
             trust=Trust(pickle=allow_pickle, code=trust_remote_code),
             serving=Serving(slots, prefill_chunk, max_queue),
-            given=tuple(key for key in ("slots", "prefill_chunk") if _given(context, key)),
+            given=tuple(key for key in ("slots", "prefill_chunk", "max_tokens_per_batch") if _given(context, key)),
             task=task,
             serve_with=serve_with,
             encoder_serving=EncoderServing(max_queue, max_tokens_per_batch),

@@ -18,10 +18,18 @@ NATIVE_INSTANCES = 4  # each asks the engine once at a time, and the engine batc
 
 @dataclass(frozen=True)
 class EncoderServing:
-    """How Triton and the backend shall run the model: queued requests, tokens (padding included) of one run."""
+    """How Triton and the backend shall run the model: queued requests, tokens (padding included) of one run, threads of
+    an instance (0: its share of the cores), instances (0: as many as usual), microseconds that a batch may wait for
+    others, texts of a request or a batch, and the sizes that Triton prefers.
+    """
 
     max_queue: int = 256
     max_tokens_per_batch: int = 16_384
+    threads: int = 0
+    instances: int = 0
+    queue_delay_us: int = MAX_QUEUE_DELAY_US
+    max_texts: int = MAX_TEXTS
+    preferred: tuple[int, ...] = PREFERRED
 
 
 def encoder_pbtxt(
@@ -39,15 +47,16 @@ def encoder_pbtxt(
     warmup = [
         f'  {{ name: "{count} texts" batch_size: {count} inputs {{ key: "text_input" '
         "value { data_type: TYPE_STRING dims: [ 1 ] zero_data: true } } }"
-        for count in (1, MAX_TEXTS)
+        for count in (1, serving.max_texts)
     ]
+    instances = serving.instances or (NATIVE_INSTANCES if native else INSTANCES)
     return _lines(
         f"name: {quoted(name)}",
         'backend: "encoder"',
-        f"max_batch_size: {MAX_TEXTS}",
+        f"max_batch_size: {serving.max_texts}",
         _tensors("input", [("text_input", "TYPE_STRING", 1)]),
         _tensors("output", outputs),
-        f"instance_group [ {{ kind: KIND_CPU count: {NATIVE_INSTANCES if native else INSTANCES} }} ]",
+        f"instance_group [ {{ kind: KIND_CPU count: {instances} }} ]",
         _batching(serving),
         *([] if native else ["model_warmup [", ",\n".join(warmup), "]"]),
         *(f"parameters {{ key: {quoted(k)} value: {{ string_value: {quoted(v)} }} }}" for k, v in parameters.items()),
@@ -97,14 +106,14 @@ def quoted(text: str) -> str:
 
 
 def _batching(serving: EncoderServing) -> str:
-    preferred = ", ".join(str(size) for size in PREFERRED)
+    preferred = ", ".join(str(size) for size in serving.preferred if size <= serving.max_texts)
     return _lines(
         "dynamic_batching {",
         # Heartbeats come with priority 1: they pass whoever waits.
         "  priority_levels: 2",
         "  default_priority_level: 2",
         f"  preferred_batch_size: [ {preferred} ]",
-        f"  max_queue_delay_microseconds: {MAX_QUEUE_DELAY_US}",
+        f"  max_queue_delay_microseconds: {serving.queue_delay_us}",
         "  default_queue_policy {",
         "    timeout_action: REJECT",
         f"    default_timeout_microseconds: {QUEUE_TIMEOUT_US}",

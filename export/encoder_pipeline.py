@@ -17,10 +17,10 @@ from tokenizers import normalizers
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from export import tensorrt
+from export import kept, tensorrt
 from export.convert import check_weights
 from export.encoder import MASK, input_names, trace, with_head
-from export.encoder_config import MAX_TEXTS, encoder_pbtxt, engine_pbtxt
+from export.encoder_config import MAX_TEXTS, EncoderServing, encoder_pbtxt, engine_pbtxt
 from export.encoder_source import CLASSIFICATION, SentenceSettings, head_files, sentence_settings
 from export.encoder_verify import (
     EncoderReference,
@@ -82,6 +82,9 @@ def export_encoder(
     progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
     require_memory(needed.memory, available_memory())
     engine_name = f"{name}--engine" if options.serve_with == "native" else None
+    serving, told = kept.encoder(
+        repository.root, name, options.encoder_serving, options.given, engine_name is not None
+    )
     with ExitStack() as stack:
         staging = stack.enter_context(repository.staging(name))
         engine = stack.enter_context(repository.staging(engine_name)) if engine_name else None
@@ -99,12 +102,12 @@ def export_encoder(
         built = build_engine(folder, draft, options, progress) if options.target == "tensorrt" else None
         progress("publish", 0.0)
         with translated(options.repository):
-            describe(source, task, options, draft, staging, engine, parity, built)
+            describe(source, task, options, draft, staging, engine, parity, built, serving)
         if engine is not None:
             repository.publish(engine, lambda text: progress("publish", text))
         path = repository.publish(staging, lambda text: progress("publish", text))
     progress("publish", 1.0)
-    notes = tuple(filter(None, (source.unused_code,)))
+    notes = tuple(filter(None, (source.unused_code, told)))
     return Exported(name, str(staging.version), path, options.precision, parity, task, notes=notes)
 
 
@@ -163,7 +166,7 @@ def build(
 def check_options(options: ExportOptions) -> None:
     """Raise `ExportError` for what encoders have not; needs no checkpoint."""
     template = ("chat_template",) if options.chat_template is not None else ()
-    for key in (*template, *options.given):
+    for key in (*template, *(key for key in options.given if key in kept.DECODER)):
         option = f"--{key.replace('_', '-')}"
         raise ExportError(f"{option} is for text generation models; this is an encoder.", "Leave it out.")
     if options.calibrate is not None or options.allow_drift is not None:
@@ -209,12 +212,14 @@ def describe(
     engine: Staging | None,
     parity: dict[str, Any],
     built: dict[str, str] | None,
+    serving: EncoderServing,
 ) -> None:
     """Write manifest.json and config.pbtxt of the entry, and of its engine where it has one.
 
+    ``serving`` is the entry's, ``options.encoder_serving`` the engine's.
     ``built`` is what is known of the TensorRT engine that takes the graph's place, None where there is none.
     """
-    settings, serving = draft.settings, options.encoder_serving
+    settings = draft.settings
     device = options.device if built is not None else serves_on(options.precision, options.device, slots=False)
     facts = {
         "task": task,
@@ -241,7 +246,7 @@ def describe(
         "max_len": str(draft.max_len),
         "precision": options.precision,
         "device": device,
-        "threads": "0",
+        "threads": str(serving.threads),
         "max_tokens_per_batch": str(serving.max_tokens_per_batch),
     }
     if task == CLASSIFICATION:
@@ -258,7 +263,8 @@ def describe(
         named = {"name": engine.name, "version": str(engine.version), "graph_only": True}
         write_manifest(engine.folder, named | facts | ({} if built is None else tensorrt.manifest(built)))
         platform = "onnxruntime" if built is None else "tensorrt"
-        config = engine_pbtxt(engine.name, platform, draft.names, draft.output, draft.width, serving, device)
+        own = options.encoder_serving
+        config = engine_pbtxt(engine.name, platform, draft.names, draft.output, draft.width, own, device)
         (engine.model / CONFIG).write_text(config, encoding="utf-8")
         front["served_by"] = {
             "name": engine.name,

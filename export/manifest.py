@@ -37,11 +37,14 @@ _OUTPUTS = (
 
 @dataclass(frozen=True)
 class Serving:
-    """How the backend shall run the model: concurrent sequences, tokens a prefill step, queued requests."""
+    """How the backend shall run the model: concurrent sequences, tokens a prefill step, queued requests, threads (0: as
+    many as there are cores).
+    """
 
     slots: int = 16
     prefill_chunk: int = 128
     max_queue: int = 256
+    threads: int = 0
 
 
 def config_pbtxt(
@@ -56,7 +59,7 @@ def config_pbtxt(
         "slots": str(serving.slots),
         "prefill_chunk": str(serving.prefill_chunk),
         "max_queue": str(serving.max_queue),
-        "threads": "0",
+        "threads": str(serving.threads),
         "device": device,
         "default_max_tokens": "",
     }

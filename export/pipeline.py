@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from export import encoder_pipeline, tensorrt
+from export import encoder_pipeline, kept, tensorrt
 from export.calibrate import read_text
 from export.chat import chat_template
 from export.convert import Converted, check_options, check_weights, convert
@@ -45,8 +45,8 @@ class ExportOptions:
     is then the engine's.
     ``serving`` is for decoders, ``serve_with`` ("backend" | "native") and ``encoder_serving`` for encoders.
     ``device`` (auto, cpu, cuda) is what the entry is for, ``calibrate`` a text for int8 and int4, ``allow_drift`` the
-    share of the logits' spread that int4 may move them by. ``given`` names those of ``serving`` that were asked for and
-    are not just the defaults.
+    share of the logits' spread that int4 may move them by. ``given`` names those of ``serving`` and
+    ``encoder_serving`` that were asked for and are not just the defaults.
     """
 
     model: str
@@ -124,6 +124,8 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     precision = tensorrt.graph_precision(options.target, options.precision)
     device = verifies_on(options)
     max_len = limit(source, options.max_len)
+    serving, told = kept.decoder(repository.root, name, options.serving, options.given)
+    options = replace(options, serving=serving)
     check_weights(source, precision, instead="fp16")
     needed = needs(source, precision, max_len, options.calibrate is not None)
     progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
@@ -154,7 +156,7 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
         path = repository.publish(staging, lambda text: progress("publish", text))
     progress("publish", 1.0)
     layers = tuple(draft.conversion.get("fp32_layers", ()))
-    notes = tuple(filter(None, (source.unused_code,)))
+    notes = tuple(filter(None, (source.unused_code, told)))
     return Exported(name, str(staging.version), path, options.precision, parity, fp32_layers=layers, notes=notes)
 
 
