@@ -172,9 +172,9 @@ def _apply(settings: Settings, change: Change, detail: str) -> bool:
     from orchestrator.ops.tune import applying
 
     with Progress() as progress:
-        now = applying.apply(settings, change, progress.step)
+        reloaded = applying.apply(settings, change, progress.step)
     audited(settings, "tune", detail=detail)
-    return now is not None
+    return reloaded
 
 
 def _taken_up(reloaded: bool) -> str:

@@ -1,8 +1,8 @@
 """What interrupted work has left: an export, a start, a write, a backup, a tuning.
 
 An export (export/repository.py), a backup (ops/backup/names.py) and a tuning (ops/tune/scratch.py) hold an flock on
-what they write, for as long as they live, however they end. Others name what they are writing by a temporary name and rename it: what has such a name
-and is old is nobody's.
+what they write, for as long as they live, however they end. Others name what they are writing by a temporary name and
+rename it: what has such a name and is old is nobody's.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from orchestrator.errors import TruthGPTError
 from orchestrator.local.modelset import Busy
@@ -28,7 +28,7 @@ from orchestrator.ops import auditing
 from orchestrator.ops.modelcontrol import ControlError
 from orchestrator.ops.tune import guard, undoing
 from orchestrator.ops.tune.errors import TuneError
-from orchestrator.ops.tune.served import Served, served
+from orchestrator.ops.tune.served import served
 from orchestrator.settings import Settings
 
 NOTE = "pending.json"
@@ -37,6 +37,15 @@ POLL_S = 0.1
 _NOT_RELOADED = (ControlError, TruthGPTError, ModelsError, Busy, OSError)
 
 Say = Callable[[str], None]
+
+
+class Reloads(Protocol):
+    """Whoever serves the model. See served.Served."""
+
+    def reload(self, say: Say) -> object: ...
+
+
+Find = Callable[[Settings, str], Reloads | None]
 
 
 class InUse(TuneError):
@@ -98,8 +107,8 @@ def held(home: Path, wait_s: float = 0.0) -> Iterator[None]:
         yield
 
 
-def apply(settings: Settings, change: Change, say: Say = lambda text: None) -> Served | None:
-    """Write the file and have the running stack take it up; what has taken it up, None where nobody serves the model.
+def apply(settings: Settings, change: Change, say: Say = lambda text: None, find: Find = served) -> bool:
+    """Write the file and have the running stack take it up; whether one has: none may run, or not serve the model.
 
     The caller holds the lock. Raises TuneError when it could not be done; the former settings are served then.
     """
@@ -112,7 +121,7 @@ def apply(settings: Settings, change: Change, say: Say = lambda text: None) -> S
         "after": change.after, "record": None if change.undoes is not None else kept,
         "undoes": None if change.undoes is None else str(change.undoes), "done": False,
     }  # fmt: skip
-    now = served(settings, change.model)
+    now = find(settings, change.model)
     with guard.watching(settings):
         try:
             _write_note(home, note)
@@ -125,14 +134,14 @@ def apply(settings: Settings, change: Change, say: Say = lambda text: None) -> S
                 now.reload(say)
             _write_note(home, {**note, "done": True})
         except BaseException as error:
-            _put_back(settings, note, say, error)
+            _put_back(settings, note, say, find, error)
             if isinstance(error, _NOT_RELOADED):
                 hint = getattr(error, "hint", "") or "see triton.log"
                 what = "the settings could not be put in place, the former ones stay"
                 raise TuneError(f"{what}: {error}", hint) from error
             raise
         _finish(home, note)
-    return now
+    return now is not None
 
 
 def undoing_of(settings: Settings, model: str, path: Path, force: bool) -> Change:
@@ -147,7 +156,9 @@ def undoing_of(settings: Settings, model: str, path: Path, force: bool) -> Chang
     return Change(model, path, now, former.before, former.record)
 
 
-def recover(settings: Settings, say: Say = lambda text: None, wait_s: float = 0.0) -> str | None:
+def recover(
+    settings: Settings, say: Say = lambda text: None, wait_s: float = 0.0, find: Find = served
+) -> str | None:
     """Undo, or finish, what a process that was killed has left half done; what that was, None where there was nothing.
 
     Raises TuneError when that cannot be done.
@@ -157,12 +168,12 @@ def recover(settings: Settings, say: Say = lambda text: None, wait_s: float = 0.
         return None
     try:
         with held(home, wait_s):
-            return recover_held(settings, say)
+            return recover_held(settings, say, find)
     except InUse:  # it is not interrupted
         return None
 
 
-def recover_held(settings: Settings, say: Say = lambda text: None) -> str | None:
+def recover_held(settings: Settings, say: Say = lambda text: None, find: Find = served) -> str | None:
     """As `recover`, for who holds the lock."""
     home = settings.home.resolve()
     note = _read_note(home)
@@ -173,7 +184,7 @@ def recover_held(settings: Settings, say: Say = lambda text: None) -> str | None
         _finish(home, note)
         told = f"a tuning of {model} that was interrupted had been finished: its settings stay"
     else:
-        _restore(settings, note, say)
+        _restore(settings, note, say, find)
         told = f"a tuning of {model} that was interrupted is undone: its former settings are back"
     problem = auditing.note(settings, "tune", detail=told)
     if problem:
@@ -181,18 +192,18 @@ def recover_held(settings: Settings, say: Say = lambda text: None) -> str | None
     return told
 
 
-def _put_back(settings: Settings, note: dict[str, Any], say: Say, cause: BaseException) -> None:
+def _put_back(settings: Settings, note: dict[str, Any], say: Say, find: Find, cause: BaseException) -> None:
     """Everything as it was. Ctrl-C does not interrupt this: what it would leave is what this puts in order."""
     with _uninterrupted():
         say("putting the former settings back")
         try:
-            _restore(settings, note, say)
+            _restore(settings, note, say, find)
         except TuneError as error:
             cause.add_note(str(error))
             raise TuneError(f"{cause or type(cause).__name__}; {error}", error.hint) from cause
 
 
-def _restore(settings: Settings, note: dict[str, Any], say: Say) -> None:
+def _restore(settings: Settings, note: dict[str, Any], say: Say, find: Find) -> None:
     """The former file, and the running stack with it. Raises TuneError; the note stays then."""
     home, path, model = settings.home.resolve(), Path(note["path"]), note["model"]
     try:
@@ -201,7 +212,7 @@ def _restore(settings: Settings, note: dict[str, Any], say: Say) -> None:
     except OSError as error:
         hint = f"its former text is `before` in {home / 'tune' / NOTE}; make it writable and run `truthgpt tune` again"
         raise TuneError(f"{path} could not be put back: {error.strerror}", hint) from error
-    now = served(settings, model)
+    now = find(settings, model)
     if now is not None:
         try:
             now.reload(say)
