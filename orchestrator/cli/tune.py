@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import math
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
     from orchestrator.ops.tune.applying import Change
     from orchestrator.ops.tune.session import Task
     from orchestrator.ops.tune.tuning import Plan, Result
+
+
+
+class _Number(click.FloatRange):
+    """In the range, in which click takes what is not a number to be."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = float(super().convert(value, param, ctx))
+        return self.fail(f"{value!r} is not a number.", param, ctx) if math.isnan(found) else found
+
 
 TERMINATED = 143
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -45,13 +56,13 @@ Examples:
 @click.option("--prompt-tokens", type=_COUNT, metavar="N", help="Of each prompt.  [default: 128, or what fits]")
 @click.option("--output-tokens", type=_COUNT, metavar="N", help="Of each answer.  [default: 64, or what fits]")
 @click.option("--trials", type=click.IntRange(1, 1000), default=24, show_default=True, help="Candidates to try.")
-@click.option("--trial-s", type=click.FloatRange(0.1, 3600), default=8.0, show_default=True,
+@click.option("--trial-s", type=_Number(0.1, 3600), default=8.0, show_default=True,
               help="Seconds of load on each.")  # fmt: skip
-@click.option("--minutes", type=click.FloatRange(0.1, 10_080), default=10.0, show_default=True,
+@click.option("--minutes", type=_Number(0.1, 10_080), default=10.0, show_default=True,
               help="Begin nothing after that, about.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1, 50), default=5, show_default=True,
               help="How often the best are measured again, in turns with what is set.")  # fmt: skip
-@click.option("--margin", type=click.FloatRange(0, 1000), default=5.0, show_default=True,
+@click.option("--margin", type=_Number(0, 1000), default=5.0, show_default=True,
               help="Per cent by which a winner has to be better.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the search.")
 @click.option("--dry-run", is_flag=True, help="Measure, show what would be changed, and change nothing.")
@@ -89,6 +100,8 @@ def tune(
     from orchestrator.ops.tune.tuning import Plan
 
     if plot is not None or html is not None:
+        import matplotlib as matplotlib
+
         from orchestrator.ops.tune import picture
 
         if plot is not None:

@@ -135,7 +135,7 @@ class Tuning:
         self._run, self._began = secrets.token_hex(4), clock()
         self._limit_s, self._requests = 10 * LIMIT_S, 2 * plan.workload.concurrency
         self._trials: list[Trial] = []
-        self._total = 2 + plan.trials
+        self._total = 1 + plan.trials
         self._each_s = 0.0
 
     async def run(self) -> Result:
@@ -259,6 +259,7 @@ class Tuning:
         self._history.add(Row(dict(point), figures, self._run, time.time(), error))
         took_s = self._clock() - began
         self._each_s = took_s if stage == "current" else 0.7 * self._each_s + 0.3 * took_s
+        self._total = max(self._total, len(self._trials))
         self._measured(trial, len(self._trials), self._total)
         return figures
 
