@@ -17,7 +17,7 @@ from orchestrator.ops.tune.figures import Workload
 
 Point = Mapping[str, str]  # name of a knob -> its value's text
 
-MAX_SLOTS, MAX_BATCH = 1024, 1024
+MAX_SLOTS, MAX_BATCH, MIN_TOKENS = 1024, 1024, 64
 DEFAULT_CHUNK = 128  # an exporter makes it smaller where a larger one would not fit (export/rewrites.py)
 CHUNK_GROWTH = 4  # steps of prefill may need memory in proportion
 KV_SHARE = 0.5  # of the memory that is free, for the caches of a candidate that has more slots
@@ -50,7 +50,8 @@ def knobs_of(entry: Entry, version: Version, source: str, workload: Workload, ro
     config = pbtxt.model_config(_parsed(source))
     backend = config.get("backend")
     _check(entry, version, backend, workload)
-    rows = _decoder(config, version, workload, room) if backend == BACKEND else _encoder(config, version, room)
+    rows_of = _decoder if backend == BACKEND else _encoder
+    rows = rows_of(config, version, workload, room)
     found = []
     for name, place, values, default in rows:
         current = editing.current(config, place, default)
@@ -89,7 +90,7 @@ def _decoder(config: Mapping[str, Any], version: Version, workload: Workload, ro
     slots = int(editing.current(config, (PARAMETERS, "slots"), "16"))
     chunk = int(editing.current(config, (PARAMETERS, "prefill_chunk"), str(DEFAULT_CHUNK)))
     # more than there are clients are never used, and far fewer only queue
-    most = min(MAX_SLOTS, 1 << math.ceil(math.log2(workload.concurrency)))
+    most = min(MAX_SLOTS, _power_above(workload.concurrency))
     fitting = [n for n in _powers(max(1, most // 4), most) if n <= slots or _fits(version, n - slots, room)]
     # an exporter that made it smaller than usual had its reason
     largest = chunk * CHUNK_GROWTH if chunk >= DEFAULT_CHUNK else chunk
@@ -101,7 +102,7 @@ def _decoder(config: Mapping[str, Any], version: Version, workload: Workload, ro
     ]
 
 
-def _encoder(config: Mapping[str, Any], version: Version, room: Room) -> list[Row]:
+def _encoder(config: Mapping[str, Any], version: Version, workload: Workload, room: Room) -> list[Row]:
     rows: list[Row] = []
     groups = config.get("instance_group")
     if isinstance(groups, list) and len(groups) == 1:
@@ -109,14 +110,16 @@ def _encoder(config: Mapping[str, Any], version: Version, room: Room) -> list[Ro
     own_graph = version.engine is None
     if own_graph:  # else other processes run it, and this one only makes tokens
         rows.append(("threads", (PARAMETERS, "threads"), _texts({0, *_powers(1, room.cores), room.cores}), "0"))
-        tokens = _texts(_powers(1024, 65_536))
+        at_once = _power_above(workload.concurrency * workload.prompt_tokens)  # more never come together
+        tokens = _texts(_powers(max(MIN_TOKENS, at_once // 8), at_once))
         rows.append(("max_tokens_per_batch", (PARAMETERS, "max_tokens_per_batch"), tokens, "16384"))
     if isinstance(config.get("dynamic_batching"), dict):
         delay = ("dynamic_batching", "max_queue_delay_microseconds")
         rows.append(("queue_delay_us", delay, _texts([0, 100, 500, 1000, 2000, 5000]), "0"))
         size = int(config.get("max_batch_size") or 1)
         if own_graph:  # a smaller one would refuse requests that are answered now
-            sizes = _texts({min(MAX_BATCH, size * n) for n in (1, 2, 4)})
+            most = max(size, min(MAX_BATCH, _power_above(workload.concurrency)))
+            sizes = _texts({size, *(n for n in (2 * size, 4 * size) if n <= most)})
             rows.append(("max_batch_size", ("max_batch_size",), sizes, ""))
         preferred = editing.current(config, ("dynamic_batching", "preferred_batch_size"), "")
         if preferred:
@@ -181,6 +184,10 @@ def _parsed(source: str) -> pbtxt.Message:
         return pbtxt.parse(source)
     except ValueError as error:
         raise TuneError(f"config.pbtxt cannot be read: {error}", "export the model again") from error
+
+
+def _power_above(number: int) -> int:
+    return 1 << math.ceil(math.log2(number))
 
 
 def _powers(least: int, most: int) -> list[int]:

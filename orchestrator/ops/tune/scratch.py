@@ -215,11 +215,12 @@ def clear_abandoned(home: Path) -> int:
 
 
 def clear_processes(folder: Path) -> None:
-    """End what runs for a scratch folder whose owner is dead, and remove its shared memory."""
+    """End what runs for a scratch folder whose owner is dead, and remove its shared memory and its links."""
     prefix = tritonserver.shm_prefix(folder)
     for server in tritonserver.servers(prefix):
         kill_group(server.pid)
     tritonserver.sweep(prefix, kill=True)
+    alias.clear(folder)
 
 
 def _made(parent: Path) -> tuple[Path, int]:

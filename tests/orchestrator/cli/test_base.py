@@ -45,6 +45,7 @@ def test_every_promised_command_is_there() -> None:
         "alerts list", "alerts show", "alerts ack", "alerts clear", "alerts test",
         "jobs list", "jobs run", "jobs pause", "jobs resume", "jobs history", "cleanup plan", "cleanup run", "top",
         "backup create", "backup list", "backup verify", "backup restore", "backup prune", "backup keygen",
+        "tune",
     }  # fmt: skip
 
 

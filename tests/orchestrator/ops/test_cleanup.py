@@ -177,6 +177,30 @@ def test_leftovers_go_and_what_somebody_works_on_stays(settings: Settings) -> No
     assert not any(path.exists() for path in (live, live_lock, live_backup))  # their owners are gone now
 
 
+def test_what_a_killed_tuning_has_left_goes(settings: Settings, tmp_path: Path) -> None:
+    """Its scratch folder, unless its owner lives, and files that were not written to their end; nothing beside them."""
+    tune, model = settings.home / "tune", settings.model_repository / "demo"
+    gone = [old(tune / "scratch-abcd_123" / "triton.log").parent, old(tune / ".pending.json-abcd1234"),
+            old(model / ".config.pbtxt-abcd1234")]  # fmt: skip
+    live = old(tune / "scratch-live_123" / "x").parent
+    region = tritonserver.SHM / f"{tritonserver.shm_prefix(gone[0])}test"
+    region.touch()
+    kept = [live, old(tune / "pending.json"), old(tune / "undo" / "demo" / "000001.json"), old(model / "config.pbtxt"),
+            old(model / ".config.pbtxt-mine"), old(tune / "history" / "scratch-abcd_123" / "x").parent]  # fmt: skip
+    handle = os.open(live, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert run(settings, "temporary").count == 0, "they are touched just now"
+        plan = Work(dry=True, now=later())
+        clean(settings, plan, ["temporary"])
+        assert {item.path for item in plan.items} == {str(path) for path in gone} and region.exists()
+        assert run(settings, "temporary", now=later()).count == 3
+        assert not any(path.exists() for path in [*gone, region]) and all(path.exists() for path in kept)
+    finally:
+        os.close(handle)
+        region.unlink(missing_ok=True)
+
+
 def test_an_empty_staging_folder_goes_too(settings: Settings) -> None:
     """As an export leaves none behind, neither does cleaning up; a plan changes nothing."""
     staging = settings.model_repository / ".staging"

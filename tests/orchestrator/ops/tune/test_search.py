@@ -60,14 +60,17 @@ def test_an_encoder_has_what_its_batches_are_made_by(tmp_path: Path) -> None:
     write_encoder(tmp_path, "embedder", EMBEDS)
     entry = models.get(tmp_path, "embedder")
     source = entry.config_path.read_text().replace('"python"', '"encoder"')
-    found = {k.name: k for k in knobs_of(entry, entry.newest, source, Workload(8, 16, 0), ROOM)}
+    found = {k.name: k for k in knobs_of(entry, entry.newest, source, Workload(200, 16, 0), ROOM)}
     names = {"instances", "threads", "max_tokens_per_batch", "queue_delay_us", "max_batch_size", "preferred"}
     assert set(found) == names
     assert found["max_batch_size"].values == ("64", "128", "256") and found["queue_delay_us"].current == "1000"
+    assert found["max_tokens_per_batch"].values == ("512", "1024", "2048", "4096", "16384")
     assert found["preferred"].values == ("8,16,32,64", "64")
+    few = {knob.name for knob in knobs_of(entry, entry.newest, source, Workload(8, 16, 0), ROOM)}
+    assert few == names - {"max_batch_size"}, "eight clients never fill a larger batch"
     manifest = {"served_by": {"name": "e", "version": 1, "manifest_sha256": "0"}}
     native = replace(entry.newest, manifest={**(entry.newest.manifest or {}), **manifest})
-    names = {knob.name for knob in knobs_of(entry, native, source, Workload(8, 16, 0), ROOM)}
+    names = {knob.name for knob in knobs_of(entry, native, source, Workload(200, 16, 0), ROOM)}
     assert names == {"instances", "queue_delay_us", "preferred"}, "the graph is another's, and so is its size"
 
 
