@@ -127,5 +127,5 @@ def medians(figures: Sequence[Figures]) -> Figures:
 
     return Figures(
         of("throughput") or 0.0, of("latency_s") or 0.0, of("ttft_s"), of("itl_s"),
-        sum(one.requests for one in figures),
+        sum(one.requests for one in figures), of("rate") or 0.0,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from orchestrator.ops.tune.errors import CandidateError, TuneError
@@ -32,7 +32,7 @@ class Workload:
 class Figures:
     """Throughput in output tokens a second, an encoder's in requests a second, and the 99th percentiles in seconds.
 
-    An encoder has no time to first token and no inter-token latency.
+    An encoder has no time to first token and no inter-token latency. `requests` were answered, `rate` of them a second.
     """
 
     throughput: float
@@ -40,6 +40,7 @@ class Figures:
     ttft_s: float | None = None
     itl_s: float | None = None
     requests: int = 0
+    rate: float = 0.0
 
     @classmethod
     def of(cls, run: Mapping[str, Any], encodes: bool) -> Figures:
@@ -47,13 +48,14 @@ class Figures:
         errors, requests = int(run["errors"]), int(run.get("completed") or 0)
         if errors:
             raise CandidateError(f"{errors} requests failed{_first_error(run)}")
-        throughput = run["requests_per_s" if encodes else "output_tokens_per_s"]
+        rate = float(run["requests_per_s"] or 0.0)
+        throughput = rate if encodes else float(run["output_tokens_per_s"] or 0.0)
         latency = _p99(run, "latency_s")
         if not throughput or latency is None:
             raise CandidateError("no request was answered")
         if encodes:
-            return cls(float(throughput), latency, requests=requests)
-        return cls(float(throughput), latency, _p99(run, "ttft_s"), _p99(run, "itl_s"), requests)
+            return cls(throughput, latency, requests=requests, rate=rate)
+        return cls(throughput, latency, _p99(run, "ttft_s"), _p99(run, "itl_s"), requests, rate)
 
     def scaled(self, factor: float) -> Figures:
         """As they would be on a machine so many times as fast."""
@@ -61,7 +63,7 @@ class Figures:
             name: None if (value := getattr(self, name)) is None else value / factor
             for name in ("latency_s", "ttft_s", "itl_s")
         }
-        return Figures(self.throughput * factor, requests=self.requests, **slower)  # type: ignore[arg-type]  # latency is no None
+        return replace(self, throughput=self.throughput * factor, rate=self.rate * factor, **slower)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

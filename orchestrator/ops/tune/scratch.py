@@ -135,9 +135,12 @@ class Scratch:
                 self._given, home=self._folder, triton_http_port=http, triton_grpc_port=grpc,
                 triton_metrics_port=metrics,
             )  # fmt: skip
-            argv = tritonserver.command(self._installation, self._settings, [])
-            env = tritonserver.environment(self._installation)
-            self._child = await Child.start("triton", argv, env, self._folder / "triton.log")
+            try:
+                argv = tritonserver.command(self._installation, self._settings, [])
+                env = tritonserver.environment(self._installation)
+                self._child = await Child.start("triton", argv, env, self._folder / "triton.log")
+            except OSError as error:
+                raise _unwritable(self._folder, error) from error
             self._triton = Triton(self.url, Deadlines(heartbeat_s=self._settings.heartbeat_timeout_s))
             self._loaded = None
             if await self._ready():
@@ -230,11 +233,13 @@ def _made(parent: Path) -> tuple[Path, int]:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise TuneError(
-            f"{parent} cannot be written: {error.strerror}", "choose another home with --home, or free space"
-        ) from error
+        raise _unwritable(parent, error) from error
     fcntl.flock(handle, fcntl.LOCK_EX)
     return folder, handle
+
+
+def _unwritable(folder: Path, error: OSError) -> TuneError:
+    return TuneError(f"{folder} cannot be used: {error.strerror}", "free space, or choose another home with --home")
 
 
 def _clear(folder: Path) -> None:

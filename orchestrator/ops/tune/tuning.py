@@ -164,9 +164,8 @@ class Tuning:
             raise _cannot_measure(error) from error
         took_s = self._clock() - began
         workload, plan = self._plan.workload, self._plan
-        answers = figures.throughput / (workload.output_tokens or 1)
-        self._requests = max(3 * workload.concurrency, min(MOST_REQUESTS, int(answers * plan.trial_s)))
-        self._limit_s = max(LIMIT_S, LIMIT * (took_s + self._requests / answers))
+        self._requests = max(3 * workload.concurrency, min(MOST_REQUESTS, int(figures.rate * plan.trial_s)))
+        self._limit_s = max(LIMIT_S, LIMIT * (took_s + self._requests / figures.rate))
 
     async def _baseline(self) -> Figures:
         figures = await self._trial("current", self._current)

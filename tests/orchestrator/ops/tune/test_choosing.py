@@ -115,12 +115,12 @@ def test_figures_of_a_run() -> None:
     """Output tokens of a decoder, requests of an encoder; failed requests, or none at all, are a failed candidate."""
     run = {"errors": 0, "completed": 5, "requests_per_s": 2.0, "output_tokens_per_s": 8.0,
            "latency_s": {"p99": 1.0}, "ttft_s": {"p99": 0.5}, "itl_s": {"p99": None}}  # fmt: skip
-    assert Figures.of(run, encodes=False) == Figures(8.0, 1.0, 0.5, None, 5)
-    assert Figures.of(run, encodes=True) == Figures(2.0, 1.0, None, None, 5)
+    assert Figures.of(run, encodes=False) == Figures(8.0, 1.0, 0.5, None, 5, 2.0)
+    assert Figures.of(run, encodes=True) == Figures(2.0, 1.0, None, None, 5, 2.0)
     for bad in ({"errors": 2}, {"latency_s": {"p99": None}}, {"output_tokens_per_s": 0.0}):
         with pytest.raises(CandidateError):
             Figures.of(run | bad, encodes=False)
-    assert Figures(8, 1, 0.5).scaled(2) == Figures(16, 0.5, 0.25)
+    assert Figures(8, 1, 0.5, rate=2).scaled(2) == Figures(16, 0.5, 0.25, rate=4)
     assert Figures.from_json(Figures(8, 1, 0.5).to_json()) == Figures(8, 1, 0.5)
     with pytest.raises(ValueError, match="no number"):
         Figures.from_json({"throughput": float("nan"), "latency_s": 1})

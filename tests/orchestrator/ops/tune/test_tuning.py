@@ -32,7 +32,8 @@ class Rig:
         assert limit_s > self._took_s
         self.asked.append((dict(point), requests))
         self.now += self._took_s
-        return self._rule(point).scaled(1.2 if len(self.asked) % 2 else 0.9)
+        figures = self._rule(point).scaled(1.2 if len(self.asked) % 2 else 0.9)
+        return replace(figures, rate=figures.throughput / 64)
 
     def clock(self) -> float:
         return self.now
@@ -83,8 +84,8 @@ async def test_by_default_nothing_may_become_later(tmp_path: Path) -> None:
 
     class Steady(Rig):
         async def figures(self, point: Point, requests: int, limit_s: float) -> Figures:
-            await super().figures(point, requests, limit_s)
-            return rule(point)
+            rate = (await super().figures(point, requests, limit_s)).rate
+            return replace(rule(point), rate=rate)
 
     result = await tuned(tmp_path, Steady(rule))
     assert result.bounds.latency_s == pytest.approx(1.1)
