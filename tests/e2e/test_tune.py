@@ -18,6 +18,7 @@ import pytest
 from orchestrator.local import tritonserver
 from tests.counting import write_entry
 
+from .encoder_server import ONNXRUNTIME
 from .stack import COMMAND, Stack, wait_until
 from .test_models_at_run_time import Load, told
 
@@ -172,3 +173,27 @@ def test_a_candidate_that_ends_the_server_is_one_that_failed(stack: Stack, confi
     assert process.returncode == 0, err
     trials = json.loads(out)["trials"]
     assert [trial["stage"] for trial in trials if trial["error"]] == ["search"] and len(trials) > 4, err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_encoder_that_triton_runs_natively_is_tuned(tmp_path: Path) -> None:
+    """Its graph is loaded first; of the entry in front what batches are made by is tuned. No stack runs."""
+    from export.pipeline import ExportOptions, export_model
+    from tests.export import encoder_checkpoints as checkpoints
+
+    backend = tmp_path / "home" / "triton" / "backends" / "onnxruntime"  # stands for Triton's own
+    backend.mkdir(parents=True)
+    (backend / "model.py").write_text(ONNXRUNTIME)
+    made = Stack(tmp_path / "home", tmp_path / "repository")
+    checkpoints.write_encoder(tmp_path / "mood", "bert", "ForSequenceClassification", num_hidden_layers=1)
+    export_model(ExportOptions(str(tmp_path / "mood"), made.repository, "mood", max_len=48, serve_with="native"))
+    load = ("--concurrency", "4", "--prompt-tokens", "16", "--trials", "2", "--trial-s", "0.3", "--rounds", "1")
+    done = made.cli("tune", "mood", *load, "--dry-run", "--json", timeout=200)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert set(document["knobs"]) == {"instances", "queue_delay_us", "preferred"}
+    assert len(document["trials"]) >= 3 and not any(trial["error"] for trial in document["trials"]), done.stderr
+    refused = made.cli("tune", "mood--engine")
+    assert refused.returncode == 1 and "graph of another model" in refused.stderr
+    assert made.leftovers() == []

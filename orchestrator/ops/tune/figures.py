@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from orchestrator.ops.tune.errors import CandidateError, TuneError
@@ -59,11 +59,9 @@ class Figures:
 
     def scaled(self, factor: float) -> Figures:
         """As they would be on a machine so many times as fast."""
-        slower = {
-            name: None if (value := getattr(self, name)) is None else value / factor
-            for name in ("latency_s", "ttft_s", "itl_s")
-        }
-        return replace(self, throughput=self.throughput * factor, rate=self.rate * factor, **slower)
+        ttft_s, itl_s = (None if value is None else value / factor for value in (self.ttft_s, self.itl_s))
+        throughput, rate = self.throughput * factor, self.rate * factor
+        return Figures(throughput, self.latency_s / factor, ttft_s, itl_s, self.requests, rate)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -57,6 +57,7 @@ class Scratch:
         self._folder, self._lock = _made(self._given.home.resolve() / FOLDER)
         self._prefix = tritonserver.shm_prefix(self._folder)
         try:
+            self._take_backends()
             await self._start()
         except BaseException:
             await self._close()
@@ -151,6 +152,17 @@ class Scratch:
             f"the server to measure on did not start: {said or 'it said nothing'}", "`truthgpt doctor` looks for causes"
         )
 
+    def _take_backends(self) -> None:
+        """What somebody has put beside our backends, such as Triton's own ones, is needed here, too."""
+        theirs, ours = (home / "triton" / "backends" for home in (self._given.home.resolve(), self._folder))
+        try:
+            for folder in theirs.iterdir() if theirs.is_dir() else ():
+                if folder.is_dir() and not folder.name.startswith("."):
+                    shutil.copytree(folder, ours / folder.name, copy_function=_linked)
+        except (OSError, shutil.Error) as error:
+            what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise TuneError(f"the backends in {theirs} cannot be used: {what}", "see whose they are") from error
+
     async def _ready(self) -> bool:
         deadline = time.monotonic() + START_S
         while self._child is not None and self._child.returncode is None and time.monotonic() < deadline:
@@ -236,6 +248,14 @@ def _made(parent: Path) -> tuple[Path, int]:
         raise _unwritable(parent, error) from error
     fcntl.flock(handle, fcntl.LOCK_EX)
     return folder, handle
+
+
+def _linked(source: str, target: str) -> None:
+    """The same file under another name, as they are large; a copy where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _unwritable(folder: Path, error: OSError) -> TuneError:
