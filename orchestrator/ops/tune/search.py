@@ -28,15 +28,13 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 class Search:
-    """The points of some knobs, each once. `first` are asked for before any other; `seed` makes it repeatable.
+    """The points of some knobs, each once; `seed` makes their order repeatable.
 
     A latency below `enough_s`, that of what is set now, is as good as that: the search is for throughput, and would
     spend half its points on answers that are quicker and fewer.
     """
 
-    def __init__(
-        self, knobs: Sequence[Knob], bounds: Bounds, seed: int, first: Iterable[Point] = (), enough_s: float = 0.0
-    ) -> None:
+    def __init__(self, knobs: Sequence[Knob], bounds: Bounds, seed: int, enough_s: float = 0.0) -> None:
         self._knobs, self._bounds, self._enough_s = tuple(knobs), bounds, enough_s
         self._random = random.Random(seed)  # noqa: S311 (chooses what to measure, no secret)
         self._distributions = {knob.name: IntDistribution(0, len(knob.values) - 1) for knob in knobs}
@@ -44,7 +42,7 @@ class Search:
         self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
         self._seen: set[tuple[tuple[str, str], ...]] = set()
         self._asked: dict[tuple[tuple[str, str], ...], optuna.Trial] = {}
-        self._first = [dict(point) for point in first if self.holds(point)]
+        self._first: list[dict[str, str]] = []
 
     @property
     def size(self) -> int:
@@ -55,6 +53,10 @@ class Search:
         """Whether it is one of the points."""
         values = {knob.name: knob.values for knob in self._knobs}
         return set(point) == set(values) and all(point[name] in values[name] for name in values)
+
+    def begin_with(self, points: Iterable[Point], at_most: int) -> None:
+        """Ask for these, as far as they are points, before any other."""
+        self._first += [dict(point) for point in points if self.holds(point)][:at_most]
 
     def learn(self, point: Point, figures: Figures | None) -> None:
         """What is known of a point without its being asked for; it may still be. None: it could not be measured."""

@@ -189,9 +189,10 @@ class Tuning:
         loose = bounds.scaled(choosing.SLACK)
         best = sorted((one for one in good if loose.kept(one[1])), key=lambda one: -one[1].throughput)
         points = {key(point): point for point, _ in best if key(point) != key(self._current)}
+        search = Search(self._knobs, bounds, self._plan.seed, current.latency_s)
+        search.begin_with(points.values(), KNOWN)
         widest = {**self._current, self._knobs[0].name: self._knobs[0].values[-1]}  # slots, or instances: a good guess
-        first = [*list(points.values())[:KNOWN], widest]
-        search = Search(self._knobs, bounds, self._plan.seed, first, current.latency_s)
+        search.begin_with([widest], 1)
         for point, figures in rows:
             search.learn(point, figures)
         search.learn(self._current, current)

@@ -110,7 +110,8 @@ def speed(point: dict[str, str]) -> Figures:
 def test_every_point_comes_once_and_the_first_ones_first() -> None:
     """The given points, then the others, until there are none; what was skipped or is no point never comes."""
     first = [{"slots": "16", "threads": "1"}, {"slots": "3", "threads": "1"}, {"slots": "2", "threads": "0"}]
-    search = Search(KNOBS, Bounds(latency_s=2), 1, first)
+    search = Search(KNOBS, Bounds(latency_s=2), 1)
+    search.begin_with(first, 2)
     search.learn({"slots": "3", "threads": "9"}, Figures(1, 1))
     search.learn({"slots": "4", "threads": "0"}, Figures(4, 1))
     search.skip({"slots": "4", "threads": "0"})
