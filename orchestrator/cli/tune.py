@@ -104,8 +104,7 @@ def tune(
 
         from orchestrator.ops.tune import picture
 
-        if plot is not None:
-            picture.check(plot)
+        picture.check(plot, html)
     bounds = None if bound is None else Bounds.parse(bound)
     with applying.held(settings.home):
         _recover(settings)
@@ -157,7 +156,8 @@ def _measure(settings: Settings, chosen: Task, plan: Plan) -> Result:
 def _show(result: Result, change: Change | None) -> None:
     tuneshow.show_frontier(result)
     if change is None:
-        click.echo(f"nothing is better than what is set by {result.plan.margin:.0%}: config.pbtxt stays as it is")
+        least = f"{100 * result.plan.margin:g} %"
+        click.echo(f"nothing is better than what is set by {least}: config.pbtxt stays as it is")
     else:
         click.echo(_told(result))
         click.echo(_diff(change), nl=False)
@@ -175,7 +175,7 @@ def _told(result: Result) -> str:
 
 def _diff(change: Change) -> str:
     lines = difflib.unified_diff(
-        change.before.splitlines(), change.after.splitlines(), str(change.path), "tuned", n=1, lineterm=""
+        change.before.splitlines(), change.after.splitlines(), str(change.path), str(change.path), n=1, lineterm=""
     )
     return "".join(f"{line}\n" for line in lines)
 

@@ -23,10 +23,13 @@ _STYLE = (
 )
 
 
-def check(path: Path) -> None:
-    """Raises TuneError for a name that is of no kind of picture."""
-    if path.suffix.lower() not in KINDS:
-        raise TuneError(f"plot: {path.name} ends neither in .png nor in .svg", "give such a name, or --html")
+def check(plot: Path | None, page: Path | None) -> None:
+    """Raises TuneError for a plot that is of no kind of picture, and for files whose folder is not there."""
+    if plot is not None and plot.suffix.lower() not in KINDS:
+        raise TuneError(f"plot: {plot.name} ends neither in .png nor in .svg", "give such a name, or --html")
+    for path in (plot, page):
+        if path is not None and not path.parent.is_dir():
+            raise TuneError(f"there is no folder {path.parent} to write {path.name} into", "make it, or choose another")
 
 
 def draw(path: Path, model: str, result: Result) -> None:

@@ -43,6 +43,7 @@ def changed(place: Any) -> str:
     (("demo", "--version", "7"), "demo has no version 7"),
     (("demo", "--bound", "speed:1"), "'speed:1' is not one of ttft, itl, latency"),
     (("demo", "--plot", "frontier.pdf"), "neither in .png nor in .svg"),
+    (("demo", "--html", "nowhere/a.html"), "there is no folder nowhere"),
     (("demo", "--prompt-tokens", "5000"), "takes 4096 tokens in all"),
     (("demo", "--undo"), "nothing to undo for demo"),
 ])  # fmt: skip
