@@ -1,6 +1,6 @@
 """What is measured: the endpoint (Target), the load on it (Load) and what its users expect (Goals).
 
-    PlanError     a value that no measurement can have; names the field and its limit
+PlanError     a value that no measurement can have; names the field and its limit
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class Goals:
 class Target:
     """An endpoint. Raises PlanError.
 
-    `url` is http(s)://HOST[:PORT][/PREFIX]; for kserve-grpc also grpc(s)://HOST:PORT or HOST:PORT. `endpoint` matters to
-    openai alone; `task` encode means its embeddings, or plain inference over KServe. Unless `allow_cache` is set,
-    servers are asked not to answer from a cache. `ca_file` holds the certificates that are trusted instead of the system's.
+    `url` is http(s)://HOST[:PORT][/PREFIX]; for kserve-grpc also grpc(s)://HOST:PORT or HOST:PORT. `endpoint` matters
+    to openai alone; `task` encode means its embeddings, or plain inference over KServe. Unless `allow_cache` is set,
+    servers are asked not to answer from a cache. `ca_file` has the certificates to trust instead of the system's.
     """
 
     url: str
@@ -95,9 +95,10 @@ class Target:
         if self.endpoint not in ENDPOINTS:
             raise PlanError(f"endpoint: there is no {self.endpoint!r}", f"one of {', '.join(ENDPOINTS)}")
         if (self.endpoint == "embeddings") != (self.task == "encode") and self.protocol == "openai":
-            raise PlanError("task and endpoint contradict each other", "embeddings encode; chat and completions generate")
+            hint = "embeddings encode; chat and completions generate"
+            raise PlanError("task and endpoint contradict each other", hint)
         if not self.model or len(self.model) > 500 or not self.model.isprintable():
-            raise PlanError("model: not a name of 1 to 500 printable characters", "give the model's name as it is served")
+            raise PlanError("model: not a name of 1 to 500 printable characters", "give the name that it is served by")
         self._split()
         if self.api_key is not None and re.fullmatch(r"[\x21-\x7e]+", self.api_key) is None:
             raise PlanError("the API key has characters that no key has", "copy it again")
@@ -211,8 +212,9 @@ class Load:
     def to_json(self) -> dict[str, Any]:
         """The parameters of a run in a report."""
         return {
-            "concurrency": self.concurrency, "rate": self.rate, "requests": self.requests, "duration_s": self.duration_s,
-            "warmup": self.warmup, "prompt_tokens": self.prompt_tokens, "prompts": len(self.prompts) or None,
+            "concurrency": self.concurrency, "rate": self.rate, "requests": self.requests,
+            "duration_s": self.duration_s, "warmup": self.warmup, "prompt_tokens": self.prompt_tokens,
+            "prompts": len(self.prompts) or None,
             "output_tokens": self.output_tokens, "temperature": self.temperature, "ignore_eos": self.ignore_eos,
             "extra_body": dict(self.extra_body), "timeout_s": self.timeout_s,
             "max_in_flight": self.max_in_flight if self.rate is not None else None,
