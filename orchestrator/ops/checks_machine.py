@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.local import tritonserver
+from orchestrator.local import places, tritonserver
 from orchestrator.ops.finding import Deployment, Finding
 
 PYTHONS = ((3, 11), (3, 12))
@@ -139,21 +139,16 @@ def unwritable(path: Path) -> str:
 
 def check_ports(deployment: Deployment) -> Finding:
     """The ports that the stack listens on are free, or its own."""
-    settings, taken = deployment.settings, []
-    wanted = [("http_port", settings.host), ("ops_port", settings.ops_host)]
-    wanted += [("grpc_port", settings.host)] if settings.grpc else []
-    wanted += [(f"triton_{name}_port", "127.0.0.1") for name in ("http", "grpc", "metrics")]
-    owners = _owners()
-    for name, host in wanted:
-        port = getattr(settings, name)
-        if _is_free(host, port) or _is_ours(deployment, owners.get(port)):
+    taken, wanted, owners = [], list(places.ports(deployment.settings)), _owners()
+    for port in wanted:
+        if _is_free(port.host, port.number) or _is_ours(deployment, owners.get(port.number)):
             continue
-        taken.append((name, f"port {port} is used by {_name(owners.get(port))}"))
+        taken.append((port.setting, f"port {port.number} is used by {_name(owners.get(port.number))}"))
     if taken:
-        variables = " or ".join(f"TRUTHGPT_{name.upper()}" for name, _ in taken)
+        variables = " or ".join(dict.fromkeys(f"TRUTHGPT_{name.upper()}" for name, _ in taken))
         hint = f"stop what uses it, or choose another with {variables}"
         return Finding("ports", False, "; ".join(what for _, what in taken), hint)
-    numbers = ", ".join(str(getattr(settings, name)) for name, _ in wanted)
+    numbers = ", ".join(str(port.number) for port in wanted)
     return Finding("ports", True, f"{numbers} {'serve the running stack' if deployment.stack else 'are free'}")
 
 
