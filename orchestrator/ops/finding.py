@@ -53,6 +53,13 @@ class Deployment:
         found = None if self.offline else state.read(self.settings.home)
         return found if found is not None and found.running else None
 
+    @cached_property
+    def elsewhere(self) -> str:
+        """Where the Triton servers are that are used in place of own ones; empty where there are own ones."""
+        if self.stack is not None:
+            return "" if self.stack.tritons else self.stack.triton_http
+        return self.settings.triton_urls or ""
+
     def choice(self) -> models.Choice:
         """The model that is served, or would be by `truthgpt up`. Raises ModelsError."""
         if self.stack is not None:

@@ -54,7 +54,7 @@ class Control:
     """The models of one running stack. `say` is told of each step, `advance` of the bytes that were verified.
 
     `timeout_s` bounds waiting for another operator, and each loading. What is not done raises ControlError, Busy or
-    ModelsError.
+    ModelsError. Raises ControlError at once where the stack uses servers of others.
     """
 
     def __init__(
@@ -64,6 +64,11 @@ class Control:
         self._settings, self._found, self._timeout_s = settings, found, timeout_s
         self._home, self._say, self._advance = settings.home.resolve(), say, advance
         self._servers: list[ModelServer] = []
+        if not found.tritons:
+            raise ControlError(
+                f"the stack of {settings.home} has no Triton of its own, it uses {found.triton_http}",
+                f"an administrator changes what those serve: POST {found.ops}/v2/repository/models/NAME/load",
+            )
 
     def load(self, name: str, number: int | None = None) -> Outcome:
         """Serve a version of a model that is not served yet. One that is served already is left as it is."""
@@ -202,11 +207,6 @@ class Control:
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:
         places, pids = self._found.tritons, self._found.processes
-        if not places:
-            raise ControlError(
-                f"the stack of {self._settings.home} has no Triton of its own, it uses {self._found.triton_http}",
-                f"an administrator changes what those serve: POST {self._found.ops}/v2/repository/models/NAME/load",
-            )
         several = len(places) > 1
         self._servers = [
             ModelServer(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import redis
@@ -16,6 +19,7 @@ from orchestrator.jobs.ledger import Ledger
 from orchestrator.local import state
 from orchestrator.settings import Settings
 from orchestrator.triton import Deadlines, Repository, Triton
+from orchestrator.triton.repository import READY
 
 _REPOSITORY, _HTTP_PORT = "--model-repository=", "--http-port="
 
@@ -46,22 +50,26 @@ def ask(url: str) -> dict[tuple[str, str], str]:
 
 
 def of_home(settings: Settings) -> dict[tuple[str, str], str]:
-    """The same of this home's stack; empty where none runs or it does not answer."""
-    found = state.read(settings.home)
-    if found is None or not found.running:
-        return {}
-    try:
-        return ask(found.triton_http)
-    except TruthGPTError:
-        return {}
+    """The same of this home's stack, empty where none runs; of its servers, those that answer.
+
+    Where they differ a version is READY that any of them has ready: it gets requests.
+    """
+    found, states = state.read(settings.home), dict[tuple[str, str], str]()
+    for place in found.tritons if found is not None and found.running else ():
+        with contextlib.suppress(TruthGPTError):
+            for version, now in ask(place.http).items():
+                if states.get(version) != READY:
+                    states[version] = now
+    return states
 
 
 def of_repository(settings: Settings) -> set[tuple[str, int]]:
-    """Each (model, version) that is loaded by this home's stack, or by any server of this machine that serves this
-    repository. Raises CannotTell.
+    """Each (model, version) that is loaded by this home's stack, by a server that the settings name, or by any server
+    of this machine that serves this repository. Raises CannotTell.
     """
     found = state.read(settings.home)
-    urls = {found.triton_http} if found is not None and found.running else set()
+    urls = {place.http for place in found.tritons} if found is not None and found.running else set()
+    urls |= _named(settings.triton_urls)
     for server in servers(settings.model_repository):
         port = next((a.removeprefix(_HTTP_PORT) for a in _arguments(server) if a.startswith(_HTTP_PORT)), "8000")
         urls.add(f"http://127.0.0.1:{port}")
@@ -72,6 +80,21 @@ def of_repository(settings: Settings) -> set[tuple[str, int]]:
         except (TruthGPTError, ValueError) as error:
             raise CannotTell(f"Triton at {url} does not say what it has loaded: {error}") from error
     return loaded
+
+
+def _named(triton_urls: str | None) -> set[str]:
+    """The URL of every address that these have. Raises CannotTell where a name has none."""
+    urls = set()
+    for url in (triton_urls or "").replace(" ", "").split(",") if triton_urls else ():
+        parts = urlsplit(url)
+        try:
+            rows = socket.getaddrinfo(parts.hostname, parts.port or 8000, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise CannotTell(f"{parts.hostname}, where Triton is to be, has no address: {error}") from error
+        for *_, address in rows:
+            host = str(address[0])
+            urls.add(f"http://{f'[{host}]' if ':' in host else host}:{address[1]}")
+    return urls
 
 
 def elsewhere(settings: Settings, client: redis.Redis | None) -> Elsewhere:

@@ -227,7 +227,7 @@ def test_json_is_the_addresses_and_nothing_else(place: Any, ready: Any, capsys: 
     gateway, found = ready
     assert welcome.present(Settings.load(), found, as_json=True, hello=True, detached=True)
     document = json.loads(capsys.readouterr().out)
-    assert set(document) == {"http", "grpc", "ops", "triton_http", "triton_grpc", "redis", "pid"}
+    assert set(document) == {"http", "grpc", "ops", "triton_http", "triton_grpc", "tritons", "redis", "pid"}
     assert document["http"] == gateway.url and len(gateway.asked) == 1
 
 
