@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.masking import mask_secret, mask_url
+from orchestrator.profiles import PROFILES
+from orchestrator.secretfiles import FILE, with_files
 from orchestrator.settings_operations import OperationsSettings
 from orchestrator.settings_servers import ServerSettings
 from orchestrator.spec import Spec, setting
@@ -28,27 +30,6 @@ __all__ = ["PROFILES", "Settings", "SettingsError", "mask_url"]
 DEFAULT_FILE = "truthgpt.toml"
 CONFIG_ENV = "TRUTHGPT_CONFIG"
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
-
-PROFILES: Mapping[str, Mapping[str, object]] = {
-    "development": {
-        "model": "DialoGPT-small", "precision": "fp32", "device": "cpu", "max_batch_size": 1,
-        "max_new_tokens": 50, "temperature": 0.7, "debug": True, "log_level": "debug",
-        "auth": "open", "sanitize": "clean",
-        "limit_per_minute": 0, "limit_per_hour": 0, "limit_per_day": 0, "backup": False,
-    },
-    "staging": {
-        "model": "DialoGPT-medium", "precision": "mixed", "device": "auto", "max_batch_size": 2,
-        "max_new_tokens": 100, "temperature": 0.7, "debug": False, "log_level": "info",
-        "auth": "keys", "sanitize": "clean",
-        "limit_per_minute": 60, "limit_per_hour": 1_000, "limit_per_day": 10_000, "backup": False,
-    },
-    "production": {
-        "model": "DialoGPT-medium", "precision": "mixed", "device": "auto", "max_batch_size": 4,
-        "max_new_tokens": 200, "temperature": 0.7, "debug": False, "log_level": "info",
-        "auth": "keys", "sanitize": "reject",
-        "limit_per_minute": 60, "limit_per_hour": 1_000, "limit_per_day": 10_000, "backup": True,
-    },
-}  # fmt: skip
 
 
 class SettingsError(ValueError):
@@ -264,6 +245,7 @@ class Settings(OperationsSettings, ServerSettings):
         specs = cls.table()
         problems: list[str] = []
         config_file, in_file = _read_file(environ.get(CONFIG_ENV), problems)
+        environ = with_files(environ, [spec.env for spec in specs.values() if spec.secret], problems)
         # (source, key as the user wrote it, raw value), strongest layer last
         given: dict[str, list[tuple[str, object]]] = {name: [] for name in specs}
         for key, raw in in_file.items():
@@ -300,6 +282,7 @@ class Settings(OperationsSettings, ServerSettings):
         if problems:
             raise SettingsError(problems)
         known = [spec.env for spec in specs.values()] + [CONFIG_ENV]
+        known += [spec.env + FILE for spec in specs.values() if spec.secret]
         warnings = tuple(
             f"unknown environment variable {name}{_nearest(name, known)}"
             for name in sorted(environ) if name.startswith("TRUTHGPT_") and name not in known
@@ -351,6 +334,8 @@ class Settings(OperationsSettings, ServerSettings):
             if isinstance(value, Path):
                 value = value.absolute()
             result[spec.env] = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            if spec.secret:
+                result[spec.env + FILE] = ""
         if changes:
             raise TypeError(f"unknown settings: {', '.join(changes)}")
         # an empty variable means: no file, so that a truthgpt.toml in the child's folder is not read

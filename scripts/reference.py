@@ -35,6 +35,8 @@ SETTINGS_INTRODUCTION = """\
 A value comes from, weakest first: its default, the profile that `ENVIRONMENT` names, the TOML file (`TRUTHGPT_CONFIG`,
 else `./truthgpt.toml` if it exists), the environment variable, a command's flag. In the file the names are those of the
 first column. Durations end in `_s` and are seconds, sizes end in `_bytes`. An empty variable counts as not set.
+A secret may stand in a file, as container platforms hand it out: `TRUTHGPT_REDIS_URL_FILE` names the file of
+`TRUTHGPT_REDIS_URL`, and so on.
 `truthgpt config show` prints every value with where it came from, secrets masked; `truthgpt config check` validates a
 whole deployment.
 """

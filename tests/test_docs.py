@@ -12,6 +12,7 @@ import pytest
 from backends.inflight import request
 from orchestrator.cli import cli
 from orchestrator.ops import entrycheck
+from orchestrator.secretfiles import FILE
 from orchestrator.settings import CONFIG_ENV, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_and_variables_that_are_named_exist(page: Path) -> None:
     """`truthgpt …` in a page is a command with these options, TRUTHGPT_… a setting, `make …` a target."""
     text = page.read_text(encoding="utf-8")
-    known = {spec.env for spec in Settings.table().values()} | {CONFIG_ENV}
+    table = Settings.table().values()
+    known = {spec.env for spec in table} | {f"{spec.env}{FILE}" for spec in table if spec.secret} | {CONFIG_ENV}
     assert {name for name in re.findall(r"\bTRUTHGPT_[A-Z_]+[A-Z]\b", text)} <= known
     for line in re.findall(r"(?:^|`|\| )truthgpt ([a-z][^`\n|\\]*)", text, re.MULTILINE):
         check_command(line.split())
