@@ -70,7 +70,7 @@ def shown(found: dict[str, Any]) -> list[str]:
 
 def _share(row: dict[str, Any]) -> str:
     """What a Triton server has of the requests, if the gateway says."""
-    return f", {row['outstanding']} running, {row['answered']} answered" if "outstanding" in row else ""
+    return f", {row['outstanding']} running" if "outstanding" in row else ""
 
 
 def _device(row: dict[str, Any]) -> str:

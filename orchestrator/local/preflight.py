@@ -44,7 +44,7 @@ def check_servers(settings: Settings) -> None:
     for port in ports(settings):
         if port.server not in ("", FIRST):
             hint = (
-                f"choose another {port.setting}, to which {PORT_STEP} is added for each further server, or less tritons"
+                f"choose another {port.setting}, to which {PORT_STEP} is added for each further server, or fewer tritons"
             )
             if port.number > HIGHEST_PORT:
                 raise StartError(f"{port} would be {port.number}, and ports end at {HIGHEST_PORT}", hint)

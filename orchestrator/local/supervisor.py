@@ -17,6 +17,7 @@ from orchestrator.errors import TruthGPTError
 from orchestrator.local import alias, modelset, places, preflight, state, swap, tritonserver
 from orchestrator.local.modelwatch import Faults
 from orchestrator.local.places import Place
+from orchestrator.local.preflight import StartError
 from orchestrator.local.process import Child, kill_group
 from orchestrator.local.redisserver import EmbeddedRedis, RedisMissing
 from orchestrator.local.servers import Report, Server
@@ -112,14 +113,24 @@ class Supervisor:
             return False
         self._report("starting the gateway")
         await self._start_gateway()
-        failure = "the gateway did not become ready"
-        if not self._servers:
-            failure += f", as no model of Triton at {self._settings.triton_urls} answers"
-        if not await self._patience.until(self._gateway_ready, lambda: self._children["gateway"], failure):
+        if not await self._gateway_becomes_ready():
             return False
         if not self._servers:
             self._model = await asyncio.to_thread(self._default_elsewhere)
         return True
+
+    async def _gateway_becomes_ready(self) -> bool:
+        """False when stopping. Raises StartError."""
+        failure = "the gateway did not become ready"
+        try:
+            return await self._patience.until(self._gateway_ready, lambda: self._children["gateway"], failure)
+        except StartError as error:
+            if self._servers or self._children["gateway"].returncode is not None:
+                raise
+            raise StartError(
+                f"no model of Triton at {self._settings.triton_urls} answers",
+                f"see that it runs there and has a model loaded; the whole log is {self._children['gateway'].log}",
+            ) from error
 
     async def _start_servers(self) -> bool:
         """All at the same time; True once every model answers on each of them."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
 import redis
@@ -17,6 +15,7 @@ from orchestrator.errors import TruthGPTError
 from orchestrator.jobs import identity
 from orchestrator.jobs.ledger import Ledger
 from orchestrator.local import state
+from orchestrator.resolving import Resolver, entries
 from orchestrator.settings import Settings
 from orchestrator.triton import Deadlines, Repository, Triton
 from orchestrator.triton.repository import READY
@@ -83,18 +82,21 @@ def of_repository(settings: Settings) -> set[tuple[str, int]]:
 
 
 def _named(triton_urls: str | None) -> set[str]:
-    """The URL of every address that these have. Raises CannotTell where a name has none."""
-    urls = set()
-    for url in (triton_urls or "").replace(" ", "").split(",") if triton_urls else ():
-        parts = urlsplit(url)
+    """The URL of every address that these have. Raises CannotTell where nobody knows."""
+    if triton_urls is None:
+        return set()
+
+    async def looked_up(resolver: Resolver) -> set[str]:
         try:
-            rows = socket.getaddrinfo(parts.hostname, parts.port or 8000, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise CannotTell(f"{parts.hostname}, where Triton is to be, has no address: {error}") from error
-        for *_, address in rows:
-            host = str(address[0])
-            urls.add(f"http://{f'[{host}]' if ':' in host else host}:{address[1]}")
-    return urls
+            return {server.url for server in await resolver.resolve()}
+        finally:
+            resolver.close()
+
+    resolver = Resolver(entries(triton_urls))
+    found = asyncio.run(looked_up(resolver))
+    if resolver.failures:
+        raise CannotTell(f"not every name in triton_urls, {triton_urls}, has an address at this moment")
+    return found
 
 
 def elsewhere(settings: Settings, client: redis.Redis | None) -> Elsewhere:
