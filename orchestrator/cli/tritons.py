@@ -42,7 +42,7 @@ def list_servers(settings: Settings, gateway: str | None, as_json: bool) -> None
     if as_json:
         print_json({"tritons": rows})
     elif not rows:
-        click.echo("no Triton server is known; `truthgpt config show triton_urls` shows where they are looked for")
+        click.echo("no Triton server is known; TRUTHGPT_TRITON_URLS says where they are looked for")
     else:
         shown = [
             (str(row["url"]), str(row["state"]), str(row["outstanding"]), _ago(row["answered_s"])) for row in rows
