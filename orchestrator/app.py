@@ -203,6 +203,7 @@ class AdminApplication(_Application):
     def __init__(self, settings: Settings, scrape: Scrape, figures: Figures, metrics: Metrics) -> None:
         super().__init__(settings)
         self._scrape, self._figures, self._metrics = scrape, figures, metrics
+        self._control: Control | None = None
 
     async def start(self) -> None:
         """Assemble everything; needs a running loop."""
@@ -217,12 +218,17 @@ class AdminApplication(_Application):
         auditing = self._audit = audit.start(settings)
         self._metrics.readings |= audit_readings(auditing)
         tell = auditing.incident if auditing else lambda incident: None
-        control = Control(resolver(settings), client(settings), partial(grpc_address, settings))
+        control = self._control = Control(resolver(settings), client(settings), partial(grpc_address, settings))
         routes = Admin(control.forward, ADMIN_CALL_S, self._scrape, self._figures, tell).routes
         self._door = FrontDoor(routes, settings.body_limit_bytes, identify, reporting(self._metrics, auditing))
         self._run(registry=registry.run(), **({"store": store.run()} if store else {}))
         if store:
             await registry.first_copy(KEYS_KNOWN_S)
+
+    async def stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+        await super().stop()
 
 
 def reporting(metrics: Metrics, auditing: audit.Audit | None) -> Callable[[Incident], None]:

@@ -106,7 +106,7 @@ ROOMS: dict[str, set[str]] = {
     "ops": {
         "settings", "errors", "domain", "triton", "store", "models", "engines", "pbtxt", "client", "local", "sse",
         "keys", "cache", "limits", "audit", "auditevents", "auditlog", "auditwriter", "fingerprint", "jobs", "monitor",
-        "rotation", "breaker", "masking", "flights", "limiter", "resolving", "sanitize",
+        "rotation", "breaker", "masking", "flights", "fleet", "limiter", "resolving", "sanitize",
     },
 }  # fmt: skip
 ROOMS["app"] = set(ROOMS) - {

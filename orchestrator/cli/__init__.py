@@ -35,6 +35,7 @@ Examples:
         "cleanup": "orchestrator.cli.cleanup:cleanup",
         "backup": "orchestrator.cli.backup:backup",
         "models": "orchestrator.cli.models:models",
+        "tritons": "orchestrator.cli.tritons:tritons",
         "config": "orchestrator.cli.config:config",
         "doctor": "orchestrator.cli.doctor:doctor",
     },
