@@ -43,9 +43,7 @@ def check_servers(settings: Settings) -> None:
     taken: dict[int, Port] = {}
     for port in ports(settings):
         if port.server not in ("", FIRST):
-            hint = (
-                f"choose another {port.setting}, to which {PORT_STEP} is added for each further server, or fewer tritons"
-            )
+            hint = f"choose another {port.setting}, to which {PORT_STEP} is added for each server, or fewer tritons"
             if port.number > HIGHEST_PORT:
                 raise StartError(f"{port} would be {port.number}, and ports end at {HIGHEST_PORT}", hint)
             if port.number in taken:

@@ -67,6 +67,24 @@ def test_a_sound_machine_is_sound(place: Any) -> None:
     assert not place.home.exists(), "looking must not change anything"
 
 
+def test_with_servers_of_others_nothing_of_triton_is_needed_here(place: Any) -> None:
+    """No package, library, repository, model or port of it is a fault then, and each check says why."""
+    place.set(TRITON_URLS="http://triton-a:8000,http://triton-b:8000")
+
+    def version(name: str) -> str | None:
+        return "1.0" if name in checks_machine.GATEWAY_PACKAGES else None
+
+    given = deployment(version=version)
+    found = {finding.name: finding for finding in doctor.examine(given)}
+    assert [name for name, finding in found.items() if finding.ok is False] == []
+    for name in ("server", "model"):
+        assert "http://triton-a:8000,http://triton-b:8000" in found[name].detail
+    assert "elsewhere" in found["repository"].detail and "elsewhere" in found["entry"].detail
+    fault(checks_machine.check_packages(deployment(version=lambda name: None)), "uvicorn, redis, aiohttp")
+    write_state(place.home, "http://127.0.0.1:1")  # a stack that has servers of its own runs
+    assert not deployment(version=version).elsewhere
+
+
 def test_each_fault_reaches_people_with_its_hint(place: Any) -> None:
     """A fault makes the exit code 1 and is printed with what to do, in text and in JSON."""
     place.export()
