@@ -9,6 +9,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import audit, logs
@@ -28,14 +29,15 @@ from orchestrator.auth import Auth
 from orchestrator.breaker import Breakers
 from orchestrator.cache import DEFAULT_TTL_S
 from orchestrator.domain import Caller, Incident, Limits
+from orchestrator.fleet import Control, Fleet, Times
 from orchestrator.flights import Flights
 from orchestrator.gateway import Gateway
-from orchestrator.health import Health
 from orchestrator.inspection import Inspector
 from orchestrator.limiter import Limiter
 from orchestrator.metrics import Metrics
 from orchestrator.metrics_readings import audit_readings, readings
 from orchestrator.registry import Registry
+from orchestrator.resolving import Entry, Resolver, entries
 from orchestrator.retries import RetryBudget
 from orchestrator.sanitize import Rules
 from orchestrator.screening import Screen
@@ -43,7 +45,7 @@ from orchestrator.settings import Settings
 from orchestrator.store import Store
 from orchestrator.tokens import Tokens
 from orchestrator.tracing import Tracer
-from orchestrator.triton import Deadlines, Repository, Triton
+from orchestrator.triton import Deadlines, Triton
 from orchestrator.upstream import Fallback, Upstream
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class _Application:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._door: FrontDoor | None = None
-        self._triton: Triton | None = None
+        self._fleet: Fleet | None = None
         self._tracer: Tracer | None = None
         self._audit: audit.Audit | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -80,8 +82,8 @@ class _Application:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._triton is not None:
-            await self._triton.close()
+        if self._fleet is not None:
+            await self._fleet.close()
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close)
         if self._audit is not None:
@@ -112,30 +114,27 @@ class Application(_Application):
     async def start(self) -> None:
         """Assemble everything; needs a running loop."""
         settings = self.settings
-        triton = self._triton = connect(settings)
-        health = Health(
-            triton, interval_s=settings.heartbeat_interval_s, engine_stall_s=settings.engine_stall_s,
-            drain_s=settings.drain_s,
-        )  # fmt: skip
+        fleet = self._fleet = connect(settings)
         store = Store(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
         registry = Registry(store, settings.keys_grace_s, DEFAULT_TTL_S)
         auth = Auth(settings.auth, registry, default_limits(settings))
         breakers = Breakers(settings.breaker_failures, settings.breaker_open_s, store)
-        health.on_ready.append(breakers.heard_again)
-        health.on_gone.append(breakers.forget)
+        fleet.on_ready.append(breakers.heard_again)
+        fleet.on_gone.append(breakers.forget)
+        registry.on_copy.append(lambda: fleet.drain(registry.drained))
         limiter = Limiter(store, settings.limits, settings.redis_loss, settings.workers)
         flights = Flights(store, registry.ttl_of, settings.cache_entry_bytes) if store and settings.cache else None
         fallback = Fallback(settings.fallback_model, settings.fallback_text)
-        retries, inspect = RetryBudget(settings.retries), Inspector(triton, health)
-        metrics = Metrics(health.serves)
-        upstream = Upstream(triton, health, breakers, retries, fallback, settings.max_output_chars, metrics.upstream)
+        retries, inspect = RetryBudget(settings.retries), Inspector(fleet)
+        metrics = Metrics(fleet.serves)
+        upstream = Upstream(fleet, breakers, retries, fallback, settings.max_output_chars, metrics.upstream)
         tracer = self._tracer = Tracer(settings) if settings.otlp_endpoint else None
         auditing = self._audit = audit.start(settings)
         activity = Activity(store) if store else None
         sinks = [logs.log_request, metrics.record]
         sinks += [part.record for part in (activity, tracer, auditing) if part]
         gateway = self.gateway = Gateway(
-            health=health,
+            fleet=fleet,
             admission=Admission(settings.max_concurrency),
             screen=Screen(Rules(settings.sanitize, settings.max_input_chars), inspect),
             tokens=Tokens(inspect, settings.max_new_tokens),
@@ -155,9 +154,9 @@ class Application(_Application):
         defaults = Defaults(temperature=settings.temperature)
         openai = OpenAI(gateway, defaults, settings.request_timeout_s, at_once)
         encoders = Encoders(gateway, settings.request_timeout_s)
-        kserve = KServe(gateway, triton.describe, defaults, settings.request_timeout_s)
+        kserve = KServe(gateway, fleet.describe, defaults, settings.request_timeout_s)
         audited = auditing.health if auditing else audit.off
-        probes = Probes(gateway, triton.url, lambda: store.up if store else None, audited)
+        probes = Probes(gateway, lambda: store.up if store else None, audited)
 
         description = Description(defaults, settings.body_limit_bytes, settings.auth == "keys")
 
@@ -167,7 +166,7 @@ class Application(_Application):
         routes = {**openai.routes, **encoders.routes, **kserve.routes, **probes.routes, **description.routes}
         report = reporting(metrics, auditing)
         self._door = FrontDoor(routes, settings.body_limit_bytes, identify, report)
-        running = {"health": health.run(), "limiter": limiter.run(), "registry": registry.run()}
+        running = {"fleet": fleet.run(), "limiter": limiter.run(), "registry": registry.run()}
         if store:
             running["store"] = store.run()
         if activity:
@@ -182,7 +181,7 @@ class Application(_Application):
             # here, because whoever does without has no need of what it costs: 15 MB
             from orchestrator.api.grpc_server import GrpcServer, methods
 
-            served = methods(gateway, triton.describe, defaults, settings.request_timeout_s)
+            served = methods(gateway, fleet.describe, defaults, settings.request_timeout_s)
             limit_bytes = settings.body_limit_bytes
             self.grpc = GrpcServer(served, identify, report, settings.trusted_proxies, limit_bytes)
             await self.grpc.start(settings.host, settings.grpc_port)
@@ -204,11 +203,11 @@ class AdminApplication(_Application):
     def __init__(self, settings: Settings, scrape: Scrape, figures: Figures, metrics: Metrics) -> None:
         super().__init__(settings)
         self._scrape, self._figures, self._metrics = scrape, figures, metrics
+        self._control: Control | None = None
 
     async def start(self) -> None:
         """Assemble everything; needs a running loop."""
         settings = self.settings
-        triton = self._triton = connect(settings)
         store = Store(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
         registry = Registry(store, settings.keys_grace_s, DEFAULT_TTL_S)
         auth = Auth(settings.auth, registry, default_limits(settings))
@@ -219,12 +218,17 @@ class AdminApplication(_Application):
         auditing = self._audit = audit.start(settings)
         self._metrics.readings |= audit_readings(auditing)
         tell = auditing.incident if auditing else lambda incident: None
-        repository = Repository(triton, f"127.0.0.1:{settings.triton_grpc_port}")
-        routes = Admin(repository.forward, ADMIN_CALL_S, self._scrape, self._figures, tell).routes
+        control = self._control = Control(resolver(settings), client(settings), partial(grpc_address, settings))
+        routes = Admin(control.forward, ADMIN_CALL_S, self._scrape, self._figures, tell).routes
         self._door = FrontDoor(routes, settings.body_limit_bytes, identify, reporting(self._metrics, auditing))
         self._run(registry=registry.run(), **({"store": store.run()} if store else {}))
         if store:
             await registry.first_copy(KEYS_KNOWN_S)
+
+    async def stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+        await super().stop()
 
 
 def reporting(metrics: Metrics, auditing: audit.Audit | None) -> Callable[[Incident], None]:
@@ -239,8 +243,25 @@ def reporting(metrics: Metrics, auditing: audit.Audit | None) -> Callable[[Incid
     return report
 
 
-def connect(settings: Settings) -> Triton:
-    """The client of the Triton in these settings; needs a running loop."""
+def connect(settings: Settings) -> Fleet:
+    """The Triton servers of these settings; needs a running loop. Raises ServersError."""
+    times = Times(
+        interval_s=settings.heartbeat_interval_s,
+        engine_stall_s=settings.engine_stall_s,
+        drain_s=settings.drain_s,
+        resolve_s=settings.triton_resolve_s,
+        eject_s=settings.triton_eject_s,
+    )
+    return Fleet(resolver(settings), client(settings), times, settings.prefix_affinity)
+
+
+def resolver(settings: Settings) -> Resolver:
+    """Where the servers are. Raises ServersError."""
+    return Resolver(entries(settings.triton_urls or f"http://127.0.0.1:{settings.triton_http_port}"))
+
+
+def client(settings: Settings) -> Callable[[str], Triton]:
+    """Makes the client of a server; needs a running loop."""
     deadlines = Deadlines(
         connect_s=settings.connect_s,
         stall_s=settings.stall_s,
@@ -249,7 +270,13 @@ def connect(settings: Settings) -> Triton:
         request_s=settings.request_timeout_s,
         heartbeat_s=settings.heartbeat_timeout_s,
     )
-    return Triton(f"http://127.0.0.1:{settings.triton_http_port}", deadlines, settings.max_new_tokens)
+    return lambda url: Triton(url, deadlines, settings.max_new_tokens)
+
+
+def grpc_address(settings: Settings, server: Entry) -> str:
+    """A server's gRPC port is as far from `triton_grpc_port` as its HTTP port is from `triton_http_port`."""
+    port = settings.triton_grpc_port + server.port - settings.triton_http_port
+    return f"[{server.host}]:{port}" if ":" in server.host else f"{server.host}:{port}"
 
 
 def default_limits(settings: Settings) -> Limits:

@@ -82,13 +82,16 @@ class Breaker:
 
 
 class Guard:
-    """One request's way through a breaker: entered it raises BreakerOpen or lets it through, and counts how it ends."""
+    """One request's way through a breaker: entered it raises BreakerOpen or lets it through, and counts how it ends.
 
-    __slots__ = ("_breakers", "_model", "_tries", "heard", "done")
+    `excused`: it was one server of the model that failed it, and another one is well.
+    """
+
+    __slots__ = ("_breakers", "_model", "_tries", "heard", "done", "excused")
 
     def __init__(self, breakers: Breakers, model: str) -> None:
         self._breakers, self._model = breakers, model
-        self._tries = self.heard = self.done = False
+        self._tries = self.heard = self.done = self.excused = False
 
     def chunk(self, last: bool) -> None:
         """A part of the answer came."""
@@ -105,7 +108,7 @@ class Guard:
         breakers, model = self._breakers, self._model
         if kind is None or (self.done and not issubclass(kind, (UpstreamUnavailable, UpstreamError))):
             breakers.change(model, Breaker.succeed)
-        elif issubclass(kind, (UpstreamUnavailable, UpstreamError)):
+        elif issubclass(kind, (UpstreamUnavailable, UpstreamError)) and not self.excused:
             breakers.change(model, breakers.failed)
         elif self._tries:
             # The caller left, or the request itself was wrong: that says nothing of the model, unless it had answered.

@@ -243,12 +243,14 @@ class Abilities:
     """What an entry says of its model. `max_len` counts tokens; None when the entry does not say.
 
     `operation`, of ENDPOINTS, is what it is for: ours generate, embed or classify, any other is only inferred with.
+    `prefix_reuse`: what it has read of one prompt it need not read again of another that begins alike.
     Encoders make vectors of `dim` elements, of length 1 if `normalized`, or a score for each of `labels`, of
     `max_batch` texts at once.
     """
 
     task: str = "text_generation"
     chat: bool = False
+    prefix_reuse: bool = False
     max_len: int | None = None
     operation: str = "generate"
     dim: int | None = None

@@ -262,7 +262,9 @@ class BreakerOpen(Unavailable):
 
 
 class UpstreamUnavailable(Unavailable):
-    def __init__(self, detail: str = "", retry_after_s: float = 2.0) -> None:
+    """`server`: the connection was refused or lost, or nothing came on it: not this model alone is away."""
+
+    def __init__(self, detail: str = "", retry_after_s: float = 2.0, server: bool = False) -> None:
         super().__init__(
             Text(
                 "The model is not available now. Please try again shortly.",
@@ -271,6 +273,7 @@ class UpstreamUnavailable(Unavailable):
             detail,
             retry_after_s,
         )
+        self.server = server
 
 
 class DeadlineExceeded(TruthGPTError):

@@ -30,9 +30,10 @@ from orchestrator.domain import (
 )
 from orchestrator.encoding import encoded
 from orchestrator.errors import Draining, InternalError, TruthGPTError, UpstreamError
+from orchestrator.fleet import Fleet
 from orchestrator.flights import Flights, alone
 from orchestrator.generation import Generation, Ready, Source
-from orchestrator.health import Health, Served
+from orchestrator.health import Served
 from orchestrator.limiter import Limiter
 from orchestrator.operations import fit, mismatch
 from orchestrator.passage import Passage, Prepared, Prompt, Request, Sink, within
@@ -57,12 +58,12 @@ class Gateway:
     """
 
     def __init__(
-        self, health: Health, admission: Admission, screen: Screen, tokens: Tokens, limiter: Limiter,
+        self, fleet: Fleet, admission: Admission, screen: Screen, tokens: Tokens, limiter: Limiter,
         flights: Flights | None, breakers: Breakers, upstream: Upstream, sinks: Sequence[Sink], answer_rules: str = "",
         fingerprint: Callable[[Any], str] = lambda request: "",
         trace: Callable[[str | None], Trace | None] = lambda traceparent: None,
     ) -> None:  # fmt: skip
-        self._health, self._admission, self._screen, self._tokens = health, admission, screen, tokens
+        self.fleet, self._admission, self._screen, self._tokens = fleet, admission, screen, tokens
         self._limiter, self._flights, self._breakers, self._upstream = limiter, flights, breakers, upstream
         self._sinks, self._answer_rules = tuple(sinks), answer_rules
         self._fingerprint, self._trace = fingerprint, trace
@@ -77,7 +78,7 @@ class Gateway:
         passage = Passage(caller, request, "generate", notes)
 
         async def prepare(prepared: Prepared[GenerateRequest]) -> None:
-            model = await self._health.find(request.model)
+            model = await self.fleet.find(request.model)
             if not model.generates:
                 raise mismatch(model, "generate", self.models)
             asked = request if request.task else changed(request, task=model.task)
@@ -97,7 +98,7 @@ class Gateway:
 
         async def prepare(prepared: Prepared[EncodeRequest]) -> None:
             nonlocal model
-            model = await self._health.find(request.model)
+            model = await self.fleet.find(request.model)
             if model.operation != request.operation:
                 raise mismatch(model, request.operation, self.models)
             fit(model, request)
@@ -131,7 +132,7 @@ class Gateway:
         """Run a model that does not generate, once. Raises TruthGPTError."""
 
         async def prepare(prepared: Prepared[InferRequest]) -> None:
-            await self._health.find(request.model)
+            await self.fleet.find(request.model)
             prepared.request, notes.sanitized = self._screen.infer(request)
 
         async def work(passage: Passage[InferRequest]) -> InferResult:
@@ -283,21 +284,21 @@ class Gateway:
 
     async def find(self, name: str) -> Model:
         """A served model, ready or not. Raises ModelNotFound."""
-        return await self._health.find(name)
+        return await self.fleet.find(name)
 
     @property
     def models(self) -> list[Model]:
         """What is served, by name, ready or not."""
-        return [served.model for served in self._health.served()]
+        return [served.model for served in self.fleet.served()]
 
     @property
     def served(self) -> list[Served]:
         """What is served with the state of each model, for people."""
-        return self._health.served()
+        return self.fleet.served()
 
     @property
     def triton_up(self) -> bool:
-        return self._health.triton_up
+        return self.fleet.triton_up
 
     @property
     def in_flight(self) -> int:
@@ -320,8 +321,8 @@ class Gateway:
     @property
     def ready(self) -> bool:
         """Whether a request sent now would be taken and could be answered."""
-        closed = all(self._breakers.state(served.model.name) != "open" for served in self._health.served())
-        return self._health.ready and closed and not self._admission.closed and not self._admission.full
+        closed = all(self._breakers.state(served.model.name) != "open" for served in self.fleet.served())
+        return self.fleet.ready and closed and not self._admission.closed and not self._admission.full
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing more, let what runs end for up to `timeout_s` seconds, then end it with Draining."""
@@ -333,7 +334,7 @@ class Gateway:
                     await self._flights.idle()
         except TimeoutError:
             log.warning("%d requests of this worker did not end within %s s", self._admission.in_flight, timeout_s)
-            self._health.fail_all(Draining())
+            self.fleet.fail_all(Draining())
 
     def record(self) -> None:
         """Record what has ended. Several in one go cost half as much: the processor has the code at hand."""

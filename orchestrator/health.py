@@ -12,6 +12,7 @@ import asyncio
 import contextvars
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -88,8 +89,12 @@ class Attending:
 class Health:
     """Watches Triton. `run()` is the watch; everything else answers from what it last saw."""
 
-    def __init__(self, triton: Triton, *, interval_s: float, engine_stall_s: float, drain_s: float = 10.0) -> None:
+    def __init__(
+        self, triton: Triton, *, interval_s: float, engine_stall_s: float, drain_s: float = 10.0, joins: bool = False
+    ) -> None:  # fmt: skip
+        """`joins`: others serve already, and none of its models is judged before it has answered."""
         self._triton = triton
+        self._joins = joins
         self._interval_s = interval_s
         self._engine_stall_s = engine_stall_s
         self._drain_s = drain_s
@@ -97,6 +102,8 @@ class Health:
         self._reading = asyncio.Lock()
         self._read_at = -ASK_AGAIN_S
         self.triton_up = False
+        self.answered_at = -math.inf  # loop time when the last heartbeat was asked that was answered
+        self.on_lost: list[Callable[[float, str], None]] = []  # with when that was asked which it did not answer
         self.on_ready: list[Callable[[str], None]] = []  # called with the name of a model that has turned ready
         self.on_gone: list[Callable[[str], None]] = []  # and of one that is not served any more
 
@@ -121,6 +128,10 @@ class Health:
         """Something is served and all of it answers. A model that has just been loaded beside others does not count."""
         judged = [served.model.ready for served in self._served.values() if served.judged]
         return self.triton_up and bool(judged) and all(judged)
+
+    def known(self, name: str) -> Served | None:
+        """The state of a model that was seen, None of another."""
+        return self._served.get(name)
 
     def served(self) -> list[Served]:
         """Every served model by name."""
@@ -186,16 +197,17 @@ class Health:
             await self._beat_once(served)
 
     async def _read_index(self) -> None:
-        self._read_at = time.monotonic()
+        self._read_at, asked_at = time.monotonic(), asyncio.get_running_loop().time()
         try:
             index = await self._triton.index()
         except TruthGPTError as error:
             if self.triton_up:
                 log.warning("Triton does not answer: %s", error)
+                self._lost(asked_at, error)
             self.triton_up = False
             return  # what was known stays known; its heartbeats say that it does not answer
         self.triton_up = True
-        now, others = time.monotonic(), bool(self._served)
+        now, others = time.monotonic(), self._joins or bool(self._served)
         for name, (version, state) in index.items():
             if is_engine(name, index):  # nobody asks it but the model in front of it
                 continue
@@ -262,18 +274,22 @@ class Health:
                     served.model = dataclasses.replace(served.model, digest=digest, version=version)
         except Overloaded:  # its queue is full of others' requests, and Triton itself says so: it lives
             log.debug("the queue of %s has no room for a heartbeat", served.model.name)
+            self.answered_at = max(self.answered_at, asked_at)
             return
         except TruthGPTError as error:
             silent = isinstance(error.__cause__, TimeoutError)
             if served.model.ready and not silent and await self._unloaded(served):
                 self._forget(served)
             elif not (silent and self._heard_since(served, asked_at)):
+                if served.model.ready:
+                    self._lost(asked_at, error)
                 self._unready(served, str(error))
             return
         except Exception:
             log.exception("the heartbeat of %s failed", served.model.name)
             self._unready(served, "its heartbeat failed")
             return
+        self.answered_at = max(self.answered_at, asked_at)
         if served.beat is not None and served.beat.busy and served.beat.step_age_s > self._engine_stall_s:
             self._unready(served, f"the engine has been in one step for {served.beat.step_age_s:.0f} s")
         elif not served.model.ready:
@@ -282,6 +298,12 @@ class Health:
             served.reason, served.since, served.judged = "", time.monotonic(), True
             for call in self.on_ready:
                 call(served.model.name)
+
+    def _lost(self, asked_at: float, error: TruthGPTError) -> None:
+        """Triton was to answer and did not, if that is what the error says."""
+        if isinstance(error, UpstreamUnavailable) and (error.server or isinstance(error.__cause__, TimeoutError)):
+            for call in self.on_lost:
+                call(asked_at, str(error))
 
     def _heard_since(self, served: Served, asked_at: float) -> bool:
         """Whether a stream was written to lately: the stub lives, the machine is only too busy for its heartbeat."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from orchestrator.domain import GenerateRequest
 from orchestrator.errors import UpstreamUnavailable
-from orchestrator.health import Health
-from orchestrator.triton import Prompt, Triton
+from orchestrator.fleet import Fleet, Member
+from orchestrator.triton import Prompt
 
 INSPECT_S = 5.0  # a prompt of a megabyte is read in about a second
 
@@ -15,14 +16,19 @@ INSPECT_S = 5.0  # a prompt of a megabyte is read in about a second
 class Inspector:
     """The gateway holds no tokenizer: the one that the model has loaded is the right one."""
 
-    def __init__(self, triton: Triton, health: Health) -> None:
-        self._triton, self._health = triton, health
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
 
     async def __call__(self, request: GenerateRequest) -> Prompt:
         """The prompt's tokens, and its text where it came as token ids. Raises InvalidRequest, UpstreamUnavailable."""
-        with self._health.attend(request.model) as attendance:
-            until = asyncio.get_running_loop().time() + INSPECT_S
+        until, tried = asyncio.get_running_loop().time() + INSPECT_S, list[Member]()
+        while True:
             try:
-                return await attendance.wait(lambda: self._triton.prompt(request, INSPECT_S), until)
+                with self._fleet.attend(request.model, tried=tried) as visit:
+                    ask = partial(visit.triton.prompt, request, INSPECT_S)
+                    return await visit.attendance.wait(ask, until)
             except TimeoutError as error:
                 raise UpstreamUnavailable(f"{request.model} did not read a prompt within {INSPECT_S} s") from error
+            except UpstreamUnavailable:
+                if not self._fleet.another(request.model, tried):
+                    raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 
 from orchestrator.audit import Audit
@@ -33,6 +34,10 @@ def readings(gateway: Gateway, limiter: Limiter, store: Store | None) -> dict[st
     def fallbacks() -> Mapping[Labels, float]:
         return {(s.model.name,): float(s.fallback) for s in gateway.served if s.beat is not None}
 
+    def servers() -> Mapping[Labels, float]:
+        states = Counter(server.state for server in gateway.fleet.states())
+        return {(state,): float(states[state]) for state in ("ready", "ejected", "draining", "down")}
+
     return {
         "truthgpt_in_flight": lambda: {(): float(gateway.in_flight)},
         "truthgpt_breaker_state": breakers,
@@ -40,6 +45,9 @@ def readings(gateway: Gateway, limiter: Limiter, store: Store | None) -> dict[st
         "truthgpt_model_fallback": fallbacks,
         "truthgpt_model_requests": model_requests,
         "truthgpt_triton_up": lambda: {(): float(gateway.triton_up)},
+        "truthgpt_triton_servers": servers,
+        "truthgpt_triton_failovers_total": lambda: {(): float(gateway.fleet.failovers)},
+        "truthgpt_triton_lookup_failures_total": lambda: {(): float(gateway.fleet.lookup_failures)},
         "truthgpt_limit_degraded": lambda: {(): float(gateway.limits_degraded)},
         "truthgpt_limit_without_redis_total": lambda: {(): float(limiter.without_redis)},
         "truthgpt_redis_up": lambda: {} if store is None else {(): float(store.up)},

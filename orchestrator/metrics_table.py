@@ -116,7 +116,17 @@ TABLE: dict[str, Series] = {
         _gauge("truthgpt_model_requests", "model state", "max",
                "Requests in the model's slots (running) and in its queue (waiting).",
                "above 0 for minutes while waiting: scale out"),
-        _gauge("truthgpt_triton_up", "", "min", "1 while Triton answers every worker.", "0 for half a minute"),
+        _gauge("truthgpt_triton_up", "", "min", "1 while Triton, or any of several servers, answers every worker.",
+               "0 for half a minute"),
+        _gauge("truthgpt_triton_servers", "state", "max",
+               "Triton servers that take requests (ready), failed and rest (ejected), take no new ones (draining) or "
+               "do not answer (down); where workers differ the largest of their counts.",
+               "above 0 for minutes while ejected or down"),
+        _counter("truthgpt_triton_failovers_total", "",
+                 "Requests that were sent to another Triton server because the first one failed or was full.",
+                 "growing"),
+        _counter("truthgpt_triton_lookup_failures_total", "",
+                 "Look-ups of a name in `triton_urls` that failed or found nothing.", "growing for minutes"),
         # cache and limits
         _counter("truthgpt_cache_requests_total", "task result",
                  "Requests by what the cache had: hit, miss, or bypass where it was not asked."),

@@ -1,4 +1,4 @@
-"""Each worker's own copy of what is written once for all: keys, limits set for a caller, and times to live.
+"""Each worker's own copy of what is written once for all: keys, limits of a caller, times to live, drained servers.
 
 A change is announced on a channel; whoever missed that sees the version change within `POLL_S`. So a revocation holds
 everywhere within a second while Redis answers, and no request ever asks Redis who its caller is.
@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator import keys
@@ -31,6 +31,7 @@ class _Copy:
     keys: dict[str, Key] = field(default_factory=dict)
     limits: dict[str, PartialLimits] = field(default_factory=dict)
     ttls: dict[str, int] = field(default_factory=dict)
+    drained: set[str] = field(default_factory=set)
 
 
 class Registry:
@@ -52,6 +53,7 @@ class Registry:
         self._malformed: set[bytes] = set()
         self._wake, self._copied = asyncio.Event(), asyncio.Event()
         self._changed = True
+        self.on_copy: list[Callable[[], None]] = []  # called whenever everything was copied anew
         self.fresh_at: float | None = None  # when the copy was last known to agree with Redis
 
     @property
@@ -75,6 +77,11 @@ class Registry:
     def ttl_of(self, task: str) -> int:
         """Seconds that an answer of this task lives in the cache. Raises KeyError for a task that nobody knows."""
         return self._copy.ttls[task] if task in self._copy.ttls else self._ttls[task]
+
+    @property
+    def drained(self) -> Collection[str]:
+        """URLs of the Triton servers that an operator has drained; the last ones known, however old."""
+        return self._copy.drained
 
     async def run(self) -> None:
         """Keep the copy in agreement until cancelled; returns at once without a store."""
@@ -120,6 +127,8 @@ class Registry:
             return False
         self.fresh_at = began
         self._copied.set()
+        for call in self.on_copy if copying else ():
+            call()
         return copying
 
     async def first_copy(self, timeout_s: float) -> bool:
@@ -148,6 +157,8 @@ class Registry:
                 copy.limits[id] = keys.read_limits(value)
             elif kind == "ttl":
                 copy.ttls[id] = _seconds(value)
+            elif kind == "drain":
+                copy.drained.add(id)
         except ValueError as error:
             if name not in self._malformed:  # told once, not with every copy
                 log.error("%r in the registry is malformed and counts as missing: %s", name, error)

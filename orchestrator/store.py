@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 NAMES = 4096  # of keys that are remembered, not made again
 WATCH_S = 0.25  # between two pings, and between two attempts to connect
 
-REGISTRY = "truthgpt:{registry}"  # hash: "key:<id>" and "limits:<subject>" -> JSON, "ttl:<task>" -> seconds
+# hash: "key:<id>" and "limits:<subject>" -> JSON, "ttl:<task>" -> seconds, "drain:<URL of a server>" -> Unix time
+REGISTRY = "truthgpt:{registry}"
 REGISTRY_VERSION = "truthgpt:{registry}:version"  # counter, raised with every change of the registry
 BREAKERS = "truthgpt:breakers"  # hash: model -> JSON
 EVENTS = "truthgpt:events"  # channel of JSON objects

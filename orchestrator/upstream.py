@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from orchestrator import encoding
@@ -23,10 +24,9 @@ from orchestrator.errors import (
     UpstreamError,
 )
 from orchestrator.errors import UpstreamUnavailable as Away
-from orchestrator.health import Health
+from orchestrator.fleet import Fleet, Member, Visit
 from orchestrator.output import OutputGuard
 from orchestrator.retries import RetryBudget
-from orchestrator.triton import Attendance, Triton
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +68,10 @@ class Upstream:
     """
 
     def __init__(
-        self, triton: Triton, health: Health, breakers: Breakers, retries: RetryBudget, fallback: Fallback,
+        self, fleet: Fleet, breakers: Breakers, retries: RetryBudget, fallback: Fallback,
         max_output_chars: int, observe: Callable[[str, str], None] = lambda model, outcome: None,
     ) -> None:  # fmt: skip
-        self._triton, self._health, self._breakers = triton, health, breakers
+        self._fleet, self._breakers = fleet, breakers
         self._retries, self._fallback, self._max_output_chars = retries, fallback, max_output_chars
         self._observe = observe
 
@@ -107,10 +107,14 @@ class Upstream:
 
     async def _ask(self, request: GenerateRequest, tap: _Tap) -> None:
         """However often it is tried, a request is one success or one failure of its model's breaker."""
-        self._health.require(request.model)  # a name that only its client knows gets no breaker
+        self._fleet.require(request.model)  # a name that only its client knows gets no breaker
         self._retries.asked()
-        with self._breakers.guard(request.model) as tap.guard:
-            await self._try(request, lambda attendance: self._triton.stream(request, attendance, tap), tap)
+        with self._breakers.guard(request.model) as guard:
+            tap.guard = guard
+            await self._try(
+                request, lambda visit: visit.triton.stream(request, visit.attendance, tap), guard, tap,
+                key=self._fleet.key(request),
+            )  # fmt: skip
         if tap.output.empty:  # no fault of a model that answers
             raise EmptyAnswer
 
@@ -119,48 +123,33 @@ class Upstream:
 
         Texts that are more than the model takes at once are asked in parts, PARTS_AT_ONCE of them at the same time.
         """
-        self._health.require(request.model)
+        self._fleet.require(request.model)
         self._retries.asked()
-        with self._breakers.guard(request.model):
-            whole = await self._encode_whole(request)
+        with self._breakers.guard(request.model) as guard:
+            whole = await self._encode_whole(request, guard)
         put(whole)
 
-    async def _encode_whole(self, request: EncodeRequest) -> Chunk:
+    async def _encode_whole(self, request: EncodeRequest, guard: Guard) -> Chunk:
         """The answer, wholly of one version: where the model is reloaded under the request it is asked once more."""
-        known = self._health.require(request.model).model
+        known = self._fleet.require(request.model)
         for last in (False, True):
-            results = await self._encode_all(encoding.parts(request, known.max_batch), known.max_batch)
+            parts = encoding.parts(request, known.max_batch)
+            ask = partial(self._encode, guard, known.version)
+            results = await _in_turn(parts, known.max_batch, ask)
             versions = {result.version for result in results}
             if versions == {known.version}:
                 return await encoding.together(request, known, results)
-            known = await self._health.renew(known)
+            known = await self._fleet.renew(known)
             if versions == {known.version} or (last and len(versions) == 1):  # or a heartbeat had no room to say so
                 return await encoding.together(request, changed(known, version=results[0].version), results)
         raise Away(f"{request.model} was reloaded twice while it answered")
 
-    async def _encode_all(self, parts: list[InferRequest], size: int) -> list[InferResult]:
-        if len(parts) == 1:
-            return [await self._encode(parts[0], 0)]
-        results: dict[int, InferResult] = {}
-        rest = iter(enumerate(parts))
-
-        async def work() -> None:
-            for index, part in rest:  # shared: whoever is free takes the next one
-                results[index] = await self._encode(part, index * size)
-
-        workers = [asyncio.create_task(work()) for _ in range(min(PARTS_AT_ONCE, len(parts)))]
+    async def _encode(self, guard: Guard, version: str, part: InferRequest, first: int) -> InferResult:
+        """One part, whose first text is this one of the request, by a server that has this version if there is one."""
         try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-        return [results[index] for index in range(len(parts))]
-
-    async def _encode(self, part: InferRequest, first: int) -> InferResult:
-        """One part, whose first text is this one of the request."""
-        try:
-            result = await self._try(part, lambda attendance: self._triton.encode(part, attendance))
+            result = await self._try(
+                part, lambda visit: visit.triton.encode(part, visit.attendance), guard, version=version
+            )
             await encoding.require_finite(result)
             return result
         except InvalidRequest as error:
@@ -168,46 +157,81 @@ class Upstream:
         raise failure.again()
 
     async def _try(
-        self, request: GenerateRequest | InferRequest, ask: Callable[[Attendance], Awaitable[_T]],
-        tap: _Tap | None = None,
+        self, request: GenerateRequest | InferRequest, ask: Callable[[Visit], Awaitable[_T]], guard: Guard,
+        tap: _Tap | None = None, version: str = "", key: bytes | None = None, again: bool = True,
     ) -> _T:  # fmt: skip
-        """Ask until there is an answer, and no more once `tap` has had some of it or the retries are used up."""
-        model, attempt = request.model, 1
+        """Ask until there is an answer, and no more once `tap` has had some of it or the retries are used up.
+
+        Where another server can take over it does so at once. Unless `again`, no server is asked twice.
+        """
+        model, attempt, tried = request.model, 1, list[Member]()
+        spilled = False
         while True:
             outcome = "cancelled"
             try:
-                with self._health.attend(model) as attendance:
-                    answer = await ask(attendance)
+                with self._fleet.attend(model, version, key, tried) as visit:
+                    answer = await ask(visit)
                 outcome = "ok"
                 return answer
             except TruthGPTError as error:
                 outcome = "error"
-                started = tap is not None and tap.started
-                if started or not isinstance(error, Away) or not self._retries.take(attempt):
+                another = isinstance(error, (Away, Overloaded)) and self._fleet.another(model, tried)
+                guard.excused, started = another, tap is not None and tap.started
+                if started or not isinstance(error, (Away, Overloaded)):
                     raise
-                log.info("request %s is tried again: %s", request.id, error)
+                pause_s = 0.0
+                if isinstance(error, Overloaded):
+                    if spilled or not another:  # a queue that is full is no reason to ask everywhere
+                        raise
+                    spilled = True
+                elif another and attempt <= self._retries.attempts:
+                    attempt += 1
+                elif again and self._retries.take(attempt):
+                    pause_s = self._retries.pause_s(attempt)
+                    attempt += 1
+                else:
+                    raise
+                self._fleet.failovers += another
+                log.info("request %s is tried again%s: %s", request.id, " elsewhere" if another else "", error)
             finally:
                 # whoever has it all may leave before the end
                 had_all = tap is not None and tap.output.ended
                 self._observe(model, "ok" if outcome == "cancelled" and had_all else outcome)
-            await asyncio.sleep(self._retries.pause_s(attempt))
-            attempt += 1
+            if pause_s:
+                await asyncio.sleep(pause_s)
 
     async def infer(self, request: InferRequest) -> InferResult:
-        """Run a model that does not generate. Raises TruthGPTError."""
-        self._health.require(request.model)
-        outcome = "cancelled"
-        try:
-            with self._breakers.guard(request.model), self._health.attend(request.model) as attendance:
-                try:
-                    result = await self._triton.infer(request, attendance)
-                    outcome = "ok"
-                    return result
-                except UpstreamError as error:  # an answer all the same: many backends say 500 to a wrong input
-                    failure = error.with_traceback(None)
-            raise failure.again()
-        except TruthGPTError:
-            outcome = "error"
-            raise
-        finally:
-            self._observe(request.model, outcome)
+        """Run a model that does not generate, at most once at each server. Raises TruthGPTError."""
+        known = self._fleet.require(request.model)
+        with self._breakers.guard(request.model) as guard:
+            try:
+                return await self._try(
+                    request, lambda visit: visit.triton.infer(request, visit.attendance), guard,
+                    version=known.version, again=False,
+                )  # fmt: skip
+            except UpstreamError as error:  # an answer all the same: many backends say 500 to a wrong input
+                failure = error.with_traceback(None)
+        raise failure.again()
+
+
+async def _in_turn(
+    parts: list[InferRequest], size: int, ask: Callable[[InferRequest, int], Awaitable[InferResult]]
+) -> list[InferResult]:
+    """The parts' answers, PARTS_AT_ONCE of them asked at the same time. `size` is the number of texts in a part."""
+    if len(parts) == 1:
+        return [await ask(parts[0], 0)]
+    results: dict[int, InferResult] = {}
+    rest = iter(enumerate(parts))
+
+    async def work() -> None:
+        for index, part in rest:  # shared: whoever is free takes the next one
+            results[index] = await ask(part, index * size)
+
+    workers = [asyncio.create_task(work()) for _ in range(min(PARTS_AT_ONCE, len(parts)))]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+    return [results[index] for index in range(len(parts))]

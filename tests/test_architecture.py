@@ -43,6 +43,9 @@ ROOMS: dict[str, set[str]] = {
     "triton": BASE | {"sse", "tensors"},
     "tensors": {"domain", "errors"},
     "health": {"domain", "errors", "triton"},
+    "balance": {"domain"},
+    "resolving": set(),
+    "fleet": {"balance", "domain", "errors", "health", "resolving", "triton"},
     "spans": {"domain", "errors", "masking"},
     "tracing": {"domain", "settings", "spans"},
     # one rule each
@@ -67,20 +70,20 @@ ROOMS: dict[str, set[str]] = {
     "audit": {"domain", "settings", "auditevents", "auditlog", "auditwriter", "fingerprint"},
     "registry": {"keys", "store"},
     "auth": {"domain", "errors", "keys", "registry"},
-    "inspection": {"domain", "errors", "health", "triton"},
+    "inspection": {"domain", "errors", "fleet", "triton"},
     "tokens": {"domain", "errors", "inspection"},
     "screening": {"domain", "sanitize", "inspection"},
     "operations": {"domain", "errors"},
     "encoding": {"domain", "errors", "tensors"},
     "limiter": {"domain", "errors", "cache", "limits", "limits_local", "store"},
-    "upstream": {"domain", "errors", "breaker", "broadcast", "encoding", "health", "output", "retries", "triton"},
+    "upstream": {"domain", "errors", "breaker", "broadcast", "encoding", "fleet", "output", "retries"},
     "ids": set(),
     "passage": {"domain", "errors", "admission", "cache", "flights", "ids", "limiter"},
     "generation": {"domain", "passage"},
     # the path and its edges
     "gateway": {
-        "context", "domain", "errors", "admission", "breaker", "broadcast", "cache", "encoding", "flights", "health",
-        "limiter", "operations", "passage", "generation", "screening", "tokens", "upstream",
+        "context", "domain", "errors", "admission", "breaker", "broadcast", "cache", "encoding", "fleet", "flights",
+        "health", "limiter", "operations", "passage", "generation", "screening", "tokens", "upstream",
     },
     "api": {"ids", "context", "domain", "encoding", "errors", "sse", "gateway", "openfiles", "tensors"},
     # what is counted
@@ -104,7 +107,7 @@ ROOMS: dict[str, set[str]] = {
     "ops": {
         "settings", "errors", "domain", "triton", "store", "models", "engines", "pbtxt", "client", "local", "sse",
         "keys", "cache", "limits", "audit", "auditevents", "auditlog", "auditwriter", "fingerprint", "jobs", "monitor",
-        "rotation", "breaker", "masking", "flights", "limiter", "sanitize", "bench",
+        "rotation", "breaker", "masking", "flights", "fleet", "limiter", "resolving", "sanitize", "bench",
     },
 }  # fmt: skip
 ROOMS["app"] = set(ROOMS) - {

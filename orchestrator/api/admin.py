@@ -1,4 +1,5 @@
-"""The admin edge: Triton's model control, trace, log and shared-memory settings, handed on as they are.
+"""The admin edge: Triton's model control, trace, log and shared-memory settings, handed on as they are; where there are
+several servers, to each (fleet/control.py).
 
 It has a front door of its own on the ops port, where everything needs an admin key but the liveness of the process,
 what Prometheus reads and the summary of it, which name no user and no text.

@@ -309,11 +309,22 @@ def _states() -> dict[str, Schema]:
                 "in_flight",
                 "models",
                 "triton",
+                "tritons",
                 "breakers",
                 "limits",
                 "redis",
             ],
-            "properties": {"ready": BOOLEAN, "draining": BOOLEAN, "in_flight": COUNT, "models": _list(OPEN)},
+            "properties": {
+                "ready": BOOLEAN, "draining": BOOLEAN, "in_flight": COUNT, "models": _list(OPEN),
+                "tritons": _list(_closed({
+                    "url": STRING,
+                    "state": {"enum": ["ready", "ejected", "draining", "down"]},
+                    "outstanding": {**COUNT, "description": "Requests that it has from the worker that answers."},
+                    "answered_s": {
+                        "type": ["number", "null"], "description": "Seconds since it was asked what it answered last.",
+                    },
+                })),
+            },
         },
     }
 

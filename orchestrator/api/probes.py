@@ -14,10 +14,9 @@ class Probes:
     """`redis_up` tells whether Redis answers, None where none is configured; `audit` what /health says of it."""
 
     def __init__(
-        self, gateway: Gateway, triton_url: str, redis_up: Callable[[], bool | None],
-        audit: Callable[[], Mapping[str, object]],
+        self, gateway: Gateway, redis_up: Callable[[], bool | None], audit: Callable[[], Mapping[str, object]]
     ) -> None:  # fmt: skip
-        self._gateway, self._triton_url, self._redis_up, self._audit = gateway, triton_url, redis_up, audit
+        self._gateway, self._redis_up, self._audit = gateway, redis_up, audit
         self._started_at = time.monotonic()
 
     @property
@@ -60,6 +59,7 @@ class Probes:
                 row |= {"busy": beat.busy, "step_age_s": beat.step_age_s}
                 row |= {"device": beat.device or None, "fallback": beat.fallback}
             models.append(row)
+        servers = gateway.fleet.states()
         await exchange.reply_json(
             200,
             {
@@ -68,7 +68,11 @@ class Probes:
                 "uptime_s": round(time.monotonic() - self._started_at, 3),
                 "in_flight": gateway.in_flight,
                 "models": models,
-                "triton": {"url": self._triton_url, "up": gateway.triton_up},
+                "triton": {"url": ", ".join(server.url for server in servers), "up": gateway.triton_up},
+                "tritons": [
+                    {"url": s.url, "state": s.state, "outstanding": s.outstanding, "answered_s": s.answered_s}
+                    for s in servers
+                ],
                 "breakers": gateway.breakers,
                 "limits": {"degraded": gateway.limits_degraded},
                 "redis": {"configured": self._redis_up() is not None, "up": bool(self._redis_up())},

@@ -37,6 +37,7 @@ Examples:
         "backup": "orchestrator.cli.backup:backup",
         "models": "orchestrator.cli.models:models",
         "tune": "orchestrator.cli.tune:tune",
+        "tritons": "orchestrator.cli.tritons:tritons",
         "config": "orchestrator.cli.config:config",
         "doctor": "orchestrator.cli.doctor:doctor",
     },

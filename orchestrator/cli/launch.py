@@ -18,7 +18,6 @@ from orchestrator.cli import stack, welcome
 from orchestrator.cli.base import INTERRUPTED, CommandError
 from orchestrator.cli.progress import Progress
 from orchestrator.local import state
-from orchestrator.local.process import kill_group
 from orchestrator.local.redisserver import RedisMissing
 from orchestrator.local.supervisor import Supervisor
 from orchestrator.ops import verification
@@ -31,7 +30,7 @@ SLACK_S = 60.0  # what a start may take beside the two waits that start_timeout_
 def foreground(
     settings: Settings, served: Sequence[str], progress: Progress, *, as_json: bool, hello: bool, quiet: bool
 ) -> None:
-    """Serve these models, the default one first, until SIGINT or SIGTERM.
+    """Serve these models, the default one first, until SIGINT or SIGTERM; none where others' servers have theirs.
 
     Raises Exit when that came before the stack was ready, or what stopped it.
     """
@@ -79,11 +78,7 @@ class _Foreground:
             self._stopped_by = number
             self._supervisor.stop()
             return
-        # Asked again: what would be waited for is ended, and the supervisor cleans up behind it as always.
-        for name in ("gateway", "triton"):
-            pid = (self._state.processes if self._state else {}).get(name)
-            if pid is not None:
-                kill_group(pid)
+        self._supervisor.hurry()
 
     def _on_ready(self, found: state.State) -> None:
         self._state = found

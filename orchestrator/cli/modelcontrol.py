@@ -129,10 +129,11 @@ def _run(
     from orchestrator.ops.modelcontrol import Control
 
     found = stack.require(settings)
-    check(found)
+    limit_s = settings.start_timeout_s if timeout_s is None else timeout_s
     with Progress() as progress:
-        limit_s = settings.start_timeout_s if timeout_s is None else timeout_s
-        return work(Control(settings, found, limit_s, progress.step))
+        control = Control(settings, found, limit_s, progress.step)
+        check(found)
+        return work(control)
 
 
 def _tell(done: Outcome, state: str, as_json: bool, text: str) -> None:

@@ -58,12 +58,19 @@ def shown(found: dict[str, Any]) -> list[str]:
         load = f", {row['running']} running, {row['waiting']} waiting, {row['slots']} slots" if "slots" in row else ""
         name = f"{row['name']} version {row['version']}"
         lines.append(f"  {'model':<9} {name}: {row['state']}{what}{_device(row)}{load}")
-    for name in ("triton", "redis"):
+    servers = found["tritons"] if len(found["tritons"]) > 1 else []
+    lines += [f"  {'triton':<9} {row.get('state', 'unknown')}, {row['http']}{_share(row)}" for row in servers]
+    for name in ("redis",) if servers else ("triton", "redis"):
         up = {True: "up", False: "away", None: "unknown"}[found[name]["up"]]
         lines.append(f"  {name:<9} {up}, {found[name]['url']}")
     if found["figures"] is None:
         return [*lines, f"  {'figures':<9} unknown: {found['ops']} does not answer"]
     return lines + [f"  {what:<9} {how}" for what, how in figures.lines(found["figures"])]
+
+
+def _share(row: dict[str, Any]) -> str:
+    """What a Triton server has of the requests, if the gateway says."""
+    return f", {row['outstanding']} running" if "outstanding" in row else ""
 
 
 def _device(row: dict[str, Any]) -> str:

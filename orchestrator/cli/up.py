@@ -14,6 +14,7 @@ Examples:
   truthgpt up --detach --json
   truthgpt up --model chat --models small,embedder
   truthgpt up --model DialoGPT-small --http-port 8090 --home /srv/truthgpt
+  truthgpt up --tritons 2 --workers 2
 """
 
 
@@ -24,8 +25,8 @@ Examples:
 @json_option
 @settings_options(
     "model", "models", "model_repository", "home", "environment", "host", "http_port", "grpc_port", "ops_port",
-    "triton_http_port", "triton_grpc_port", "triton_metrics_port", "precision", "device", "log_level",
-    "drain_s", "start_timeout_s",
+    "triton_http_port", "triton_grpc_port", "triton_metrics_port", "tritons", "triton_urls", "workers", "precision",
+    "device", "log_level", "drain_s", "start_timeout_s",
 )  # fmt: skip
 def up(settings: Settings, detach: bool, hello: bool, background: bool, as_json: bool) -> None:
     """Start Triton, Redis and the gateway, and serve until Ctrl-C.
@@ -34,6 +35,10 @@ def up(settings: Settings, detach: bool, hello: bool, background: bool, as_json:
     `truthgpt models load` adds others to a running stack. While the profile's model is not exported, the demo
     model is served; into an empty repository it is exported first. Every other setting comes from the environment or
     truthgpt.toml: see `truthgpt config show`.
+
+    With --tritons N there are N Triton servers that share the requests, each on ports 100 above those of the one
+    before. With TRUTHGPT_TRITON_URLS or --triton-urls no Triton is started: the gateway uses those servers, with the
+    models that they have.
 
     Ctrl-C lets running requests end and stops everything; a second one does not wait for them.
     """
@@ -53,14 +58,17 @@ def up(settings: Settings, detach: bool, hello: bool, background: bool, as_json:
     undone = applying.recover(settings)
     if undone is not None:
         click.echo(undone, err=True)
-    choice = models.choice(settings)
-    if choice.note:
-        click.echo(choice.note, err=True)
-    if choice.export_demo:
-        demo.export(settings)
-    served = [choice.model, *choice.further]
+    served = []
+    if not settings.triton_urls:
+        choice = models.choice(settings)
+        if choice.note:
+            click.echo(choice.note, err=True)
+        if choice.export_demo:
+            demo.export(settings)
+        served = [choice.model, *choice.further]
     with Progress() as progress:
         if detach:
-            launch.detached(settings, choice.model, progress, as_json=as_json, hello=hello)
+            model = served[0] if served else settings.model
+            launch.detached(settings, model, progress, as_json=as_json, hello=hello)
         else:
             launch.foreground(settings, served, progress, as_json=as_json, hello=hello, quiet=background)

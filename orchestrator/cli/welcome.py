@@ -24,7 +24,7 @@ TruthGPT serves {model}.
   OpenAI API  {http}/v1
   KServe v2   {kserve}
   health      {http}/health
-  Triton      {triton_http} (HTTP), {triton_grpc} (gRPC)
+  Triton      {triton}
   Redis       {redis}
   logs        {logs}
 
@@ -94,6 +94,7 @@ def present(settings: Settings, found: State, as_json: bool, hello: bool, detach
     facts = stack.addresses(found) | {"model": found.model, "logs": settings.home.absolute() / "logs"}
     facts |= {"flags": flags, "command": command, "stop": down if detached else f"Ctrl-C, or `{down}`"}
     facts["kserve"] = f"{found.http}/v2" + (f", {found.grpc} (gRPC)" if found.grpc else "")
+    facts["triton"] = _tritons(found)
     keys = settings.auth == "keys"
     facts |= {
         "first_key": _FIRST_KEY.format(command=command, flags=flags) if keys and settings.api_key is None else "",
@@ -105,6 +106,12 @@ def present(settings: Settings, found: State, as_json: bool, hello: bool, detach
     examples = _EXAMPLES.get(kind.operation, _EXAMPLES["infer"]).format(**facts)
     click.echo(_TEXT.format(**facts, examples=examples), nl=False)
     return answered
+
+
+def _tritons(found: State) -> str:
+    """A line for each server."""
+    own = [f"{place.http} (HTTP), {place.grpc} (gRPC)" for place in found.tritons]
+    return "\n              ".join(own) or f"{found.triton_http} (not of this stack)"
 
 
 def _command() -> str:

@@ -2,8 +2,9 @@
 
 The supervisor writes it when it starts, `truthgpt models load|unload|reload` change it, and after a restart of Triton
 the supervisor loads what it says. Whoever changes it holds a lock, so that two operators do not work at once. A second
-lock, one a model, is held by whoever loads or unloads that model: an operator, or the supervisor that mends it. So the
-two do not undo each other's work, and an operator who is busy with one model keeps no other one from being mended.
+lock, one a model, is held by whoever loads or unloads that model: an operator, or the supervisor that mends it, on
+several servers at once if need be. So the two do not undo each other's work, and an operator who is busy with one model
+keeps no other one from being mended.
 """
 
 from __future__ import annotations
@@ -66,8 +67,11 @@ def changing(home: Path, model: str, wait_s: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mending(home: Path, model: str) -> Iterator[None]:
-    """Hold the lock of one model and its graph. Raises Busy when somebody else has it."""
-    with _held(_model_lock_path(home, model), model, "another command is", 0.0):
+    """Hold the lock of one model and its graph, beside others who mend it on other servers.
+
+    Raises Busy when an operator has it.
+    """
+    with _held(_model_lock_path(home, model), model, "another command is", 0.0, fcntl.LOCK_SH):
         yield
 
 
@@ -83,9 +87,9 @@ def changed_now(home: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _held(path: Path, model: str, who: str, deadline: float) -> Iterator[None]:
+def _held(path: Path, model: str, who: str, deadline: float, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
     with path.open("a+", encoding="utf-8") as file:
-        while not _try(file.fileno()):
+        while not _try(file.fileno(), kind):
             if time.monotonic() >= deadline:
                 raise Busy(f"{who} {_told(path) or 'changing what is loaded'}", "wait until it has ended")
             time.sleep(POLL_S)
@@ -116,9 +120,9 @@ def _model_lock_path(home: Path, model: str) -> Path:
     return home / f"models-{model.removesuffix(ENGINE)}.lock"
 
 
-def _try(handle: int) -> bool:
+def _try(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

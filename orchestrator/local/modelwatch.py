@@ -20,6 +20,7 @@ from orchestrator import models
 from orchestrator.errors import Overloaded, TruthGPTError
 from orchestrator.local import healing, modelset, tritonserver
 from orchestrator.local.healing import Action
+from orchestrator.local.places import Place
 from orchestrator.local.preflight import StartError
 from orchestrator.local.process import Child, runs
 from orchestrator.settings import Settings
@@ -80,17 +81,17 @@ class _Watched:
 
 
 class ModelWatch:
-    """`server` is the process of the moment, `restart` replaces it, `changed` is told that something was mended.
-    `check` raises StartError where a version may not be loaded.
+    """Of one server, at `place`: `server` is the process of the moment, `restart` replaces it, `changed` is told that
+    something was mended. `check` raises StartError where a version may not be loaded.
     """
 
     def __init__(
-        self, settings: Settings, triton: Triton, server: Callable[[], Child], alive: Callable[[], Awaitable[bool]],
-        restart: Callable[[], Awaitable[None]], changed: Callable[[], object], report: Report,
-        check: Callable[[str, int], Awaitable[None]],
+        self, settings: Settings, place: Place, triton: Triton, server: Callable[[], Child],
+        alive: Callable[[], Awaitable[bool]], restart: Callable[[], Awaitable[None]], changed: Callable[[], object],
+        report: Report, check: Callable[[str, int], Awaitable[None]],
     ) -> None:  # fmt: skip
-        self._settings, self._triton = settings, triton
-        self._repository = Repository(triton, f"127.0.0.1:{settings.triton_grpc_port}")
+        self._settings, self._place, self._triton = settings, place, triton
+        self._repository = Repository(triton, place.grpc)
         self._home: Path = settings.home.resolve()
         self._server, self._alive, self._restart = server, alive, restart
         self._changed, self._report, self._check = changed, report, check
@@ -160,7 +161,14 @@ class ModelWatch:
             self._mend(watched)
 
     def _mend(self, watched: _Watched) -> None:
-        """Begin to reload a model, unless an operator is at work on it: the next look sees what came of that."""
+        """Begin to reload a model, unless an operator is at work on it, or this watch on its graph: the next look sees
+        what came of that.
+        """
+        model = watched.name.removesuffix(ENGINE)
+        if any(
+            other.mending is not None and other.name.removesuffix(ENGINE) == model for other in self._watched.values()
+        ):
+            return
         lock = contextlib.ExitStack()
         try:
             lock.enter_context(modelset.mending(self._home, watched.name))
@@ -301,6 +309,6 @@ class ModelWatch:
             watched.patient_until = 0.0
             self._in_vain |= not isinstance(error, StartError)  # what is damaged is so for another server, too
             return
-        tritonserver.sweep(tritonserver.shm_prefix(self._settings.home), kill=False)
+        tritonserver.sweep(self._place.shm_prefix, kill=False)
         watched.good_at = time.monotonic()
         watched.patient_until = watched.good_at + limit_s

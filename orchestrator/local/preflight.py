@@ -12,11 +12,15 @@ import psutil
 
 from orchestrator import engines, models
 from orchestrator.local import state, tritonserver
+from orchestrator.local.places import Port, ports
 from orchestrator.local.process import kill_group
+from orchestrator.local.tritonserver import PORT_STEP, numbered
 from orchestrator.models import Entry, Version
 from orchestrator.settings import Settings
 
 Refusal = Callable[[Entry, Version], tuple[str, str] | None]  # why a version is not loaded, and what to do about it
+FIRST = numbered("triton", 1)
+HIGHEST_PORT = 65_535
 GONE_S = 5.0  # a killed process, or one whose supervisor was, takes a moment to let go of its ports
 
 
@@ -28,23 +32,40 @@ class StartError(Exception):
         self.hint = hint
 
 
+def check_servers(settings: Settings) -> None:
+    """Refuse several Triton servers that cannot all be there. Raises StartError naming the settings.
+
+    What the gateway and the first server need is checked with the settings already.
+    """
+    if settings.triton_urls and settings.tritons > 1:
+        message = f"triton_urls names the servers to use, and tritons asks for {settings.tritons} to be started"
+        raise StartError(message, "give one of the two")
+    taken: dict[int, Port] = {}
+    for port in ports(settings):
+        if port.server not in ("", FIRST):
+            hint = f"choose another {port.setting}, to which {PORT_STEP} is added for each server, or fewer tritons"
+            if port.number > HIGHEST_PORT:
+                raise StartError(f"{port} would be {port.number}, and ports end at {HIGHEST_PORT}", hint)
+            if port.number in taken:
+                raise StartError(f"{port} and {taken[port.number]} are both {port.number}", hint)
+        taken[port.number] = port
+
+
 def check_ports(settings: Settings, patience_s: float = 0.0) -> None:
     """Refuse to start where another program still listens after `patience_s` seconds.
 
-    Raises StartError naming the port and its setting.
+    Raises StartError naming the port, its setting and the server.
     """
     deadline = time.monotonic() + patience_s
-    loopback = ("triton_http_port", "triton_grpc_port", "triton_metrics_port")
-    public = [("http_port", settings.host), ("ops_port", settings.ops_host)]
-    if settings.grpc:
-        public.append(("grpc_port", settings.host))
-    for name, host in (*public, *((name, "127.0.0.1") for name in loopback)):
-        port = getattr(settings, name)
-        while (error := _bind(host, port)) is not None:
+    for port in ports(settings):
+        while (error := _bind(port.host, port.number)) is not None:
             if time.monotonic() >= deadline:
+                further = port.server not in ("", FIRST)
+                whose = f" for {port.server}" if further else ""
+                step = f", to which {PORT_STEP} is added for each further server" if further else ""
                 raise StartError(
-                    f"port {port} on {host} cannot be used: {error.strerror}",
-                    f"stop what uses it, or choose another with TRUTHGPT_{name.upper()}",
+                    f"port {port.number} on {port.host} cannot be used{whose}: {error.strerror}",
+                    f"stop what uses it, or choose another with TRUTHGPT_{port.setting.upper()}{step}",
                 ) from error
             time.sleep(0.02)
 

@@ -12,6 +12,7 @@ from typing import IO
 
 import psutil
 
+from orchestrator.local.places import Place
 from orchestrator.local.process import alive
 
 
@@ -22,7 +23,9 @@ class AlreadyRunning(Exception):
 @dataclass(frozen=True)
 class State:
     """Addresses and processes of a stack; `grpc` is empty where it is switched off. `started` is a Unix time in
-    seconds; `created` the supervisor's start as the kernel has it.
+    seconds; `created` the supervisor's start as the kernel has it. `servers` are the stack's own Triton servers;
+    `triton_http`, `triton_grpc` and `shm_prefix` are the first one's. Where it uses others it has none of its own, and
+    `triton_http` says which it uses. A file of a version that knew of one server alone has no `servers`.
     """
 
     pid: int
@@ -37,6 +40,19 @@ class State:
     model: str
     shm_prefix: str
     processes: dict[str, int] = field(default_factory=dict)
+    servers: list[Place] | None = None
+
+    @property
+    def tritons(self) -> list[Place]:
+        """The stack's own Triton servers."""
+        if self.servers is not None:
+            return self.servers
+        return [Place("triton", self.triton_http, self.triton_grpc, "", self.shm_prefix)]
+
+    @property
+    def triton_pids(self) -> list[int]:
+        """Their processes, of those that have one."""
+        return [self.processes[place.name] for place in self.tritons if place.name in self.processes]
 
     @property
     def running(self) -> bool:
@@ -56,8 +72,10 @@ def path(home: Path) -> Path:
 def read(home: Path) -> State | None:
     """The state of a home, or None when there is none (or it is not one of ours)."""
     try:
-        return State(**json.loads(path(home).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = json.loads(path(home).read_text(encoding="utf-8"))
+        servers = found.pop("servers", None)
+        return State(**found, servers=None if servers is None else [Place(**server) for server in servers])
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 

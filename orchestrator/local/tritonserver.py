@@ -21,6 +21,7 @@ from orchestrator.local import alias
 from orchestrator.settings import Settings
 
 STUB = "triton_python_backend_stub"
+PORT_STEP = 100  # from each port of a server to that of the next one of the same stack
 SHM = Path("/dev/shm")  # noqa: S108  (where the kernel keeps POSIX shared memory; not a temporary file of ours)
 MIN_GLIBC = (2, 35)
 
@@ -92,18 +93,26 @@ def find() -> Installation:
     return found
 
 
-def shm_prefix(home: Path) -> str:
-    """Name prefix of the shared memory regions of one home's server, so that a sweep touches no other's."""
-    return f"truthgpt_{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:12]}_"
+def shm_prefix(home: Path, number: int | None = None) -> str:
+    """Name prefix of the shared memory regions of a home's servers, or of its server of this number (from 1) alone, so
+    that a sweep touches no other's.
+    """
+    one = "" if number is None else f"{number}_"
+    return f"truthgpt_{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:12]}_{one}"
 
 
-def prepare_backends(installation: Installation, home: Path) -> Path:
+def numbered(text: str, number: int) -> str:
+    """What belongs to a server, by its number: the first one's names are those of a stack that has no other."""
+    return text if number == 1 else f"{text}-{number}"
+
+
+def prepare_backends(installation: Installation, home: Path, number: int = 1) -> Path:
     """A backend directory with Triton's Python backend, this Python's stub, and ours. Copies: Triton refuses links
-    that lead out of it.
+    that lead out of it. Each server has its own, because it is replaced while the others load models.
     """
     ours = sorted(path.parent for path in (Path(__file__).resolve().parents[2] / "backends").glob("*/model.py"))
     wheel = installation.root / "backends" / "python"
-    folder = home / "triton" / "backends"
+    folder = home / "triton" / numbered("backends", number)
     copies = {
         "python": [wheel / "libtriton_python.so", wheel / "triton_python_backend_utils.py", installation.stub],
         **{backend.name: sorted(backend.glob("*.py")) for backend in ours},
@@ -118,24 +127,25 @@ def prepare_backends(installation: Installation, home: Path) -> Path:
     return folder
 
 
-def command(installation: Installation, settings: Settings, models: Iterable[str]) -> list[str]:
-    """The server's command line: everything on loopback, models loaded by name only. Raises alias.AliasError."""
-    home = settings.home.resolve()
+def command(installation: Installation, settings: Settings, models: Iterable[str], number: int = 1) -> list[str]:
+    """A server's command line: everything on loopback, models loaded by name only. Raises alias.AliasError."""
+    home, backends = settings.home.resolve(), numbered("backends", number)
+    step = PORT_STEP * (number - 1)
     return [
         str(installation.binary),
         f"--model-repository={alias.plain(home, 'models', settings.model_repository.resolve())}",
-        f"--backend-directory={alias.plain(home, 'backends', prepare_backends(installation, home))}",
+        f"--backend-directory={alias.plain(home, backends, prepare_backends(installation, home, number))}",
         "--model-control-mode=explicit",
         *(f"--load-model={model}" for model in models),
         "--exit-on-error=false",  # a model that does not load leaves a server that can say so
         "--disable-auto-complete-config",
         "--http-address=127.0.0.1",
-        f"--http-port={settings.triton_http_port}",
+        f"--http-port={settings.triton_http_port + step}",
         "--grpc-address=127.0.0.1",
-        f"--grpc-port={settings.triton_grpc_port}",
+        f"--grpc-port={settings.triton_grpc_port + step}",
         "--metrics-address=127.0.0.1",
-        f"--metrics-port={settings.triton_metrics_port}",
-        _shm_option(shm_prefix(settings.home)),
+        f"--metrics-port={settings.triton_metrics_port + step}",
+        _shm_option(shm_prefix(settings.home, number)),
         "--exit-timeout-secs=5",
     ]
 
@@ -196,12 +206,12 @@ def orphans(prefix: str) -> list[psutil.Process]:
 
 
 def servers(prefix: str) -> list[psutil.Process]:
-    """Servers, of any parent, that were told to use this prefix.
+    """Servers, of any parent, that were told to use this prefix, or one that begins so.
 
     A server's child that has not yet become a stub still has its arguments, and is none.
     """
     wanted = _shm_option(prefix)
-    found = {process.pid: process for process in psutil.process_iter() if wanted in _arguments(process)}
+    found = {p.pid: p for p in psutil.process_iter() if any(a.startswith(wanted) for a in _arguments(p))}
     return [process for process in found.values() if _parent(process) not in found]
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.local import tritonserver
+from orchestrator.local import places, tritonserver
 from orchestrator.ops.finding import Deployment, Finding
 
 PYTHONS = ((3, 11), (3, 12))
-SERVE_PACKAGES = ("nvidia-pytriton", "numpy", "onnxruntime", "tokenizers", "jinja2", "uvicorn", "redis", "aiohttp")
+GATEWAY_PACKAGES = ("uvicorn", "redis", "aiohttp")
+SERVE_PACKAGES = ("nvidia-pytriton", "numpy", "onnxruntime", "tokenizers", "jinja2", *GATEWAY_PACKAGES)
 _SERVE = "pip install 'truthgpt[serve]'"
 _MIB = 1 << 20
 
@@ -26,6 +27,7 @@ def check_platform(deployment: Deployment) -> Finding:
     """The system that Triton's binaries were built for."""
     libc, version = platform.libc_ver()
     fault = platform_fault(sys.platform, platform.machine(), sys.version_info[:2], libc, version)
+    fault = None if deployment.elsewhere else fault
     detail = f"Python {platform.python_version()}, {platform.machine()} {platform.system()}, {libc} {version}".rstrip()
     if fault is None:
         return Finding("platform", True, detail)
@@ -49,10 +51,13 @@ def platform_fault(
 
 def check_packages(deployment: Deployment) -> Finding:
     """The serving packages, and numpy below 2: Triton's Python backend breaks text tensors with numpy 2."""
-    found = {name: deployment.version(name) for name in SERVE_PACKAGES}
+    needed = GATEWAY_PACKAGES if deployment.elsewhere else SERVE_PACKAGES
+    found = {name: deployment.version(name) for name in needed}
     missing = [name for name, version in found.items() if version is None]
     if missing:
         return Finding("packages", False, f"not installed: {', '.join(missing)}", _SERVE)
+    if deployment.elsewhere:
+        return Finding("packages", True, ", ".join(f"{name} {version}" for name, version in found.items()))
     numpy = found["numpy"] or ""
     if int(numpy.split(".")[0]) >= 2:
         return Finding("packages", False, f"numpy {numpy} breaks text tensors in Triton", "pip install 'numpy<2'")
@@ -61,6 +66,8 @@ def check_packages(deployment: Deployment) -> Finding:
 
 def check_server(deployment: Deployment) -> Finding:
     """tritonserver, its stub, and every shared library that they load."""
+    if deployment.elsewhere:
+        return Finding("server", True, f"not needed: Triton is at {deployment.elsewhere}")
     try:
         installation = tritonserver.find()
         missing = installation.missing_libraries()
@@ -76,6 +83,8 @@ def check_server(deployment: Deployment) -> Finding:
 
 def check_shared_memory(deployment: Deployment) -> Finding:
     """Shared memory carries every tensor between Triton and the backend."""
+    if deployment.elsewhere:
+        return Finding("shared_memory", True, "not needed: Triton runs elsewhere")
     try:
         free = shutil.disk_usage(tritonserver.SHM).free
     except OSError as error:
@@ -111,6 +120,8 @@ def check_home(deployment: Deployment) -> Finding:
 
 def check_repository(deployment: Deployment) -> Finding:
     repository = deployment.settings.model_repository
+    if deployment.elsewhere and not repository.exists():
+        return Finding("repository", True, "not needed: Triton runs elsewhere")
     fault = unwritable(repository)
     if fault:
         hint = "make it a folder that you may write, or set TRUTHGPT_MODEL_REPOSITORY"
@@ -139,21 +150,16 @@ def unwritable(path: Path) -> str:
 
 def check_ports(deployment: Deployment) -> Finding:
     """The ports that the stack listens on are free, or its own."""
-    settings, taken = deployment.settings, []
-    wanted = [("http_port", settings.host), ("ops_port", settings.ops_host)]
-    wanted += [("grpc_port", settings.host)] if settings.grpc else []
-    wanted += [(f"triton_{name}_port", "127.0.0.1") for name in ("http", "grpc", "metrics")]
-    owners = _owners()
-    for name, host in wanted:
-        port = getattr(settings, name)
-        if _is_free(host, port) or _is_ours(deployment, owners.get(port)):
+    taken, wanted, owners = [], list(places.ports(deployment.settings)), _owners()
+    for port in wanted:
+        if _is_free(port.host, port.number) or _is_ours(deployment, owners.get(port.number)):
             continue
-        taken.append((name, f"port {port} is used by {_name(owners.get(port))}"))
+        taken.append((port.setting, f"port {port.number} is used by {_name(owners.get(port.number))}"))
     if taken:
-        variables = " or ".join(f"TRUTHGPT_{name.upper()}" for name, _ in taken)
+        variables = " or ".join(dict.fromkeys(f"TRUTHGPT_{name.upper()}" for name, _ in taken))
         hint = f"stop what uses it, or choose another with {variables}"
         return Finding("ports", False, "; ".join(what for _, what in taken), hint)
-    numbers = ", ".join(str(getattr(settings, name)) for name, _ in wanted)
+    numbers = ", ".join(str(port.number) for port in wanted)
     return Finding("ports", True, f"{numbers} {'serve the running stack' if deployment.stack else 'are free'}")
 
 

@@ -205,8 +205,27 @@ def check_backup(deployment: Deployment) -> Finding:
 
 
 def check_load_balancing(deployment: Deployment) -> Finding:
-    """Several Triton servers behind one gateway."""
-    return Finding("load_balancing", None, "not available: one Triton server serves all")
+    """Several Triton servers share what is asked, and one that fails is left alone until it is back."""
+    name, settings, stack = "load_balancing", deployment.settings, deployment.stack
+    if stack is None:
+        return Finding(name, True, _NOT_RUNNING)
+    try:
+        rows = GatewayClient(stack.http, ASK_S).health().get("tritons") or []
+    except GatewayError as error:
+        return Finding(name, False, f"the gateway does not say which servers it has: {error}", "mend the gateway first")
+    drained = [row["url"] for row in rows if row["state"] == "draining"]
+    urls = [row["url"] for row in rows if row["url"] not in drained]
+    back = f"drained: {', '.join(drained)}; `truthgpt tritons resume URL` has it take requests again" if drained else ""
+    if len(urls) > 1:
+        try:
+            return Finding(name, True, proofs.balancing(urls, settings), back)
+        except proofs.NotProven as error:
+            return Finding(name, False, str(error), "see `truthgpt tritons list`, and that server's log")
+    if back:
+        return Finding(name, bool(urls), f"{len(rows)} Triton servers, of which {len(urls)} may take requests", back)
+    hint = "one more takes over when it fails: TRUTHGPT_TRITONS or TRUTHGPT_TRITON_URLS, docs/several-tritons.md"
+    hint = hint if settings.environment == "production" else ""
+    return Finding(name, True, "one Triton server: nothing to balance", hint)
 
 
 def check_auto_scaling(deployment: Deployment) -> Finding:

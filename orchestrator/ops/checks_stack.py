@@ -20,10 +20,13 @@ from orchestrator.ops.stopping import lock_holder, servers
 from orchestrator.settings import mask_url
 
 ASK_S = 3.0
+_ELSEWHERE = "the models are not of this repository: Triton runs elsewhere"
 
 
 def check_choice(deployment: Deployment) -> Finding:
     """There is a model to serve, or the demo model can be exported."""
+    if deployment.elsewhere:
+        return Finding("model", True, f"the models are those of Triton at {deployment.elsewhere}")
     try:
         choice = deployment.choice()
     except models.ModelsError as error:
@@ -61,6 +64,8 @@ def _demo_can_be_exported() -> Finding:
 
 def check_entry(deployment: Deployment) -> Finding:
     """Every file of the model has the manifest's SHA-256, and config.pbtxt agrees with it."""
+    if deployment.elsewhere:
+        return Finding("entry", True, _ELSEWHERE)
     try:
         choice = deployment.choice()
     except models.ModelsError:
@@ -96,6 +101,8 @@ def _of_graph(entry: models.Entry) -> list[str]:
 
 def check_engine(deployment: Deployment) -> Finding:
     """The TensorRT engine of the model, if it has one, is this machine's."""
+    if deployment.elsewhere:
+        return Finding("engine", True, _ELSEWHERE)
     try:
         choice = deployment.choice()
         version = models.get(deployment.settings.model_repository, choice.model).newest
@@ -189,7 +196,7 @@ def check_leftovers(deployment: Deployment) -> Finding:
     stubs = {process.pid for process in tritonserver.orphans(prefix)}
     left = []
     if deployment.stack is not None:
-        stubs -= {stub.pid for stub in tritonserver.stubs(deployment.stack.processes.get("triton"))}
+        stubs -= {stub.pid for server in deployment.stack.triton_pids for stub in tritonserver.stubs(server)}
     else:
         if lock_holder(home) is not None:
             return Finding("leftovers", True, "a stack is starting or stopping just now")

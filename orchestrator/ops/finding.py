@@ -8,7 +8,7 @@ from functools import cached_property
 from importlib import metadata
 
 from orchestrator import models
-from orchestrator.local import state
+from orchestrator.local import lone, state
 from orchestrator.settings import Settings
 
 
@@ -49,9 +49,18 @@ class Deployment:
 
     @cached_property
     def stack(self) -> state.State | None:
-        """The running stack of the home, None when there is none."""
-        found = None if self.offline else state.read(self.settings.home)
-        return found if found is not None and found.running else None
+        """The running stack of the home, or a gateway that runs by itself; None when there is neither."""
+        if self.offline:
+            return None
+        found = state.read(self.settings.home)
+        return found if found is not None and found.running else lone.find(self.settings)
+
+    @cached_property
+    def elsewhere(self) -> str:
+        """Where the Triton servers are that are used in place of own ones; empty where there are own ones."""
+        if self.stack is not None:
+            return "" if self.stack.tritons else self.stack.triton_http
+        return self.settings.triton_urls or ""
 
     def choice(self) -> models.Choice:
         """The model that is served, or would be by `truthgpt up`. Raises ModelsError."""

@@ -60,7 +60,10 @@ def _backup(task: Task) -> str:
 
     settings = task.settings
     task.guard()
-    made = backup.create(settings, models=settings.backup_models, progress=lambda done, total: task.guard())
+    # Triton may run elsewhere, with models that are not in a repository here
+    here = settings.triton_urls is None or settings.model_repository.is_dir()
+    models = settings.backup_models and here
+    made = backup.create(settings, models=models, progress=lambda done, total: task.guard())
     auditing.note(settings, "backup create", detail=made.id)
     task.guard()
     removed = backup.prune(settings, made=made.path)

@@ -27,6 +27,7 @@ from orchestrator.settings import MODEL_NAME, Settings
 _STAGED = re.compile(rf"{MODEL_NAME}-[0-9]+-[0-9a-f]{{8}}")
 _REMOVED = re.compile(re.escape(REMOVED) + _STAGED.pattern)
 _LOCK = re.compile(rf"{MODEL_NAME}\.lock")
+_BACKENDS = re.compile(r"backends(?:-[0-9]+)?")  # of each Triton server
 _BACKEND = re.compile(r"\..+-([0-9]+)")
 _RANDOM = r"[a-z0-9_]{8}"  # as tempfile makes names
 # of whoever writes a file beside the one that it takes the place of: state, models to serve, keys, identities
@@ -42,11 +43,7 @@ def temporary(settings: Settings, work: Work) -> None:
     """Whatever is older than temporary_age_s and belongs to nobody who lives."""
     oldest = work.now - settings.temporary_age_s
     _staging(settings.model_repository, work, oldest)
-    with opened(settings.home, "triton", "backends") as fd:
-        for found in listed(fd, str(settings.home / "triton" / "backends"), work.failed) if fd is not None else ():
-            owner = _BACKEND.fullmatch(found.name)
-            if owner is not None and found.is_folder and _touched(found) < oldest and not alive(int(owner[1])):
-                _remove(work, found, "backends of a start that was interrupted")
+    _backends(settings.home, work, oldest)
     _scratches(settings.home, work, oldest)
     for base, folders, pattern in (
         (settings.home, (), _WRITTEN), (settings.home, ("audit",), _AUDIT), (settings.home, (scratch.FOLDER,), _NOTE),
@@ -63,6 +60,20 @@ def temporary(settings: Settings, work: Work) -> None:
         work.remove(str(path), facts.st_size, why, path.unlink, work.now - facts.st_mtime)
 
     names.clear_abandoned(settings.backups, work.now, part)
+
+
+def _backends(home: Path, work: Work, oldest: float) -> None:
+    """What was made anew for each Triton server, and not to its end."""
+    with opened(home, "triton") as fd:
+        servers = list(listed(fd, str(home / "triton"), work.failed)) if fd is not None else []
+        for server in servers:
+            if not server.is_folder or not _BACKENDS.fullmatch(server.name):
+                continue
+            with entered(server) as inside:
+                for found in listed(inside, server.path, work.failed) if inside is not None else ():
+                    owner = _BACKEND.fullmatch(found.name)
+                    if owner is not None and found.is_folder and _touched(found) < oldest and not alive(int(owner[1])):
+                        _remove(work, found, "backends of a start that was interrupted")
 
 
 def _scratches(home: Path, work: Work, oldest: float) -> None:

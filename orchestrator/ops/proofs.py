@@ -1,4 +1,5 @@
-"""Proofs that a policy works, by using it: the gateway's own code on the deployment's Redis, under names of its own.
+"""Proofs that a policy works, by using it: the gateway's own code on the deployment's Redis, under names of its own,
+and on its Triton servers, which are asked for heartbeats alone.
 
 Each leaves nothing behind and touches nobody's entries: its tenant exists for that one proof. All raise NotProven.
 """
@@ -8,22 +9,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 
 from orchestrator.breaker import CLOSED, OPEN, Breaker, Breakers
 from orchestrator.cache import Lookup, Ticket
 from orchestrator.domain import Caller, Chunk, Limits, Notes
 from orchestrator.errors import BreakerOpen, RateLimited, TruthGPTError, UnsafeInput, UpstreamUnavailable
+from orchestrator.fleet import Fleet, Member, Times, Visit
 from orchestrator.flights import Flights
 from orchestrator.limiter import Limiter
+from orchestrator.resolving import Resolver, entries
 from orchestrator.sanitize import Rules, check
 from orchestrator.settings import Settings
 from orchestrator.store import Store, StoreAway, StoreError, leases_key, limits_key
+from orchestrator.triton import Deadlines, Repository, Triton
 
 logging.getLogger("orchestrator").addHandler(logging.NullHandler())  # what is tripped on purpose is nothing to tell
 
 TIMEOUT_S = 5.0
+BALANCING_S = 8.0
+REST_S = 0.3  # of the server that is ejected for the proof
+SHARE = 3  # heartbeats that each server has to get
+LOOK_S = 0.02
 CALL_S = 2.0  # patience that a request would not have: this is about whether it works
 ANSWER = "Hola. This is no model's answer."
 HOSTILE = "Hola <script>alert(1)</script>"
@@ -107,6 +115,65 @@ def breaker(settings: Settings) -> str:
     if those.state(model) != CLOSED:
         raise NotProven("it did not close")
     return f"a scratch breaker opened at {settings.breaker_failures} failures and was reset"
+
+
+def balancing(urls: Sequence[str], settings: Settings) -> str:
+    """Heartbeats are shared by these servers; with one ejected the others get them all; and it comes back."""
+
+    async def prove(fleet: Fleet) -> str:
+        model = await _served_by_all(fleet)
+        everyone = set(fleet.members)
+        shares = await _beats(fleet, model, settings, SHARE * len(everyone))
+        if set(shares.values()) != {SHARE} or shares.keys() != everyone:
+            raise NotProven(f"of {SHARE * len(everyone)} heartbeats at once the servers got {list(shares.values())}")
+        with suppress(UpstreamUnavailable), fleet.attend(model) as visit:
+            raise UpstreamUnavailable("it is ejected for a proof", server=True)
+        out = visit.member
+        if out in await _beats(fleet, model, settings, SHARE * len(everyone)):
+            raise NotProven(f"{out.url} was ejected and asked all the same")
+        while True:
+            if out in await _beats(fleet, model, settings, len(everyone)):
+                return f"{len(everyone)} servers share the heartbeats of {model}; one was ejected and came back"
+            await asyncio.sleep(LOOK_S)
+
+    async def run() -> str:
+        times = Times(interval_s=REST_S / 3, engine_stall_s=settings.engine_stall_s, eject_s=REST_S)
+        deadlines = Deadlines(connect_s=settings.connect_s, heartbeat_s=settings.heartbeat_timeout_s)
+        fleet = Fleet(Resolver(entries(",".join(urls))), lambda url: Triton(url, deadlines), times, "off")
+        watching = asyncio.create_task(fleet.run())
+        try:
+            async with asyncio.timeout(BALANCING_S):
+                return await prove(fleet)
+        except TimeoutError as error:
+            away = [f"{state.url} is {state.state}" for state in fleet.states() if state.state != "ready"]
+            raise NotProven("; ".join(away) or f"it took more than {BALANCING_S:g} s") from error
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            await fleet.close()
+
+    try:
+        return asyncio.run(run())
+    except TruthGPTError as error:
+        raise NotProven(f"a heartbeat failed: {error}") from error
+
+
+async def _served_by_all(fleet: Fleet) -> str:
+    """A model that every server has ready, as soon as there is one."""
+    while True:
+        for served in fleet.served():
+            if all(member.takes(served.model.name) for member in fleet.members):
+                return served.model.name
+        await asyncio.sleep(LOOK_S)
+
+
+async def _beats(fleet: Fleet, model: str, settings: Settings, count: int) -> dict[Member, int]:
+    """Send so many heartbeats at once; how many each server has answered."""
+    with ExitStack() as stack:
+        visits: list[Visit] = [stack.enter_context(fleet.attend(model)) for _ in range(count)]
+        await asyncio.gather(*(Repository(v.triton).beat(model, settings.engine_stall_s) for v in visits))
+    members = [visit.member for visit in visits]
+    return {member: members.count(member) for member in set(members)}
 
 
 def sanitizer(settings: Settings) -> str:

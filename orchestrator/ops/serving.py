@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -14,8 +15,10 @@ from orchestrator.errors import TruthGPTError
 from orchestrator.jobs import identity
 from orchestrator.jobs.ledger import Ledger
 from orchestrator.local import state
+from orchestrator.resolving import Resolver, entries
 from orchestrator.settings import Settings
 from orchestrator.triton import Deadlines, Repository, Triton
+from orchestrator.triton.repository import READY
 
 _REPOSITORY, _HTTP_PORT = "--model-repository=", "--http-port="
 
@@ -46,22 +49,26 @@ def ask(url: str) -> dict[tuple[str, str], str]:
 
 
 def of_home(settings: Settings) -> dict[tuple[str, str], str]:
-    """The same of this home's stack; empty where none runs or it does not answer."""
-    found = state.read(settings.home)
-    if found is None or not found.running:
-        return {}
-    try:
-        return ask(found.triton_http)
-    except TruthGPTError:
-        return {}
+    """The same of this home's stack, empty where none runs; of its servers, those that answer.
+
+    Where they differ a version is READY that any of them has ready: it gets requests.
+    """
+    found, states = state.read(settings.home), dict[tuple[str, str], str]()
+    for place in found.tritons if found is not None and found.running else ():
+        with contextlib.suppress(TruthGPTError):
+            for version, now in ask(place.http).items():
+                if states.get(version) != READY:
+                    states[version] = now
+    return states
 
 
 def of_repository(settings: Settings) -> set[tuple[str, int]]:
-    """Each (model, version) that is loaded by this home's stack, or by any server of this machine that serves this
-    repository. Raises CannotTell.
+    """Each (model, version) that is loaded by this home's stack, by a server that the settings name, or by any server
+    of this machine that serves this repository. Raises CannotTell.
     """
     found = state.read(settings.home)
-    urls = {found.triton_http} if found is not None and found.running else set()
+    urls = {place.http for place in found.tritons} if found is not None and found.running else set()
+    urls |= _named(settings.triton_urls)
     for server in servers(settings.model_repository):
         port = next((a.removeprefix(_HTTP_PORT) for a in _arguments(server) if a.startswith(_HTTP_PORT)), "8000")
         urls.add(f"http://127.0.0.1:{port}")
@@ -72,6 +79,24 @@ def of_repository(settings: Settings) -> set[tuple[str, int]]:
         except (TruthGPTError, ValueError) as error:
             raise CannotTell(f"Triton at {url} does not say what it has loaded: {error}") from error
     return loaded
+
+
+def _named(triton_urls: str | None) -> set[str]:
+    """The URL of every address that these have. Raises CannotTell where nobody knows."""
+    if triton_urls is None:
+        return set()
+
+    async def looked_up(resolver: Resolver) -> set[str]:
+        try:
+            return {server.url for server in await resolver.resolve()}
+        finally:
+            resolver.close()
+
+    resolver = Resolver(entries(triton_urls))
+    found = asyncio.run(looked_up(resolver))
+    if resolver.failures:
+        raise CannotTell(f"not every name in triton_urls, {triton_urls}, has an address at this moment")
+    return found
 
 
 def elsewhere(settings: Settings, client: redis.Redis | None) -> Elsewhere:

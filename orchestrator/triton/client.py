@@ -165,7 +165,7 @@ class Triton:
         except TimeoutError as error:
             if now() >= deadline:
                 raise DeadlineExceeded from error
-            raise UpstreamUnavailable(f"Triton sent nothing for {self._deadlines.stall_s} s") from error
+            raise UpstreamUnavailable(f"Triton sent nothing for {self._deadlines.stall_s} s", server=True) from error
 
     async def beat(self, model: str, config: ModelConfig, stall_s: float) -> Heartbeat | None:
         """How a model of this kind is; None of one without a heartbeat that Triton says is ready. Raises TruthGPTError.
@@ -230,6 +230,7 @@ class Triton:
             return ModelConfig(
                 task=_known_task(values.get("task", "")),
                 chat=values.get("chat") == "true",
+                prefix_reuse=values.get("prefix_reuse") == "true",
                 max_len=int(length) if length else None,
                 operation=operation,
                 beats=operation == "generate" or (operation != "infer" and HEARTBEAT in outputs),
@@ -300,7 +301,7 @@ class Triton:
 
 
 def _lost(error: OSError) -> UpstreamUnavailable:
-    return UpstreamUnavailable(f"the connection to Triton failed: {error}")
+    return UpstreamUnavailable(f"the connection to Triton failed: {error}", server=True)
 
 
 def _rank(version: str, state: str) -> tuple[bool, int]:

@@ -315,7 +315,8 @@ class Pool:
 
     def __init__(self, host: str, port: int, connect_s: float) -> None:
         self._host, self._port, self._connect_s = host, port, connect_s
-        self._host_field = f"host: {host}:{port}\r\n"
+        shown = f"[{host}]" if ":" in host else host
+        self._host_field = f"host: {shown}:{port}\r\n"
         self._idle: list[Connection] = []
         self.connections: set[Connection] = set()
         self._closed = False

@@ -57,7 +57,7 @@ class Reading:
         """What it means that they are not."""
         now = self._now()
         if now < self._deadline:
-            return UpstreamUnavailable(f"Triton sent nothing for {self._deadlines.stall_s} s")
+            return UpstreamUnavailable(f"Triton sent nothing for {self._deadlines.stall_s} s", server=True)
         if self._deadline in (self._first_at, self._total_at):
             return DeadlineExceeded()
         return UpstreamUnavailable(f"no token for {self._deadlines.token_gap_s} s")

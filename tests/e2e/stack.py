@@ -20,20 +20,32 @@ from typing import Any
 import psutil
 
 from orchestrator.local import state, tritonserver
+from orchestrator.local.tritonserver import PORT_STEP
 from tests.clock import awake
 
 COMMAND = [sys.executable, "-m", "orchestrator.cli"]
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, and below those that the system gives to outgoing connections meanwhile."""
+def free_ports(count: int, servers: int = 1) -> list[int]:
+    """Ports that nobody listens on, and below those that the system gives to outgoing connections meanwhile. So are
+    those that further Triton servers have above each one, and all of them are different.
+    """
     found: list[int] = []
-    for port in random.SystemRandom().sample(range(10_000, 32_000), 1000):  # each test process draws others
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+    taken: set[int] = set()
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 1000):  # each test process draws others
+        wanted = {port + PORT_STEP * number for number in range(servers)}
+        if not wanted & taken and all(map(_is_free, wanted)):
             found.append(port)
+            taken |= wanted
         if len(found) == count:
             return found
     raise AssertionError("no free ports")
+
+
+def _is_free(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+        return True
+    return False
 
 
 @dataclass
@@ -48,7 +60,8 @@ class Stack:
 
     def __post_init__(self) -> None:
         names = ("HTTP", "GRPC", "OPS", "TRITON_HTTP", "TRITON_GRPC", "TRITON_METRICS")
-        self.ports = dict(zip(names, free_ports(len(names)), strict=True))
+        servers = int(self.extra.get("TRUTHGPT_TRITONS", "1"))
+        self.ports = dict(zip(names, free_ports(len(names), servers), strict=True))
         kept = {k: v for k, v in os.environ.items() if not k.startswith("TRUTHGPT_") and k != "ENVIRONMENT"}
         self.environ = {
             **kept,
@@ -61,6 +74,8 @@ class Stack:
             "TRUTHGPT_REDIS_TIMEOUT_S": "0.5",
             **self.extra,
         }
+        for number in range(2, servers + 1):
+            self.ports[f"TRITON_HTTP_{number}"] = self.ports["TRITON_HTTP"] + PORT_STEP * (number - 1)
 
     def cli(self, *arguments: str, timeout: float = 90, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run one `truthgpt` command against this stack."""
@@ -84,7 +99,7 @@ class Stack:
         return now
 
     def pid(self, name: str) -> int:
-        """The pid of triton, redis or gateway, or of the model's stub."""
+        """The pid of triton, triton-2, redis or gateway, or of the model's stub."""
         if name == "supervisor":
             return self.state.pid
         if name != "stub":
@@ -123,10 +138,14 @@ class Stack:
         headers = {"Authorization": f"Bearer {key}"}
         return all(self.request("GET", "/v1/models", headers=headers)[0] == 200 for _ in range(20))
 
-    def load(self) -> dict[str, Any]:
-        """The heartbeat of the model, straight from Triton."""
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports['HTTP']}"
+
+    def load(self, port: str = "TRITON_HTTP") -> dict[str, Any]:
+        """The heartbeat of the model, straight from a Triton."""
         body = {"text_input": "", "parameters": {"heartbeat": True}}
-        _, _, answer = self.request("POST", f"/v2/models/{self.model}/generate", body, "TRITON_HTTP")
+        _, _, answer = self.request("POST", f"/v2/models/{self.model}/generate", body, port)
         return dict(json.loads(json.loads(answer)["text_output"]))
 
     def stream(self, prompt: str = "one", port: str = "HTTP", **body: object) -> Stream:

@@ -88,7 +88,7 @@ def test_two_stacks_run_side_by_side(make_stack):
     first, second = make_stack(), make_stack()
     addresses = first.start()
     second.start()
-    assert set(addresses) == {"http", "grpc", "ops", "triton_http", "triton_grpc", "redis", "pid"}
+    assert set(addresses) == {"http", "grpc", "ops", "triton_http", "triton_grpc", "tritons", "redis", "pid"}
     assert first.ready() and second.ready()
     first.stop()
     assert first.leftovers() == []

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +51,7 @@ class Gateway:
             "name": "demo", "version": "1", "ready": True, "reason": None, "chat": True, "running": 0, "waiting": 0,
             "slots": 4,
         }  # fmt: skip
+        self.tritons: list[dict[str, Any]] = []
         self.summary: dict[str, Any] | None = None  # what its ops port would say
         self.ready = True
         self.health_status = 200
@@ -84,6 +84,7 @@ class Gateway:
         return {
             "ready": self.ready, "draining": False, "uptime_s": 5.0, "in_flight": 0, "models": [self.row],
             "triton": {"url": "http://127.0.0.1:1", "up": True}, "redis": {"configured": True, "up": True},
+            "tritons": self.tritons,
         }  # fmt: skip
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
@@ -160,7 +161,7 @@ def write_state(home: Path, http: str, pid: int | None = None, **changes: Any) -
     }  # fmt: skip
     found = state.State(**{**facts, **changes})
     state.write(home, found)
-    return state.State(**asdict(found))
+    return found
 
 
 def eventually(holds: Callable[[], object], timeout_s: float = 10.0) -> None:

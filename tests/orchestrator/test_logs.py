@@ -172,7 +172,8 @@ async def test_every_line_of_a_request_names_it(
         for id, parent in (("one", CLIENT), ("two", other)):
             assert (await stack.post("/v1/completions", body, traceparent=parent, **{"x-request-id": id}))[0] == 503
         fake.models["late"] = "READY"
-        stack.gateway._health._read_at = -60.0  # within a second the list of models is not asked for again
+        (server,) = stack.gateway.fleet.members
+        server.health._read_at = -60.0  # within a second the list of models is not asked for again
         missing = {"model": "late", "prompt": "Hola"}
         await stack.post("/v1/completions", missing, **{"x-request-id": "three"})
         fake.beat_error = "gone"

@@ -87,9 +87,9 @@ class Trail:
         self._wrap(gateway._tokens, "fit_texts", "fit")
         self._wrap(gateway._limiter, "enter", "limits and cache")
         self._wrap(upstream._breakers, "guard", "breaker")
-        self._wrap(upstream._triton, "stream", "triton")
-        self._wrap(upstream._triton, "infer", "triton")
-        self._wrap(upstream._triton, "encode", "triton")
+        (server,) = gateway.fleet.members
+        for name in ("stream", "infer", "encode"):
+            self._wrap(server.triton, name, "triton")
         self._wrap(gateway._limiter, "leave", "settle")
         gateway._sinks = (*gateway._sinks, self._sink)
 

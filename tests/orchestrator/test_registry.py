@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from orchestrator import registry as module
+from orchestrator.ops import servers
 from orchestrator.ops.keyring import Keyring
 from orchestrator.registry import Registry
 from orchestrator.store import EVENTS, REGISTRY, REGISTRY_VERSION, Store
@@ -58,6 +59,20 @@ async def test_a_revocation_reaches_every_worker_at_once(server: RealRedis, clie
         await asyncio.sleep(module.POLL_S / 5)  # not in the shadow of the copy just made
         await asyncio.to_thread(keyring.revoke, key.id)
         assert await until(lambda: all(revoked(each, key.id) for each in both)) < PROMISE_S
+
+
+async def test_a_drained_server_is_known_to_every_worker(server: RealRedis, client: redis.Redis) -> None:
+    """Its mark comes as a revocation does, and each worker is told when it has the new copy; so does its going."""
+    url = "http://[fd00::1]:8000"
+    async with workers(server, 2) as both:
+        heard: list[set[str]] = []
+        both[0].on_copy.append(lambda: heard.append(set(both[0].drained)))
+        assert await asyncio.to_thread(servers.drain, client, url)
+        assert await until(lambda: all(set(each.drained) == {url} for each in both)) < PROMISE_S
+        assert await asyncio.to_thread(servers.resume, client, url)
+        assert await until(lambda: all(not each.drained for each in both)) < PROMISE_S
+        assert heard[0] == {url} and heard[-1] == set()
+        assert not await asyncio.to_thread(servers.resume, client, url), "it was not drained"
 
 
 async def test_a_lost_announcement_is_found_by_the_poll(server: RealRedis, client: redis.Redis) -> None:

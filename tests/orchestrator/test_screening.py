@@ -10,14 +10,13 @@ import pytest
 
 from orchestrator.domain import EncodeRequest, InferRequest, Tensor
 from orchestrator.errors import UnsafeInput
-from orchestrator.health import Health
 from orchestrator.inspection import Inspector
 from orchestrator.sanitize import Rules
 from orchestrator.screening import Screen
-from orchestrator.triton import Deadlines, Triton
 
 from .conftest import serving
 from .fake_triton import FakeTriton
+from .fleets import fleet_of
 
 DIRTY = "Hola <script>alert(1)</script>mundo"
 PATH = "/v1/completions"
@@ -81,8 +80,8 @@ async def test_token_lists_are_read_as_text_and_kept_where_nothing_changes(fake:
 
 async def test_tensors_of_text_pass_the_same_rules(fake: FakeTriton) -> None:
     """BYTES elements are cleaned or refused by their tensor's name; binary ones and numbers pass as they are."""
-    triton = Triton(fake.url, Deadlines())
-    inspect = Inspector(triton, Health(triton, interval_s=1.0, engine_stall_s=5.0))
+    fleet = fleet_of(fake.url)
+    inspect = Inspector(fleet)
     try:
         numbers = Tensor("n", "FP32", (1,), data=b"\0\0\0\0")
         binary = Tensor("b", "BYTES", (1,), elements=(b"\xff<script>",))
@@ -107,7 +106,7 @@ async def test_tensors_of_text_pass_the_same_rules(fake: FakeTriton) -> None:
         many = replace(embed, texts=("x" * 60,) * 2000)  # each within the limit, which all together are not
         assert await Screen(Rules("reject", 100), inspect).encode(many) == (many, ())
     finally:
-        await triton.close()
+        await fleet.close()
 
 
 @pytest.mark.parametrize("prompt", [" ", "\u202e", "<script></script>"])

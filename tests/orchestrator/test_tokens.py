@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,14 +11,13 @@ import pytest
 
 from orchestrator.domain import GenerateRequest, Limits, Message, Model
 from orchestrator.errors import InvalidRequest
-from orchestrator.health import Health
 from orchestrator.inspection import Inspector
 from orchestrator.tokens import Tokens
-from orchestrator.triton import Deadlines, Triton
+from orchestrator.triton import Deadlines
 from tests.clock import awake
 
-from .conftest import until
 from .fake_triton import FakeTriton
+from .fleets import fleet_of, running
 
 MODEL = Model("m", "1", 0, ready=True, chat=True, max_len=64)
 COUNTED = Limits(tokens_per_minute=1000)
@@ -28,16 +26,8 @@ COUNTED = Limits(tokens_per_minute=1000)
 @asynccontextmanager
 async def counting(fake: FakeTriton) -> AsyncIterator[Tokens]:
     """Tokens over the real parts below it."""
-    triton = Triton(fake.url, Deadlines(connect_s=0.2, heartbeat_s=0.3))
-    health = Health(triton, interval_s=0.03, engine_stall_s=5.0)
-    watch = asyncio.create_task(health.run())
-    try:
-        await until(lambda: health.ready)
-        yield Tokens(Inspector(triton, health), default_max_tokens=20)
-    finally:
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
-        await triton.close()
+    async with running(fleet_of(fake.url, deadlines=Deadlines(connect_s=0.2, heartbeat_s=0.3))) as fleet:
+        yield Tokens(Inspector(fleet), default_max_tokens=20)
 
 
 @pytest.fixture

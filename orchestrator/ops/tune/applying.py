@@ -25,7 +25,7 @@ from orchestrator.local.modelset import Busy
 from orchestrator.local.swap import sync_folder
 from orchestrator.models import ModelsError
 from orchestrator.ops import auditing
-from orchestrator.ops.modelcontrol import ControlError
+from orchestrator.ops.modelserver import ControlError
 from orchestrator.ops.tune import guard, undoing
 from orchestrator.ops.tune.errors import TuneError
 from orchestrator.ops.tune.served import served

@@ -29,10 +29,10 @@ class Served:
 
 
 def served(settings: Settings, model: str) -> Served | None:
-    """None where no stack runs, or it does not serve the model."""
+    """None where no stack runs, it does not serve the model, or others' servers do that for it."""
     found = state.read(settings.home)
     version = modelset.read(settings.home.resolve()).get(model)
-    if found is None or not found.running or version is None:
+    if found is None or not found.running or not found.tritons or version is None:
         return None
     return Served(settings, found, model, version)
 

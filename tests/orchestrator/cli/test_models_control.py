@@ -126,6 +126,15 @@ def test_what_is_refused_before_triton_is_asked(place: Any) -> None:
     assert "Triton does not answer" in place.refused("models", "load", "demo")
 
 
+def test_what_servers_of_others_have_is_theirs(place: Any) -> None:
+    """The stack's own commands refuse, whatever is in the repository; the hint says who may change it and where."""
+    write_state(place.home, "http://127.0.0.1:1", servers=[], triton_http="http://elsewhere:8000")
+    for arguments in (("load", "demo"), ("reload", "demo"), ("unload", "demo")):
+        said = place.refused("models", *arguments)
+        assert "no Triton of its own, it uses http://elsewhere:8000" in said
+        assert "POST http://127.0.0.1:1/v2/repository/models/NAME/load" in said
+
+
 def test_remove_refuses_the_version_that_is_to_be_served(place: Any) -> None:
     """Also while nothing answers; another version may go, the newest included."""
     place.export(versions=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.local import state
+from orchestrator.local.places import Place
 from tests.clock import awake
 from tests.orchestrator.gateway import write_state
 
@@ -73,6 +74,25 @@ def test_figures_that_cannot_be_had_are_a_line(place: Any, gateway: Any) -> None
     gateway.summary = {}
     write_state(place.home, gateway.url, ops=gateway.url)
     assert "figures" not in place.run("status").stdout
+
+
+def test_each_of_several_servers_is_a_line(place: Any, gateway: Any) -> None:
+    """With what the gateway says of it, also of one that is not this stack's; without a gateway they are named."""
+    servers = [Place(f"triton{number}", f"http://127.0.0.1:{8000 + number}", "g", "m", "p") for number in (0, 100)]
+    write_state(place.home, gateway.url, ops=gateway.url, servers=servers)
+    assert [row["http"] for row in place.json("status")["tritons"]] == [server.http for server in servers]
+    shown = place.run("status").stdout
+    assert "  triton    unknown, http://127.0.0.1:8000\n  triton    unknown, http://127.0.0.1:8100\n" in shown
+    other = "http://10.0.0.9:8000"
+    gateway.tritons = [
+        {"url": servers[1].http, "state": "ejected", "outstanding": 3}, {"url": other, "state": "ready"},
+    ]  # fmt: skip
+    shown = place.run("status").stdout
+    assert "ejected, http://127.0.0.1:8100, 3 running" in shown and f"ready, {other}" in shown
+    rows = place.json("status")["tritons"]
+    assert [(row["http"], row.get("state")) for row in rows] == [
+        (servers[0].http, None), (servers[1].http, "ejected"), (other, "ready"),
+    ]  # fmt: skip
 
 
 def test_a_redis_password_is_never_shown(place: Any, gateway: Any) -> None:

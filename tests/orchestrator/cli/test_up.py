@@ -19,6 +19,7 @@ from orchestrator import models
 from orchestrator.cli import demo, launch, welcome
 from orchestrator.client import GatewayClient
 from orchestrator.local import state, tritonserver
+from orchestrator.local.places import Place
 from orchestrator.settings import Settings
 from tests.orchestrator.gateway import Gateway, write_state
 
@@ -28,6 +29,13 @@ def nothing_left(place: Any) -> None:
     prefix = tritonserver.shm_prefix(place.home)
     assert state.read(place.home) is None
     assert tritonserver.orphans(prefix) == [] and list(tritonserver.SHM.glob(f"{prefix}*")) == []
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """Standard error of a command that must fail."""
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (1, "") and "hint: " in stderr and "Traceback" not in stderr, stderr
+    return stderr
 
 
 def test_an_explicit_model_that_is_missing_is_refused(place: Any) -> None:
@@ -60,6 +68,27 @@ def test_a_home_whose_lock_is_held_is_refused(place: Any) -> None:
         done = place.process("up")
         stdout, stderr = done.communicate(timeout=20)
     assert (done.returncode, stdout) == (1, "") and "already running" in stderr and "hint: " in stderr
+
+
+def test_servers_that_cannot_all_be_there_are_refused(place: Any) -> None:
+    """The settings that exclude each other are named, before anything is started."""
+    place.export()
+    said = ended(place.process("up", "--tritons", "2", "--triton-urls", "http://127.0.0.1:1"))
+    assert "triton_urls names the servers to use, and tritons asks for 2" in said
+    place.set(TRITON_GRPC_PORT=place.ports["TRITON_HTTP"] + 100)
+    said = ended(place.process("up", "--tritons", "2"))
+    assert "triton_http_port of triton-2 and triton_grpc_port of triton are both" in said
+    nothing_left(place)
+
+
+def test_servers_of_others_that_do_not_answer_are_an_error(place: Any) -> None:
+    """Nothing is exported, no repository is needed, and what was started for the gateway is gone again."""
+    url = f"http://127.0.0.1:{place.ports['TRITON_HTTP']}"
+    place.set(TRITON_URLS=url, START_TIMEOUT_S=3)
+    said = ended(place.process("up"))
+    assert f"no model of Triton at {url} answers" in said and "hint: see that it runs there" in said
+    assert not place.repository.exists()
+    nothing_left(place)
 
 
 @pytest.mark.parametrize("detach", [(), ("--detach", "--json")])
@@ -222,12 +251,30 @@ def test_both_addresses_of_kserve_are_said(ready: Any, capsys: pytest.CaptureFix
     assert line.split("   ")[1] == f"{gateway.url}/v2" + (f", {grpc} (gRPC)" if grpc else "")
 
 
+def test_each_server_has_its_addresses(place: Any, ready: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Several have a line each, and in JSON an object; those of others are named as such."""
+    _, found = ready
+    servers = [Place(name, f"http://{name}", f"{name}:1", "m", "p") for name in ("one", "two")]
+    several, elsewhere = replace(found, servers=servers), replace(found, servers=[], triton_http="http://a,http://b")
+    for given, lines in (
+        (several, ["http://one (HTTP), one:1 (gRPC)", "http://two (HTTP), two:1 (gRPC)"]),
+        (elsewhere, ["http://a,http://b (not of this stack)"]),
+    ):
+        welcome.present(Settings.load(), given, as_json=False, hello=False, detached=False)
+        shown = capsys.readouterr().out.splitlines()
+        at = next(number for number, line in enumerate(shown) if line.startswith("  Triton "))
+        assert [line[len("  Triton      ") :] for line in shown[at : at + len(lines)]] == lines
+    welcome.present(Settings.load(), several, as_json=True, hello=False, detached=True)
+    rows = json.loads(capsys.readouterr().out)["tritons"]
+    assert rows == [{"http": "http://one", "grpc": "one:1"}, {"http": "http://two", "grpc": "two:1"}]
+
+
 def test_json_is_the_addresses_and_nothing_else(place: Any, ready: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """With --json the greeting is asked all the same, and only the promised keys are printed."""
     gateway, found = ready
     assert welcome.present(Settings.load(), found, as_json=True, hello=True, detached=True)
     document = json.loads(capsys.readouterr().out)
-    assert set(document) == {"http", "grpc", "ops", "triton_http", "triton_grpc", "redis", "pid"}
+    assert set(document) == {"http", "grpc", "ops", "triton_http", "triton_grpc", "tritons", "redis", "pid"}
     assert document["http"] == gateway.url and len(gateway.asked) == 1
 
 

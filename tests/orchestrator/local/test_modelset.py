@@ -51,3 +51,14 @@ def test_an_operator_and_the_supervisor_do_not_work_on_one_model_at_once(tmp_pat
                 raise AssertionError("two at once")
     with modelset.changing(tmp_path, "mood", 0.0), modelset.mending(tmp_path, "demo"):
         pass
+
+
+def test_a_model_is_mended_on_several_servers_at_once(tmp_path: Path) -> None:
+    """An operator waits until the last one is done."""
+    with modelset.mending(tmp_path, "demo"):
+        with modelset.mending(tmp_path, "demo"):
+            pass
+        with pytest.raises(modelset.Busy, match="the supervisor is"), modelset.changing(tmp_path, "demo", 0.0):
+            raise AssertionError("two at once")
+    with modelset.changing(tmp_path, "demo", 0.0):
+        pass

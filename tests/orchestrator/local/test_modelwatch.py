@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from orchestrator.local import modelset, tritonserver
+from orchestrator.local import modelset, places, tritonserver
 from orchestrator.local.modelwatch import ModelWatch
 from orchestrator.local.process import Child
 from orchestrator.settings import Settings
@@ -79,7 +80,8 @@ async def watching(home: Path, fake: FakeTriton, stubs: Any, *names: str) -> Asy
 
     triton = Triton(fake.url, Deadlines(heartbeat_s=0.5))
     server = cast(Child, Server())
-    watch = ModelWatch(settings, triton, lambda: server, alive, restart, lambda: None, found.said.append, check)
+    (place,) = places.own(settings)
+    watch = ModelWatch(settings, place, triton, lambda: server, alive, restart, lambda: None, found.said.append, check)
     running = asyncio.create_task(watch.run(), name="the watch")
     try:
         await asyncio.sleep(1.0)
@@ -109,9 +111,10 @@ async def test_a_long_batch_is_neither_a_fault_nor_a_blindfold(tmp_path: Path, f
 
 
 async def test_what_is_another_s_work_is_not_mended(tmp_path: Path, fake: FakeTriton, stubs: Any) -> None:
-    """While somebody holds the lock of a model nothing is done to it; the look after that acts."""
+    """While an operator holds the lock of a model nothing is done to it; the look after that acts."""
     async with watching(tmp_path, fake, stubs, "m") as found:
-        with modelset.mending(tmp_path, "m"):
+        with (tmp_path / "models-m.lock").open("w") as lock:  # a command that has begun between two looks
+            fcntl.flock(lock, fcntl.LOCK_EX)
             fake.beat_error = "Stub process 'm' is not healthy."
             found.stubs["m"].kill()
             found.stubs["m"].wait()

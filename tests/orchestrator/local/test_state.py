@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import psutil
 import pytest
 
 from orchestrator.local import state
+from orchestrator.local.places import Place
 
 
 @pytest.fixture
@@ -26,7 +28,27 @@ def test_a_state_is_read_as_it_was_written_and_only_by_its_owner(tmp_path: Path,
     assert state.read(tmp_path) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', "null"])
+def test_its_servers_are_read_as_they_were_written(tmp_path: Path, mine: state.State):
+    """Each with its own process; a stack that uses servers of others has none."""
+    servers = [Place(name, f"{name} http", "g", "m", f"{name}_") for name in ("triton", "triton-2")]
+    several = dataclasses.replace(mine, servers=servers, processes={"redis": 1, "triton": 2, "triton-2": 3})
+    state.write(tmp_path, several)
+    found = state.read(tmp_path)
+    assert found == several and found.tritons == servers and found.triton_pids == [2, 3]
+    state.write(tmp_path, dataclasses.replace(mine, servers=[]))
+    found = state.read(tmp_path)
+    assert found is not None and found.tritons == [] and found.triton_pids == []
+
+
+def test_a_state_of_a_version_that_knew_one_server_is_read(tmp_path: Path, mine: state.State):
+    """Its one server is what the older fields say."""
+    written = {name: value for name, value in dataclasses.asdict(mine).items() if name != "servers"}
+    state.path(tmp_path).write_text(json.dumps(written))
+    found = state.read(tmp_path)
+    assert found is not None and found.tritons == [Place("triton", "th", "tg", "", "p")] and found.triton_pids == [1]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', "null", '{"servers": [1]}', '{"servers": 1}'])
 def test_a_file_that_is_not_a_state_counts_as_none(tmp_path: Path, text: str):
     """A damaged state file is no crash."""
     state.path(tmp_path).write_text(text)

@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from orchestrator.local import preflight, tritonserver
 from orchestrator.local.tritonserver import STUB, ServerMissing
 from orchestrator.settings import Settings
+from tests.e2e.stack import free_ports
 
 
 @pytest.fixture
@@ -64,6 +66,28 @@ def test_everything_listens_on_loopback_and_models_are_named(tmp_path: Path):
         assert f"--{kind}-address=127.0.0.1" in argv
     assert [a for a in argv if a.startswith("--load-model")] == ["--load-model=a", "--load-model=b"]
     assert "--model-control-mode=explicit" in argv
+
+
+def test_a_further_server_has_ports_memory_and_backends_of_its_own(tmp_path: Path):
+    """So that nothing that is done to one of them disturbs another one."""
+    settings = Settings.load({"home": tmp_path, "model_repository": tmp_path}, {})
+    first, second = (tritonserver.command(tritonserver.find(), settings, [], number) for number in (1, 2))
+    own = [argument for argument in second if argument not in first]
+    prefix = tritonserver.shm_prefix(tmp_path, 2)
+    assert own == [
+        f"--backend-directory={tmp_path / 'triton' / 'backends-2'}", "--http-port=8100", "--grpc-port=8101",
+        "--metrics-port=8102", f"--backend-config=python,shm-region-prefix-name={prefix}",
+    ]  # fmt: skip
+    assert (tmp_path / "triton" / "backends").is_dir() and (tmp_path / "triton" / "backends-2").is_dir()
+
+
+def test_a_sweep_of_one_server_spares_the_others(tmp_path: Path, prefix: str):
+    """Its prefix is the beginning of no other server's, of the eleventh neither; the home's prefix is that of all."""
+    regions = {number: f"{tritonserver.shm_prefix(tmp_path, number)}x" for number in (1, 2, 11, 12)}
+    for region in regions.values():
+        (tritonserver.SHM / region).write_bytes(b"x")
+    assert tritonserver.sweep(tritonserver.shm_prefix(tmp_path, 1), kill=True) == [regions.pop(1)]
+    assert sorted(tritonserver.sweep(prefix, kill=True)) == sorted(regions.values())
 
 
 def test_the_servers_environment_has_none_of_our_settings(monkeypatch: pytest.MonkeyPatch):
@@ -127,8 +151,6 @@ def test_a_machine_that_cannot_run_triton_gets_one_clear_sentence(monkeypatch, m
 
 def test_a_taken_port_is_refused_with_its_setting(tmp_path: Path):
     """The error names the port, the hint the variable that changes it."""
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = Settings.load({"triton_grpc_port": taken.getsockname()[1]}, {})
         for name in ("http_port", "grpc_port", "ops_port", "triton_http_port", "triton_metrics_port"):
@@ -136,3 +158,15 @@ def test_a_taken_port_is_refused_with_its_setting(tmp_path: Path):
         with pytest.raises(preflight.StartError, match=str(taken.getsockname()[1])) as caught:
             preflight.check_ports(settings)
     assert "TRUTHGPT_TRITON_GRPC_PORT" in caught.value.hint
+
+
+def test_a_taken_port_of_a_further_server_is_refused_with_its_name(tmp_path: Path):
+    """The error names the server, the hint the setting and what is added to it."""
+    http, grpc, metrics, *gateway = free_ports(6, servers=2)
+    ports = {"triton_http_port": http, "triton_grpc_port": grpc, "triton_metrics_port": metrics}
+    ports |= dict(zip(("http_port", "grpc_port", "ops_port"), gateway, strict=True))
+    with socket.create_server(("127.0.0.1", grpc + tritonserver.PORT_STEP)):
+        settings = Settings.load({**ports, "tritons": 2}, {})
+        with pytest.raises(preflight.StartError, match=rf"port {grpc + 100} .* for triton-2: ") as caught:
+            preflight.check_ports(settings)
+    assert "TRUTHGPT_TRITON_GRPC_PORT, to which 100 is added" in caught.value.hint

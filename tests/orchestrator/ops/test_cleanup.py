@@ -143,6 +143,7 @@ def test_leftovers_go_and_what_somebody_works_on_stays(settings: Settings) -> No
     gone = [
         old(staging / "demo-77-0123abcd" / "demo" / "1" / "model.onnx").parents[2], old(staging / "demo.lock"),
         old(backends / f".python-{gone_pid.pid}" / "x").parent, old(settings.home / "state-abcd_123"),
+        old(backends.with_name("backends-2") / f".python-{gone_pid.pid}" / "x").parent,
         old(settings.home / "models-abcd1234"), old(settings.home / "audit" / "base-abcd1234"),
         old(settings.model_repository / ".removed-demo-77-0123abcd" / "model.onnx").parent,
     ]  # fmt: skip
@@ -154,6 +155,7 @@ def test_leftovers_go_and_what_somebody_works_on_stays(settings: Settings) -> No
         old(settings.model_repository / ".removed-demo-77" / "x").parent,
         old(staging / "notes"), old(staging / ".nfs123"), old(staging / "demo-77-0123abcd.txt"),
         old(backends / f".python-{os.getpid()}" / "x").parent, old(backends / "python" / "x").parent,
+        old(backends.with_name("notes") / f".python-{gone_pid.pid}" / "x").parent,
         old(settings.home / "models-abcdefgh.lock"), old(settings.home / "state.json"),
         old(settings.home / "my-document.txt"), old(settings.home / "audit" / "base"),
         old(settings.backups / "truthgpt-20260101.tar"), old(settings.backups / ".snapshot" / "y").parent,

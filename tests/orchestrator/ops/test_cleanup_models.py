@@ -21,6 +21,7 @@ from orchestrator import models
 from orchestrator.jobs.identity import FILE, identity
 from orchestrator.jobs.ledger import seen
 from orchestrator.local import modelset, state
+from orchestrator.local.places import Place
 from orchestrator.models import Entry, Version, read
 from orchestrator.ops import serving
 from orchestrator.ops.cleanup import clean
@@ -131,6 +132,51 @@ def test_what_triton_has_loaded_stays(settings: Settings, triton: Triton, state:
     ]  # fmt: skip
     run(settings)
     assert left(settings) == {"demo": [2, 4, 5]}
+
+
+def places(*urls: str) -> list[Place]:
+    return [Place(f"triton-{number}", url, "", "", "") for number, url in enumerate(urls)]
+
+
+@pytest.fixture
+def two(triton: Triton) -> Iterator[tuple[Triton, Triton]]:
+    """Two servers that have different things loaded."""
+    second = Triton()
+    triton.rows = [{"name": "demo", "version": "1", "state": "READY"}]
+    second.rows = [{"name": "demo", "version": "2", "state": "LOADING"}]
+    yield triton, second
+    second.close()
+
+
+def test_what_any_server_of_a_stack_has_stays(settings: Settings, two: tuple[Triton, Triton]) -> None:
+    """Of several servers all are asked; while one of them does not answer nothing goes."""
+    entry(settings.model_repository, "demo", 5)
+    urls = [server.url for server in two]
+    write_state(settings.home, "http://127.0.0.1:1", servers=places(*urls, "http://127.0.0.1:1"))
+    tally = run(settings)
+    assert tally.count == 0 and "http://127.0.0.1:1 does not say" in tally.errors[0]
+    write_state(settings.home, "http://127.0.0.1:1", servers=places(*urls))
+    run(settings)
+    assert left(settings) == {"demo": [1, 2, 4, 5]}
+
+
+def test_what_servers_of_others_have_stays(settings: Settings, two: tuple[Triton, Triton]) -> None:
+    """Those of triton_urls may serve this repository; where a name of theirs has no address nothing goes."""
+    entry(settings.model_repository, "demo", 5)
+    settings = replace(settings, triton_urls=", ".join(server.url.replace("127.0.0.1", "localhost") for server in two))
+    tally = run(replace(settings, triton_urls=f"{settings.triton_urls},http://no-such-host.invalid"))
+    assert tally.count == 0 and "has an address" in tally.errors[0]
+    run(settings)
+    assert left(settings) == {"demo": [1, 2, 4, 5]}
+
+
+def test_a_version_is_ready_that_any_server_has_ready(settings: Settings, two: tuple[Triton, Triton]) -> None:
+    """One that does not answer says nothing of the others'."""
+    first, second = two
+    second.rows = [{"name": "demo", "version": "1", "state": "UNLOADING"}, *(second.rows or ())]
+    for urls in ((first.url, second.url), (second.url, "http://127.0.0.1:1", first.url)):
+        write_state(settings.home, "http://127.0.0.1:1", servers=places(*urls))
+        assert serving.of_home(settings) == {("demo", "1"): "READY", ("demo", "2"): "LOADING"}
 
 
 def test_where_triton_does_not_say_nothing_goes(settings: Settings, triton: Triton) -> None:

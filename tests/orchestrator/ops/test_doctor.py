@@ -19,7 +19,7 @@ import redis
 
 from orchestrator import engines
 from orchestrator.local import redisserver, state, tritonserver
-from orchestrator.ops import checks_machine, checks_stack, doctor
+from orchestrator.ops import checks_machine, checks_profile, checks_stack, doctor, proofs
 from orchestrator.ops.finding import Deployment, Finding, Limits, installed
 from orchestrator.ops.keyring import Keyring
 from orchestrator.settings import Settings
@@ -60,11 +60,29 @@ def test_a_sound_machine_is_sound(place: Any) -> None:
     assert document["ok"] is True
     assert [set(row) for row in document["checks"]] == [{"name", "ok", "detail", "hint"}] * len(document["checks"])
     assert [row["name"] for row in document["checks"]] == ["settings", *(check.name for check in doctor.CHECKS)]
-    missing = {"load_balancing", "auto_scaling"}  # not ok, and no fault
+    missing = {"auto_scaling"}  # not ok, and no fault
     assert {row["name"] for row in document["checks"] if row["ok"] is None} == missing
     assert all(row["ok"] or row["name"] in missing for row in document["checks"])
     assert all(row["hint"] == "" and row["detail"] for row in document["checks"])
     assert not place.home.exists(), "looking must not change anything"
+
+
+def test_with_servers_of_others_nothing_of_triton_is_needed_here(place: Any) -> None:
+    """No package, library, repository, model or port of it is a fault then, and each check says why."""
+    place.set(TRITON_URLS="http://triton-a:8000,http://triton-b:8000")
+
+    def version(name: str) -> str | None:
+        return "1.0" if name in checks_machine.GATEWAY_PACKAGES else None
+
+    given = deployment(version=version)
+    found = {finding.name: finding for finding in doctor.examine(given)}
+    assert [name for name, finding in found.items() if finding.ok is False] == []
+    for name in ("server", "model"):
+        assert "http://triton-a:8000,http://triton-b:8000" in found[name].detail
+    assert "elsewhere" in found["repository"].detail and "elsewhere" in found["entry"].detail
+    fault(checks_machine.check_packages(deployment(version=lambda name: None)), "uvicorn, redis, aiohttp")
+    write_state(place.home, "http://127.0.0.1:1")  # a stack that has servers of its own runs
+    assert not deployment(version=version).elsewhere
 
 
 def test_each_fault_reaches_people_with_its_hint(place: Any) -> None:
@@ -390,3 +408,37 @@ def test_a_check_that_hangs_or_fails_does_not_stop_the_doctor(place: Any) -> Non
     assert "0.3 s" in found[0].detail and "RuntimeError: broken" in found[1].detail
     assert all(finding.hint for finding in found[:2])
     forever.set()
+
+
+@pytest.mark.parametrize(
+    ("states", "ok", "detail", "hint"),
+    [
+        ([], True, "one Triton server: nothing to balance", "several-tritons.md"),
+        (["ready"], True, "one Triton server: nothing to balance", "several-tritons.md"),
+        (["ready", "draining"], True, "2 Triton servers, of which 1 may take requests", "tritons resume"),
+        (["draining"], False, "1 Triton servers, of which 0 may take requests", "tritons resume"),
+        (["ready", "down"], False, "http://127.0.0.1:9 is down; http://127.0.0.1:10 is down", "truthgpt tritons list"),
+    ],
+)
+def test_what_there_is_to_balance(
+    place: Any, gateway: Any, monkeypatch: pytest.MonkeyPatch, states: list[str], ok: bool, detail: str, hint: str
+) -> None:
+    """Of one server there is nothing to prove, which is a warning in production; drained ones are told of; those that
+    do not answer heartbeats are a fault.
+    """
+    monkeypatch.setattr(proofs, "BALANCING_S", 0.3)
+    monkeypatch.setenv("ENVIRONMENT", "production")
+    rows = [{"url": f"http://127.0.0.1:{9 + number}", "state": state} for number, state in enumerate(states)]
+    monkeypatch.setattr(gateway, "health", lambda: {"tritons": rows})
+    finding = checks_profile.check_load_balancing(deployment())
+    assert (finding.ok, finding.detail) == (ok, detail) and hint in finding.hint
+
+
+def test_balancing_is_nobodys_matter_in_development(place: Any, gateway: Any) -> None:
+    """One server is right there, and without a stack there is nothing to look at; a gateway that is away is a fault."""
+    finding = checks_profile.check_load_balancing(deployment())
+    assert finding.ok and finding.hint == ""
+    gateway.health_status = 500
+    fault(checks_profile.check_load_balancing(deployment()), "which servers it has")
+    state.clear(place.home)
+    assert "while the stack runs" in checks_profile.check_load_balancing(deployment()).detail

@@ -349,6 +349,13 @@ def test_a_backup_is_made_and_old_ones_go(settings: Settings, client: redis.Redi
     assert (row["operation"], row["detail"]) == ("backup create", kept.id)
 
 
+def test_a_backup_needs_no_models_where_those_are_elsewhere(settings: Settings, client: redis.Redis) -> None:
+    """With servers of others a repository that is not there is no fault; else it is one."""
+    settings = replace(settings, backup_models=True, model_repository=settings.home / "nowhere")
+    assert "there is no model repository" in run(settings, client, "backup").error
+    assert run(replace(settings, triton_urls="http://127.0.0.1:1"), client, "backup").result == "ok"
+
+
 def test_the_newest_backup_is_checked(settings: Settings, client: redis.Redis) -> None:
     """None, one that does not verify, and one that is too old are failures with their reasons."""
     assert "there is no backup" in run(settings, client, "backup_check").error

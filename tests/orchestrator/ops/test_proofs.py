@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 
 import pytest
 import redis
 
+from orchestrator.fleet import Member
 from orchestrator.ops import proofs
 from orchestrator.settings import Settings
+from tests.orchestrator.fake_triton import FakeTriton
+from tests.orchestrator.fleets import fakes
 from tests.redis import RealRedis
 
 
@@ -56,3 +60,38 @@ def test_the_sanitizer_does_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(proofs, "HOSTILE", "Hola")
     with pytest.raises(proofs.NotProven):
         proofs.sanitizer(settings(sanitize="reject"))
+
+
+def test_several_servers_share_and_replace_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two servers get as many heartbeats, one is ejected and comes back; one that is away proves nothing, by name."""
+
+    async def serve(count: int, prove: Callable[[list[FakeTriton]], str]) -> str:
+        async with fakes(count) as those:
+            return await asyncio.to_thread(prove, those)
+
+    def prove(those: list[FakeTriton]) -> str:
+        return proofs.balancing([fake.url for fake in those], settings())
+
+    said = asyncio.run(serve(2, prove))
+    assert said == "2 servers share the heartbeats of m; one was ejected and came back"
+    monkeypatch.setattr(proofs, "BALANCING_S", 0.5)
+    dead = FakeTriton()
+    dead.port = 9  # the discard port: nobody listens
+    with pytest.raises(proofs.NotProven, match="http://127.0.0.1:9 is down"):
+        asyncio.run(serve(2, lambda those: prove([*those, dead])))
+
+
+def test_servers_that_are_not_shared_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fleet that sends all to one server, or goes on asking one that failed, is no balancing."""
+
+    async def serve() -> str:
+        async with fakes(2) as those:
+            return await asyncio.to_thread(proofs.balancing, [fake.url for fake in those], settings())
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orchestrator.fleet.fleet.least", lambda members: members[0])
+        with pytest.raises(proofs.NotProven, match="of 6 heartbeats at once the servers got"):
+            asyncio.run(serve())
+    monkeypatch.setattr(Member, "fail", lambda self, began: True)
+    with pytest.raises(proofs.NotProven, match="was ejected and asked all the same"):
+        asyncio.run(serve())

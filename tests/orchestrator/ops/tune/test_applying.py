@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.ops.modelcontrol import ControlError
+from orchestrator.ops.modelserver import ControlError
 from orchestrator.ops.tune import applying, guard, undoing
 from orchestrator.ops.tune.applying import Change, Say, apply, recover, undoing_of
 from orchestrator.ops.tune.errors import TuneError
