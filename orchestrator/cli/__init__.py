@@ -24,6 +24,7 @@ Examples:
         "top": "orchestrator.cli.top:top",
         "generate": "orchestrator.cli.generate:generate",
         "batch": "orchestrator.cli.batch:batch",
+        "bench": "orchestrator.cli.bench:bench",
         "keys": "orchestrator.cli.keys:keys",
         "limits": "orchestrator.cli.limits:limits",
         "cache": "orchestrator.cli.cache:cache",

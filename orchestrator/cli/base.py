@@ -133,6 +133,8 @@ def _explain(error: Exception) -> tuple[str, str]:
 
 
 def _extra_of(module: str) -> str:
+    if module.split(".")[0] in ("matplotlib", "optuna"):
+        return "measure"
     return "export" if module.split(".")[0] in ("torch", "transformers", "onnx", "onnxscript", "export") else "serve"
 
 

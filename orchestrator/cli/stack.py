@@ -10,16 +10,16 @@ from typing import Any
 
 from orchestrator.cli.base import CommandError
 from orchestrator.client import GatewayClient, GatewayError
-from orchestrator.local import state
+from orchestrator.local import lone, state
 from orchestrator.settings import Settings, mask_url
 
 ASK_S = 3.0
 
 
 def running(settings: Settings) -> state.State | None:
-    """The state of the running stack, None when there is none."""
+    """The state of the running stack, or of a gateway that runs by itself; None when there is neither."""
     found = state.read(settings.home)
-    return found if found is not None and found.running else None
+    return found if found is not None and found.running else lone.find(settings)
 
 
 def require(settings: Settings) -> state.State:

@@ -8,7 +8,7 @@ from functools import cached_property
 from importlib import metadata
 
 from orchestrator import models
-from orchestrator.local import state
+from orchestrator.local import lone, state
 from orchestrator.settings import Settings
 
 
@@ -49,9 +49,11 @@ class Deployment:
 
     @cached_property
     def stack(self) -> state.State | None:
-        """The running stack of the home, None when there is none."""
-        found = None if self.offline else state.read(self.settings.home)
-        return found if found is not None and found.running else None
+        """The running stack of the home, or a gateway that runs by itself; None when there is neither."""
+        if self.offline:
+            return None
+        found = state.read(self.settings.home)
+        return found if found is not None and found.running else lone.find(self.settings)
 
     @cached_property
     def elsewhere(self) -> str:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from orchestrator.local import tritonserver
 from orchestrator.settings import Settings
 from tests.counting import write_entry
 
-from .stack import Stack, free_ports, wait_until
+from .stack import COMMAND, Stack, free_ports, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 HAPROXY = ROOT / "deploy" / "compose" / "haproxy.cfg"
@@ -181,3 +182,31 @@ def test_a_model_that_is_missing_is_told_at_once(tmp_path: Path) -> None:
     environ = {"PATH": os.environ["PATH"], "TRUTHGPT_MODEL_REPOSITORY": str(tmp_path), "TRUTHGPT_MODEL": "mine"}
     done = subprocess.run([str(DOCKER / "serve-models")], env=environ, capture_output=True, text=True)
     assert done.returncode == 1 and "export it first" in done.stderr
+
+
+def test_a_gateway_by_itself_is_found_by_the_commands(stack: Stack, tmp_path: Path) -> None:
+    """In a gateway's container, without a supervisor, status and generate find it, before a Triton elsewhere."""
+    names = ("HTTP", "GRPC", "OPS")
+    ports = {f"TRUTHGPT_{name}_PORT": str(port) for name, port in zip(names, free_ports(3), strict=True)}
+    environ = {name: value for name, value in stack.environ.items() if not name.startswith("TRUTHGPT_TRITON")}
+    environ |= ports | {"TRUTHGPT_TRITON_URLS": f"http://localhost:{stack.ports['TRITON_HTTP']}"}
+    environ |= {"TRUTHGPT_HOME": str(tmp_path), "TRUTHGPT_REDIS_URL": stack.state.redis}
+
+    def told(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*COMMAND, *words], env=environ, capture_output=True, text=True, timeout=60)
+
+    assert json.loads(told("status", "--json").stdout)["running"] is False
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", "orchestrator.app"], env=environ, stderr=log)
+        try:
+            wait_until(lambda: told("status", "--json").returncode == 0, 40, "it is ready")
+            found = json.loads(told("status", "--json").stdout)
+            assert found["pid"] == process.pid
+            assert [model["name"] for model in found["models"]] == [stack.model]
+            assert told("generate", "found by itself", "--max-tokens", "3").returncode == 0
+            assert "is already running" in told("up").stderr
+            refused = told("models", "reload", stack.model)
+            assert refused.returncode == 1 and "no Triton of its own" in refused.stderr
+        finally:
+            process.terminate()
+            assert process.wait(30) == 0

@@ -38,8 +38,8 @@ def test_every_promised_command_is_there() -> None:
     assert {" ".join(path) for path, _ in LEAVES} == {
         "up", "down", "status", "generate", "export", "models list", "models show", "models remove", "models verify",
         "models load", "models reload", "models unload", "config show",
-        "tritons list", "tritons drain", "tritons resume",
-        "config check", "doctor", "batch run", "keys create", "keys list", "keys show", "keys revoke", "keys rotate",
+        "tritons list", "tritons drain", "tritons resume", "config check", "doctor", "bench", "batch run",
+        "keys create", "keys list", "keys show", "keys revoke", "keys rotate",
         "limits show", "limits set", "limits reset", "cache stats", "cache clear", "cache inspect", "cache ttl",
         "breaker show", "breaker reset", "audit tail", "audit verify", "audit stats", "audit export", "audit hash",
         "metrics history",
