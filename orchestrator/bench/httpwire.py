@@ -119,12 +119,12 @@ class Connection(asyncio.Protocol):
         if parser is None or self._done is None or self._done.done():
             self._keep = False  # nothing was asked for
             return self.abort()
+        # what is behind the head in the same read is no part of it
+        limit = MAX_HEAD_BYTES + (len(data) if self._in_head and b"\r\n\r\n" in data else 0)
         self._received += len(data)
-        if self._received > (MAX_HEAD_BYTES if self._in_head else MAX_BYTES):
-            what = "headers are" if self._in_head else "answer is"
-            return self._fail(
-                Fault("too_large", f"the {what} larger than {MAX_HEAD_BYTES if self._in_head else MAX_BYTES} bytes")
-            )
+        if self._received > (limit if self._in_head else MAX_BYTES):
+            what, most = ("headers are", MAX_HEAD_BYTES) if self._in_head else ("answer is", MAX_BYTES)
+            return self._fail(Fault("too_large", f"the {what} larger than {most} bytes"))
         try:
             parser.feed_data(data)
         except httptools.HttpParserError as error:

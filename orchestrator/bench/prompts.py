@@ -46,7 +46,7 @@ class Prompts:
     The first word counts fastest, so that a server which keeps prefixes finds none of them again.
     """
 
-    def __init__(self, seed: int, words: int) -> None:
+    def __init__(self, seed: str, words: int) -> None:
         rng = random.Random(f"truthgpt-bench {seed}")  # noqa: S311  no secret
         self._words = words
         self._offset = rng.randrange(len(WORDS) ** 4)
