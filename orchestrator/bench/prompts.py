@@ -6,6 +6,7 @@ How many words make so many tokens only the server's tokeniser knows; `size` fin
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -99,9 +100,10 @@ def _towards(tokens: int, points: dict[int, int]) -> int:
     """The number of words that the line through the two points nearest to `tokens` promises."""
     if len(points) == 1:
         ((words, count),) = points.items()
-        # half the way: a longer prompt than asked for might not fit the model
-        guess = words + (tokens - count) // 2 * words / count if count else words
-        return max(1, round(guess))
+        # half the way, and at least a word: a longer prompt than asked for might not fit the model
+        move = (tokens - count) / 2 * words / count if count else words
+        guess = words + (math.ceil(move) if move > 0 else math.floor(move))
+        return max(1, guess)
     (w0, t0), (w1, t1) = sorted(points.items(), key=lambda point: abs(point[1] - tokens))[:2]
     slope = (t1 - t0) / (w1 - w0)
     return max(1, round(w0 + (tokens - t0) / slope)) if slope > 0 else w0
