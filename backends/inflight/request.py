@@ -17,7 +17,7 @@ MAX_STOP_CHARS = 256
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is generated. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `timeout_s` is in
-    seconds.
+    seconds; `ignore_eos` goes on past the model's end tokens.
     """
 
     max_tokens: int | None = None
@@ -27,6 +27,7 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     timeout_s: float | None = None
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,12 @@ def _number(low: float, high: float, above: bool = False) -> Callable[[str, Any]
     return read
 
 
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name} must be true or false, not {value!r:.80}")
+    return value
+
+
 def _top_k(name: str, value: Any) -> int:
     return max(0, _integer(-1, 1_000_000)(name, value))  # -1 and 0 both switch it off, as in vLLM
 
@@ -144,4 +151,5 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "seed": _integer(-(2**63), 2**64 - 1),
     "stop": _stop,
     "timeout_s": _number(0, 86_400, above=True),
+    "ignore_eos": _boolean,
 }

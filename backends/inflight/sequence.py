@@ -51,7 +51,7 @@ class Sequence:
         self.tokens = [*prompt]
         self.params = params
         self.budget = budget  # how many tokens may be generated
-        self.eos = eos
+        self.eos = frozenset() if params.ignore_eos else eos
         self.sink = sink
         self.deadline = deadline  # on the engine's monotonic clock, seconds
         self.queued_at = 0.0  # on the same clock

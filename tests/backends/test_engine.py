@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 
 from backends.inflight.engine import Engine
 from backends.inflight.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
+from backends.inflight.request import SamplingParams
 from backends.inflight.scheduler import Scheduler
+from backends.inflight.sequence import Sequence
 
-from .fakes import Collector, FakeRunner, expected, sequence
+from .fakes import Collector, FakeRunner, expected, letters, sequence
 
 
 @pytest.fixture
@@ -175,3 +177,14 @@ def test_the_queue_is_bounded(make_engine):
     engine.submit(sequence([1]))
     with pytest.raises(ResourceExhausted):
         engine.submit(sequence([1]))
+
+
+def test_end_tokens_end_an_answer_unless_they_are_ignored():
+    """With ignore_eos an answer has as many tokens as were asked for, whatever the model says."""
+
+    def ends(ignore):
+        how = SamplingParams(temperature=0.0, ignore_eos=ignore)
+        one = Sequence([1], how, 3, frozenset({7}), letters, Collector(), float("inf"))
+        return [one.accept(token).finish for token in ([5, 7, 7] if ignore else [5, 7])]
+
+    assert ends(False) == [None, "stop"] and ends(True) == [None, None, "length"]

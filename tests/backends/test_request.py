@@ -14,9 +14,11 @@ def given_parameters(**values):
 
 def test_all_known_parameters_are_read():
     """Each name of the protocol reaches its field."""
-    params = given_parameters(max_tokens=5, temperature=0, top_k=-1, top_p=0.5, seed=7, stop=["a", "b"], timeout_s=1.5)
+    params = given_parameters(max_tokens=5, temperature=0, top_k=-1, top_p=0.5, seed=7, stop=["a", "b"], timeout_s=1.5,
+                              ignore_eos=True)  # fmt: skip
     assert (params.max_tokens, params.temperature, params.top_k, params.top_p) == (5, 0.0, 0, 0.5)
-    assert (params.seed, params.stop, params.timeout_s) == (7, ("a", "b"), 1.5)
+    assert (params.seed, params.stop, params.timeout_s, params.ignore_eos) == (7, ("a", "b"), 1.5, True)
+    assert given_parameters().ignore_eos is False
 
 
 def test_null_means_not_given_and_a_missing_seed_is_drawn():
@@ -32,7 +34,7 @@ def test_null_means_not_given_and_a_missing_seed_is_drawn():
         ("temperature", "hot"), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
         ("seed", "x"), ("stop", ""), ("stop", [1]), ("stop", ["x"] * 17), ("timeout_s", 0), ("logit_bias", {}),
         ("messages", []), ("messages", [{"role": "user"}]), ("prompt_token_ids", [1.5]),
-        ("temperature", 10**400), ("timeout_s", -(10**400)),
+        ("temperature", 10**400), ("timeout_s", -(10**400)), ("ignore_eos", 1), ("ignore_eos", "true"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_by_name(name, value):

@@ -11,6 +11,7 @@ from orchestrator.ops.tune.knobs import Point, key
 
 SLACK = 1.15  # bounds are stretched by so much for what was measured once; the final rounds take them as they are
 FINALISTS = 2
+SURE = 0.8  # of the rounds a winner has to be faster in: a lucky median of noise alone is not
 NEAR = 0.95  # of the best one's throughput: what one measurement cannot tell from it
 Measured = tuple[Point, Figures]
 Round = Mapping[tuple[tuple[str, str], ...], Figures]  # by `key`
@@ -79,20 +80,21 @@ def verdicts(
     """What the rounds say of each finalist, the best first.
 
     `relative`: the bounds are so many times what is set, measured in the same round. A finalist is better when it is so
-    by `margin` (0.05 for 5 %), or when it keeps the bounds and what is set does not.
+    by `margin` (0.05 for 5 %) and faster in most rounds, or when it keeps the bounds and what is set does not.
     """
     points = {one: None for round_ in rounds for one in round_ if one != key(current)}
     set_ = medians([round_[key(current)] for round_ in rounds])
     found = []
     for one in points:
         pairs = [(round_[one], round_[key(current)]) for round_ in rounds if one in round_]
-        ratio = median(figures.throughput / there.throughput for figures, there in pairs)
+        ratios = [figures.throughput / there.throughput for figures, there in pairs]
+        ratio, sure = median(ratios), sum(one > 1 for one in ratios) >= SURE * len(ratios)
         figures = medians([figures for figures, _ in pairs])
         if relative is None:
             kept, mends = bounds.kept(figures), not bounds.kept(set_)
         else:
             kept, mends = all(value <= relative for value in _ratios(pairs)), False
-        better = kept and (ratio >= 1 + margin or mends) and len(pairs) == len(rounds)
+        better = kept and ((ratio >= 1 + margin and sure) or mends) and len(pairs) == len(rounds)
         point = {name: dict(one)[name] for name in current}
         found.append(Verdict(point, figures, ratio, kept, better))
     return sorted(found, key=lambda one: (-one.better, -one.ratio))

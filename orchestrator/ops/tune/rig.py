@@ -49,7 +49,8 @@ class Rig:
         )
         load = Load(
             concurrency=workload.concurrency, requests=requests, warmup=workload.concurrency,
-            prompt_tokens=workload.prompt_tokens, output_tokens=workload.output_tokens or 1, timeout_s=REQUEST_S,
+            prompt_tokens=workload.prompt_tokens, output_tokens=workload.output_tokens or 1, ignore_eos=True,
+            timeout_s=REQUEST_S,
         )  # fmt: skip
         try:
             async with asyncio.timeout(limit_s):

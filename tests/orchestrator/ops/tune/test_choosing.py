@@ -81,6 +81,13 @@ def test_a_machine_that_changes_its_speed_changes_no_verdict(speeds: list[float]
         assert one.better is (ratio > 1.05)
 
 
+def test_a_lucky_median_does_not_win() -> None:
+    """The ratios of a real run of one that was no better: above the margin in the middle, below 1 in two of five."""
+    rounds = [{key(NOW): figures(100), key(at(32)): figures(100 * r)} for r in (1.07, 0.94, 1.077, 0.99, 1.10)]
+    (one,) = verdicts(rounds, NOW, 1.1, Bounds(), 0.05)
+    assert one.ratio == pytest.approx(1.07) and one.kept and not one.better
+
+
 def test_one_that_failed_in_a_round_or_breaks_a_bound_does_not_win() -> None:
     """However fast it is."""
     good = {key(NOW): figures(100), key(at(32)): figures(200)}
