@@ -30,6 +30,7 @@ MAX_FILE_BYTES = 64 << 20
 MAX_FILE_PROMPTS = 100_000
 NEAR = 0.02  # of the tokens that were asked for
 ATTEMPTS = 6
+MOST_WORDS = 4  # for each token that was asked for, whatever a server says it counts
 _RING = 20_000
 
 
@@ -89,7 +90,7 @@ async def size(tokens: int, ask: Callable[[int], Awaitable[int | None]]) -> Sizi
         points[words] = count
         if abs(count - tokens) <= max(0.5, NEAR * tokens):
             break
-        words = _towards(tokens, points)
+        words = min(_towards(tokens, points), MOST_WORDS * tokens)
         if words in points:
             break
     best = min(points, key=lambda key: abs(points[key] - tokens))
@@ -114,14 +115,13 @@ def read_file(path: Path) -> tuple[Prompt, ...]:
 
     Raises PlanError naming the line, and OSError.
     """
-    if path.stat().st_size > MAX_FILE_BYTES:
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)  # of a pipe nobody knows the size
+    if len(data) > MAX_FILE_BYTES:
         raise PlanError(f"{path}: larger than {MAX_FILE_BYTES} bytes", "give a part of it")
-    prompts = []
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    prompts.append(_prompt(line, f"{path}, line {number}"))
+        lines = enumerate(data.decode().split("\n"), 1)
+        prompts = [_prompt(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise PlanError(f"{path}: not UTF-8", "convert it with iconv") from error
     if not 0 < len(prompts) <= MAX_FILE_PROMPTS:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from orchestrator.bench.answers import Answer, BenchError, Fault
 from orchestrator.bench.figures import Run
-from orchestrator.bench.plan import Load, Progress, Prompt, Target
+from orchestrator.bench.plan import Load, PlanError, Progress, Prompt, Target
 from orchestrator.bench.prompts import Given, Prompts, Sizing, size
 
 __all__ = ["BenchError", "measure"]
@@ -43,9 +43,12 @@ async def measure(
     First a few requests are made that are not counted: they show that the endpoint answers, and how long a prompt has
     to be; a `Run` knows what they found, and its `sizing` spares the next one the questions. When `stop` is set, what
     is under way is cancelled and the figures so far are returned, `interrupted`. Failed requests are counted in
-    `Run.errors`; raises BenchError when already the first question is not answered well.
+    `Run.errors`; raises BenchError when already the first question is not answered well, and PlanError when load and
+    target do not go together.
     """
     progress, stop = progress or Progress(), stop or asyncio.Event()
+    if not target.converses and any(prompt.turns for prompt in load.prompts):
+        raise PlanError("prompts: this endpoint takes no messages", "give texts, or ask the chat endpoint")
     wire = _wire(target, load)
     run = Run(load, sizing)
     try:
@@ -131,7 +134,7 @@ class _Measurement:
             what = "no end" if answer.first else "no token"
             return Fault("timeout", f"{what} within {limit_s:g} s")
         except Fault as fault:
-            return fault.with_traceback(None)
+            return fault.without(self._target.secrets)
         return None
 
     async def _request(self, due: float, run: Run | None) -> bool:
@@ -189,6 +192,9 @@ class _Measurement:
                 while time.perf_counter() < due:  # noqa: ASYNC110 (the loop's own clock is too coarse)
                     await asyncio.sleep(0)
                 await places.acquire()
+                if until is not None and time.perf_counter() >= until:
+                    run.failed(Fault("unsent", self._unsent(1 + (until - due) * rate)))
+                    break
                 begun += 1
                 task = asyncio.create_task(one(due))
                 under_way.add(task)
@@ -196,6 +202,10 @@ class _Measurement:
             await asyncio.gather(*under_way)
         finally:
             await _end(under_way)
+
+    def _unsent(self, about: float) -> str:
+        places = f"{self._load.max_in_flight} requests were under way"
+        return f"about {about:.0f} requests were due and could not be sent: {places}"
 
 
 async def _all(clients: list[Coroutine[Any, Any, None]]) -> None:
