@@ -94,7 +94,7 @@ def aiperf_command(work: Work, clients: int, prompts: str, tokenizer: str, folde
     ]  # fmt: skip
 
 
-def run_ours(work: Work, clients: int, folder: Path, seed: int) -> Figures:
+def run_ours(work: Work, clients: int, folder: Path, seed: str) -> Figures:
     """One run of `truthgpt bench`."""
     prompts = Prompts(seed, work.prompt_words)
     texts = [prompts.take().text for _ in range(work.requests(clients) + clients)]
@@ -110,7 +110,7 @@ def run_ours(work: Work, clients: int, folder: Path, seed: int) -> Figures:
     }  # fmt: skip
 
 
-def run_aiperf(aiperf: str, tokenizer: Path, work: Work, clients: int, folder: Path, seed: int) -> tuple[Figures, str]:
+def run_aiperf(aiperf: str, tokenizer: Path, work: Work, clients: int, folder: Path, seed: str) -> tuple[Figures, str]:
     """One run of aiperf, and its version."""
     prompts = Prompts(seed, work.prompt_words)
     texts = [prompts.take().text for _ in range(work.requests(clients) + clients)]
@@ -212,16 +212,16 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="truthgpt-aiperf-") as name:
         folder = Path(name)
         for number in range(rounds):
-            for place, count in enumerate(clients):
+            for count in clients:
                 row: dict[str, Any] = {"round": number + 1, "concurrency": count}
-                seed = 2 * (number * len(clients) + place)
                 for tool in ("truthgpt", "aiperf") if number % 2 == 0 else ("aiperf", "truthgpt"):
+                    seed = f"{tool} {number} {count}"
                     before = counted() if counted else (0.0, 0.0)
                     with console.status(f"round {number + 1}/{rounds}, {count} clients: {tool}"):
                         if tool == "truthgpt":
                             row[tool] = run_ours(work, count, folder, seed)
                         else:
-                            row[tool], version = run_aiperf(aiperf, tokenizer, work, count, folder, seed + 1)
+                            row[tool], version = run_aiperf(aiperf, tokenizer, work, count, folder, seed)
                     if counted:
                         after = counted()
                         row[tool][GATEWAY] = (after[0] - before[0]) / (after[1] - before[1])
