@@ -9,11 +9,12 @@ a 200, another content type, a body that makes no sense, a stream without its en
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import orjson
 
-from orchestrator.masking import masked
+from orchestrator.masking import MASK, masked
 
 MAX_MESSAGE = 300
 SPARE_PIECES = 1000  # beyond four for each token that was asked for
@@ -33,6 +34,14 @@ class Fault(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(shown(message))
         self.kind = kind
+        self._said = message[: 4 * MAX_MESSAGE]
+
+    def without(self, secrets: Iterable[str]) -> Fault:
+        """The same without these, should the server have repeated them."""
+        text = self._said
+        for secret in secrets:
+            text = text.replace(secret, MASK)
+        return Fault(self.kind, text)
 
 
 class Reader(Protocol):

@@ -9,21 +9,26 @@ from __future__ import annotations
 import os
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from orchestrator.bench import kserve
 from orchestrator.bench.answers import Answer, BenchError, Fault
-from orchestrator.bench.plan import Load, Prompt, Target
+from orchestrator.bench.plan import Load, PlanError, Prompt, Target
 
 MAX_MESSAGE_BYTES = 64 << 20
 REQUESTS_A_CHANNEL = 8  # under way at once; servers bound the streams of a connection
 FINAL = "triton_final_response"
+PARAMETERS = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
 _SERVICE = "/inference.GRPCInferenceService/"
 
 
 class GrpcWire:
-    """An endpoint asked over gRPC. `close` it. Raises ModuleNotFoundError where grpcio or protobuf is missing."""
+    """An endpoint asked over gRPC. `close` it.
+
+    Raises ModuleNotFoundError where grpcio or protobuf is missing, PlanError for parameters that it cannot carry.
+    """
 
     def __init__(self, target: Target, load: Load) -> None:
         # Forking with gRPC's own handlers is for programs that go on using it in the child.
@@ -35,13 +40,16 @@ class GrpcWire:
 
         self._grpc, self._messages = grpc, grpc_messages
         self._target, self._load = target, load
+        if target.task == "encode":
+            _check_parameters(load.extra_body)
         self._idle: list[Any] = []  # places on channels; the one that was left last is taken first
         self._channels: list[Any] = []
         self._credentials = _credentials(grpc, target) if target.tls else None
         self._metadata = [(name.lower(), value) for name, value in target.headers]
-        if target.api_key is not None:
+        given = {name for name, _ in self._metadata}
+        if target.api_key is not None and "authorization" not in given:
             self._metadata.append(("authorization", f"Bearer {target.api_key}"))
-        if not target.allow_cache:
+        if not target.allow_cache and "cache-control" not in given:
             self._metadata.append(("cache-control", "no-cache"))
 
     async def ask(self, prompt: Prompt, tokens: int, answer: Answer) -> None:
@@ -117,8 +125,7 @@ class GrpcWire:
         request = self._request()
         _add(request, kserve.INPUT, "BYTES", (1, 1), _bytes(prompt.text.encode()))
         for name, value in self._load.extra_body.items():
-            kind = {bool: "bool_param", int: "int64_param", float: "double_param"}.get(type(value), "string_param")
-            setattr(request.parameters[name], kind, value if kind != "string_param" else str(value))
+            setattr(request.parameters[name], PARAMETERS[type(value)], value)
         raw = await channel.unary_unary(_SERVICE + "ModelInfer")(
             request.SerializeToString(), metadata=self._metadata
         )  # fmt: skip
@@ -132,6 +139,14 @@ class GrpcWire:
 
     def _request(self) -> Any:
         return self._messages.InferRequest(model_name=self._target.model)
+
+
+def _check_parameters(extra: Mapping[str, Any]) -> None:
+    """Raises PlanError for what is no parameter of a KServe request."""
+    for name, value in extra.items():
+        if type(value) not in PARAMETERS or (isinstance(value, int) and not -(1 << 63) <= value < 1 << 63):
+            hint = "give true or false, a number of 64 bits or a text"
+            raise PlanError(f"extra body: {name[:50]!r} is no parameter that gRPC can carry", hint)
 
 
 def _credentials(grpc: Any, target: Target) -> Any:

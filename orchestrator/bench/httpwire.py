@@ -120,19 +120,20 @@ class Connection(asyncio.Protocol):
             self._keep = False  # nothing was asked for
             return self.abort()
         self._received += len(data)
-        if self._received > (MAX_HEAD_BYTES if self._in_head else MAX_BYTES):
-            what = "headers are" if self._in_head else "answer is"
-            return self._fail(
-                Fault("too_large", f"the {what} larger than {MAX_HEAD_BYTES if self._in_head else MAX_BYTES} bytes")
-            )
         try:
             parser.feed_data(data)
         except httptools.HttpParserError as error:
             return self._fail(self._fault or Fault("nonsense", f"no HTTP: {error}"))
+        except httptools.HttpParserUpgrade:
+            return self._fail(Fault("nonsense", "the connection is to speak another protocol than HTTP"))
+        # looked at afterwards: what is behind the head in the same read is no part of it
+        what, most = ("headers are", MAX_HEAD_BYTES) if self._in_head else ("answer is", MAX_BYTES)
         if self._fault is not None:
             self._fail(self._fault)
         elif self._complete:
             self._done.set_result(None)
+        elif self._received > most:
+            self._fail(Fault("too_large", f"the {what} larger than {most} bytes"))
         return None
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -28,7 +28,7 @@ def body(target: Target, load: Load, prompt: Prompt, tokens: int) -> bytes:
     fields: dict[str, Any] = {"model": target.model}
     if target.endpoint == "embeddings":
         fields["input"] = prompt.text
-        return orjson.dumps({**fields, **load.extra_body})
+        return _json(fields, load)
     if target.endpoint == "chat":
         turns = prompt.turns or (("user", prompt.text),)
         fields["messages"] = [{"role": role, "content": content} for role, content in turns]
@@ -39,7 +39,11 @@ def body(target: Target, load: Load, prompt: Prompt, tokens: int) -> bytes:
         fields["stream_options"] = {"include_usage": True}
     if load.ignore_eos:
         fields["ignore_eos"] = True
-    # An extra null takes a field away, for servers that do not know it.
+    return _json(fields, load)
+
+
+def _json(fields: dict[str, Any], load: Load) -> bytes:
+    """With what the load adds; a null there takes a field away, for servers that do not know it."""
     return orjson.dumps({name: value for name, value in {**fields, **load.extra_body}.items() if value is not None})
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import orjson
+
 ProtocolName = Literal["openai", "kserve-http", "kserve-grpc"]
 EndpointName = Literal["chat", "completions", "embeddings"]
 Task = Literal["generate", "encode"]
@@ -24,9 +26,12 @@ MAX_RATE = 10_000.0  # requests a second
 MAX_REQUESTS = 10_000_000
 MAX_TOKENS = 1_000_000
 MAX_SECONDS = 86_400.0
+SECRET_LETTERS = 6  # of a header's value or a key that may be a secret; less would blank out words
 _PORTS = {"http": 80, "https": 443, "grpc": 8001, "grpcs": 443}
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+# gRPC's own names and binary ones are not for people: PROTOCOL-HTTP2.md of grpc, Custom-Metadata
+_METADATA = re.compile(r"(?!grpc-)[0-9a-z_.-]+(?<!-bin):[\x20-\x7e]*")
 _OWN_HEADERS = {"host", "content-length", "transfer-encoding", "connection", "content-type", "accept-encoding", "te"}
 _OWN_FIELDS = {"model", "stream", "stream_options", "messages", "prompt", "input"}
 
@@ -107,6 +112,9 @@ class Target:
                 raise PlanError(f"header {name[:50]!r} is no header", "give NAME: VALUE in printable characters")
             if name.lower() in _OWN_HEADERS:
                 raise PlanError(f"header {name} is set by the measurement itself", "leave it out")
+            if self.protocol == "kserve-grpc" and not _METADATA.fullmatch(f"{name.lower()}:{value}"):
+                hint = "give letters, digits and -_. as NAME"
+                raise PlanError(f"header {name[:50]!r} cannot be sent over gRPC", hint)
 
     def _split(self) -> tuple[str, str, int, str]:
         bare = self.protocol == "kserve-grpc" and "://" not in self.url
@@ -142,9 +150,20 @@ class Target:
         return self._split()[3]
 
     @property
+    def converses(self) -> bool:
+        """Whether it takes the turns of a conversation."""
+        return self.task == "generate" and (self.protocol != "openai" or self.endpoint == "chat")
+
+    @property
     def streams(self) -> bool:
         """Whether an answer comes in pieces."""
         return self.stream and self.task == "generate"
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no output may hold: the key, and whatever the headers say that is long enough to be one."""
+        said = (value.removeprefix("Bearer ") for _, value in self.headers)
+        return tuple(one for one in (self.api_key, *said) if one and len(one) >= SECRET_LETTERS)
 
     def to_json(self) -> dict[str, Any]:
         """For reports: no key, and of headers their names alone."""
@@ -206,6 +225,7 @@ class Load:
             raise PlanError(f"extra body: {', '.join(taken)} is set by the measurement itself", "leave it out")
         try:
             json.dumps(self.extra_body, allow_nan=False)
+            orjson.dumps(self.extra_body)  # no integers past 64 bits, no halves of characters
         except (TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"extra body: not JSON: {error}", 'give one object such as {"top_k": 1}') from error
 

@@ -6,6 +6,7 @@ How many words make so many tokens only the server's tokeniser knows; `size` fin
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ MAX_FILE_BYTES = 64 << 20
 MAX_FILE_PROMPTS = 100_000
 NEAR = 0.02  # of the tokens that were asked for
 ATTEMPTS = 6
+MOST_WORDS = 4  # for each token that was asked for, whatever a server says it counts
 _RING = 20_000
 
 
@@ -46,7 +48,7 @@ class Prompts:
     The first word counts fastest, so that a server which keeps prefixes finds none of them again.
     """
 
-    def __init__(self, seed: int, words: int) -> None:
+    def __init__(self, seed: str, words: int) -> None:
         rng = random.Random(f"truthgpt-bench {seed}")  # noqa: S311  no secret
         self._words = words
         self._offset = rng.randrange(len(WORDS) ** 4)
@@ -88,7 +90,7 @@ async def size(tokens: int, ask: Callable[[int], Awaitable[int | None]]) -> Sizi
         points[words] = count
         if abs(count - tokens) <= max(0.5, NEAR * tokens):
             break
-        words = _towards(tokens, points)
+        words = min(_towards(tokens, points), MOST_WORDS * tokens)
         if words in points:
             break
     best = min(points, key=lambda key: abs(points[key] - tokens))
@@ -99,9 +101,10 @@ def _towards(tokens: int, points: dict[int, int]) -> int:
     """The number of words that the line through the two points nearest to `tokens` promises."""
     if len(points) == 1:
         ((words, count),) = points.items()
-        # half the way: a longer prompt than asked for might not fit the model
-        guess = words + (tokens - count) // 2 * words / count if count else words
-        return max(1, round(guess))
+        # half the way, and at least a word: a longer prompt than asked for might not fit the model
+        move = (tokens - count) / 2 * words / count if count else words
+        guess = words + (math.ceil(move) if move > 0 else math.floor(move))
+        return max(1, guess)
     (w0, t0), (w1, t1) = sorted(points.items(), key=lambda point: abs(point[1] - tokens))[:2]
     slope = (t1 - t0) / (w1 - w0)
     return max(1, round(w0 + (tokens - t0) / slope)) if slope > 0 else w0
@@ -112,14 +115,13 @@ def read_file(path: Path) -> tuple[Prompt, ...]:
 
     Raises PlanError naming the line, and OSError.
     """
-    if path.stat().st_size > MAX_FILE_BYTES:
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)  # of a pipe nobody knows the size
+    if len(data) > MAX_FILE_BYTES:
         raise PlanError(f"{path}: larger than {MAX_FILE_BYTES} bytes", "give a part of it")
-    prompts = []
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    prompts.append(_prompt(line, f"{path}, line {number}"))
+        lines = enumerate(data.decode().split("\n"), 1)
+        prompts = [_prompt(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise PlanError(f"{path}: not UTF-8", "convert it with iconv") from error
     if not 0 < len(prompts) <= MAX_FILE_PROMPTS:

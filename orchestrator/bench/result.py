@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import tempfile
@@ -12,11 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.bench.answers import BenchError
+from orchestrator.bench.answers import BenchError, shown
 from orchestrator.bench.plan import Target
 
 FORMAT = "truthgpt-bench/1"
 MAX_BYTES = 64 << 20
+MOST = 1e15  # of a figure that makes sense
 NOTHING = 0.05  # a change smaller than that is noise
 FIGURES = ("ttft_s", "itl_s", "tpot_s", "latency_s")
 # figure of a run -> whether more of it is better
@@ -40,7 +40,8 @@ def document(target: Target, runs: list[dict[str, Any]], at: datetime | None = N
 
 def write(path: Path, text: str) -> None:
     """Raises OSError."""
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}-")
+    path = path.resolve()  # a link stays one
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -56,10 +57,12 @@ def write(path: Path, text: str) -> None:
 def read(path: Path) -> dict[str, Any]:
     """A file that `--output` has written. Raises BenchError, OSError."""
     hint = "give files that `truthgpt bench --output FILE` has written"
-    if path.stat().st_size > MAX_BYTES:
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
         raise BenchError(f"{path} is larger than {MAX_BYTES} bytes, which no result is", hint)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BenchError(f"{path} is not JSON: {error}", hint) from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -67,7 +70,7 @@ def read(path: Path) -> dict[str, Any]:
     runs = found.get("runs")
     if not isinstance(runs, list) or not runs or not all(_good(run) for run in runs):
         raise BenchError(f"{path} has runs without figures", hint)
-    if not isinstance(found.get("target"), dict):
+    if not isinstance(found.get("target"), dict) or not isinstance(found.get("client", {}), dict):
         raise BenchError(f"{path} does not say what was measured", hint)
     return found
 
@@ -75,16 +78,16 @@ def read(path: Path) -> dict[str, Any]:
 def _good(run: object) -> bool:
     if not isinstance(run, dict) or (run.get("concurrency") is None) == (run.get("rate") is None):
         return False
-    numbers = [
-        run.get("concurrency") or run.get("rate"),
-        *(value for name in COMPARED if (value := figure(run, name)) is not None),
-    ]
-    nested = [run.get(name) for name in FIGURES]
-    return all(_number(value) for value in numbers) and all(one is None or isinstance(one, dict) for one in nested)
+    if not all(isinstance(run.get(name) or {}, dict) for name in (*FIGURES, "load", "error_kinds")):
+        return False
+    numbers = [run.get(name) for name in COMPARED if "." not in name]
+    numbers += [value for name in FIGURES for value in (run.get(name) or {}).values()]
+    told = [run.get("concurrency") or run.get("rate"), *(value for value in numbers if value is not None)]
+    return all(_number(value) for value in told)
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MOST
 
 
 def figure(run: Mapping[str, Any], name: str) -> Any:
@@ -124,10 +127,10 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         loads = first.get("load") or {}, second.get("load") or {}
         for name in sorted({*loads[0], *loads[1]} - {"concurrency", "rate"}):
             if loads[0].get(name) != loads[1].get(name):
-                told.append(f"{name}: {loads[0].get(name)} and {loads[1].get(name)}")
+                told.append(shown(f"{name}: {loads[0].get(name)} and {loads[1].get(name)}"))
     for part in ("target", "client"):
         for name in sorted({*(one.get(part) or {}), *(other.get(part) or {})}):
             values = [(result.get(part) or {}).get(name) for result in (one, other)]
             if values[0] != values[1]:
-                told.append(f"{name}: {values[0]} and {values[1]}")
+                told.append(shown(f"{name}: {values[0]} and {values[1]}"))
     return told

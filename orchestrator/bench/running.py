@@ -11,11 +11,13 @@ from typing import Any, Protocol
 
 from orchestrator.bench.answers import Answer, BenchError, Fault
 from orchestrator.bench.figures import Run
-from orchestrator.bench.plan import Load, Progress, Prompt, Target
+from orchestrator.bench.plan import Load, PlanError, Progress, Prompt, Target
 from orchestrator.bench.prompts import Given, Prompts, Sizing, size
 
 __all__ = ["BenchError", "measure"]
 
+GIVE_UP = 20  # failures in a row, of each client: the server is gone
+TICK_S = 0.0015  # what a sleep of the loop may be late
 AFTER_ERROR_S = 0.05  # a client whose request failed waits so long: a server that refuses at once is not stormed
 SIZING_TOKENS = 4  # of the answers to the first questions
 END_S = 2.0  # for what was cancelled to have ended
@@ -41,9 +43,12 @@ async def measure(
     First a few requests are made that are not counted: they show that the endpoint answers, and how long a prompt has
     to be; a `Run` knows what they found, and its `sizing` spares the next one the questions. When `stop` is set, what
     is under way is cancelled and the figures so far are returned, `interrupted`. Failed requests are counted in
-    `Run.errors`; raises BenchError when already the first question is not answered well.
+    `Run.errors`; raises BenchError when already the first question is not answered well, and PlanError when load and
+    target do not go together.
     """
     progress, stop = progress or Progress(), stop or asyncio.Event()
+    if not target.converses and any(prompt.turns for prompt in load.prompts):
+        raise PlanError("prompts: this endpoint takes no messages", "give texts, or ask the chat endpoint")
     wire = _wire(target, load)
     run = Run(load, sizing)
     try:
@@ -60,6 +65,7 @@ class _Measurement:
     def __init__(self, target: Target, load: Load, wire: Wire, progress: Progress, run: Run) -> None:
         self._target, self._load, self._wire, self._progress, self._run = target, load, wire, progress, run
         self._asked = 0 if target.task == "encode" else load.output_tokens
+        self._in_a_row = 0  # failures
         self._prompts: Prompts | Given
 
     async def whole(self) -> None:
@@ -72,7 +78,8 @@ class _Measurement:
         else:
             if run.sizing is None:
                 run.sizing = await self._size()
-            self._prompts = Prompts(load.seed, run.sizing.words)
+            # each run of a sweep has others: a server that keeps prefixes finds none of them
+            self._prompts = Prompts(f"{load.seed} {load.concurrency} {load.rate}", run.sizing.words)
         if load.warmup:
             self._begin("warming up", load.warmup)
             await self._closed(load.concurrency or min(load.warmup, load.max_in_flight), load.warmup, None, None)
@@ -106,7 +113,7 @@ class _Measurement:
             nonlocal asking
             asking += 1
             tokens = min(SIZING_TOKENS, self._load.output_tokens)
-            return (await self._first(Prompts(asking, words).take(), tokens)).prompt_tokens
+            return (await self._first(Prompts(str(asking), words).take(), tokens)).prompt_tokens
 
         return await size(wanted, ask)
 
@@ -127,7 +134,7 @@ class _Measurement:
             what = "no end" if answer.first else "no token"
             return Fault("timeout", f"{what} within {limit_s:g} s")
         except Fault as fault:
-            return fault.with_traceback(None)
+            return fault.without(self._target.secrets)
         return None
 
     async def _request(self, due: float, run: Run | None) -> bool:
@@ -136,6 +143,7 @@ class _Measurement:
         fault = await self._ask(self._prompts.take(), self._load.output_tokens, answer)
         ended = time.perf_counter()
         self._progress.done += 1
+        self._in_a_row = 0 if fault is None else self._in_a_row + 1
         if fault is not None:
             self._progress.errors += 1
             if run is not None:
@@ -153,6 +161,8 @@ class _Measurement:
             while (requests is None or begun < requests) and (until is None or time.perf_counter() < until):
                 begun += 1
                 if not await self._request(time.perf_counter(), run):
+                    if self._in_a_row >= GIVE_UP * concurrency:
+                        return
                     await asyncio.sleep(AFTER_ERROR_S)
 
         await _all([client() for _ in range(min(concurrency, requests or concurrency))])
@@ -174,12 +184,17 @@ class _Measurement:
                 places.release()
 
         try:
-            while requests is None or begun < requests:
+            while (requests is None or begun < requests) and self._in_a_row < GIVE_UP:
                 due += rng.expovariate(rate)
                 if until is not None and due >= until:
                     break
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                await asyncio.sleep(max(0.0, due - time.perf_counter() - TICK_S))
+                while time.perf_counter() < due:  # noqa: ASYNC110 (the loop's own clock is too coarse)
+                    await asyncio.sleep(0)
                 await places.acquire()
+                if until is not None and time.perf_counter() >= until:
+                    run.failed(Fault("unsent", self._unsent(1 + (until - due) * rate)))
+                    break
                 begun += 1
                 task = asyncio.create_task(one(due))
                 under_way.add(task)
@@ -187,6 +202,10 @@ class _Measurement:
             await asyncio.gather(*under_way)
         finally:
             await _end(under_way)
+
+    def _unsent(self, about: float) -> str:
+        places = f"{self._load.max_in_flight} requests were under way"
+        return f"about {about:.0f} requests were due and could not be sent: {places}"
 
 
 async def _all(clients: list[Coroutine[Any, Any, None]]) -> None:

@@ -27,6 +27,7 @@ Examples:
   truthgpt bench --url 127.0.0.1:8081 --protocol kserve-grpc --model demo --output after.json --html report.html
   truthgpt bench --compare before.json after.json
 """
+MAX_KEY_LETTERS = 4096
 _HTML_NEEDS = "--html needs matplotlib, which is not installed"
 
 
@@ -104,9 +105,11 @@ def bench(
     if html is not None:
         _require_matplotlib()
     for path in (output, html):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.UsageError(f"{path.parent} is not a folder")
+        if path is not None:
+            _require_writable(path)
     if compare:
+        if url or model or output:
+            raise click.UsageError("--compare measures nothing: leave out --url, --model and --output")
         return _compare(compare, html, as_json)
     if not url or not model:
         raise click.UsageError("--url and --model say what is measured")
@@ -117,17 +120,17 @@ def bench(
     loads = _loads(given)
     runs, stopped = asyncio.run(_measure(target, loads))
     found = result.document(target, [run.to_json() for run in runs])
+    if as_json:  # first, so that a disk that is full costs nobody the figures
+        print_json(found)
+    elif runs:
+        benchshow.table(found)
+    benchshow.warnings(found)
     if runs and output is not None:
         result.write(output, json.dumps(found, ensure_ascii=False, indent=2) + "\n")
     if runs and html is not None:
         from orchestrator.bench import report
 
         result.write(html, report.html([(str(target.model), found)]))
-    if as_json:
-        print_json(found)
-    elif runs:
-        benchshow.table(found)
-    benchshow.warnings(found)
     if stopped:
         raise click.exceptions.Exit(INTERRUPTED)
     if any(run.error_count for run in runs):
@@ -177,7 +180,8 @@ def _target(url: str, model: str, given: dict[str, Any]) -> Target:
 
 def _api_key(path: Path | None) -> str | None:
     if path is not None:
-        return path.read_text(encoding="utf-8").strip()
+        with path.open(encoding="utf-8", errors="replace") as file:  # what is no text is no key: Target says so
+            return file.read(MAX_KEY_LETTERS).strip()
     return os.environ.get("TRUTHGPT_API_KEY") or os.environ.get("OPENAI_API_KEY") or None
 
 
@@ -202,7 +206,7 @@ def _loads(given: dict[str, Any]) -> list[Load]:
         ]  # fmt: skip
     loads = []
     for clients in given["concurrency"] or (1,):
-        count = requests if requests or given["duration_s"] else max(50, 10 * clients)
+        count = requests if requests is not None or given["duration_s"] else max(50, 10 * clients)
         loads.append(Load(concurrency=clients, requests=count, warmup=clients if warmup is None else warmup, **shared))
     return loads
 
@@ -249,6 +253,17 @@ def _compare(paths: tuple[Path, Path], html: Path | None, as_json: bool) -> None
         print_json(benchshow.comparison(before, after))
     else:
         benchshow.compared(before, after)
+
+
+def _require_writable(path: Path) -> None:
+    """Before anything is measured, that afterwards it can be written."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise click.UsageError(f"{folder} is not a folder")
+    if path.exists() and not path.is_file():
+        raise click.UsageError(f"{path} is no file that could be replaced")
+    if not os.access(folder, os.W_OK):
+        raise click.UsageError(f"nothing can be written to {folder}")
 
 
 def _require_matplotlib() -> None:

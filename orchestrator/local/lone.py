@@ -23,9 +23,10 @@ def find(settings: Settings) -> State | None:
         return None
     http = url(settings.host, settings.http_port)
     try:
-        uptime_s = GatewayClient(http, ASK_S).health().get("uptime_s")
+        health = GatewayClient(http, ASK_S).health()
     except GatewayError:
         return None
+    uptime_s = health.get("uptime_s")
     process = _process(settings.http_port)
     if process is None:
         return None
@@ -39,11 +40,17 @@ def find(settings: Settings) -> State | None:
         triton_http=settings.triton_urls,
         triton_grpc="",
         redis=settings.redis_url or "",
-        model=settings.model,
+        model=_model(settings, health.get("models")),
         shm_prefix="",
         processes={"gateway": process.pid},
         servers=[],
     )
+
+
+def _model(settings: Settings, rows: object) -> str:
+    """The model that is meant where none is named: that of the settings if it is served, else any that is."""
+    names = [str(row.get("name")) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return settings.model if settings.model in names or not names else names[0]
 
 
 def _process(port: int) -> psutil.Process | None:

@@ -14,7 +14,7 @@ import psutil
 from orchestrator import models, rotation
 from orchestrator.client import GatewayClient, GatewayError
 from orchestrator.errors import TruthGPTError
-from orchestrator.local import alias, modelset, places, preflight, state, swap, tritonserver
+from orchestrator.local import alias, lone, modelset, places, preflight, state, swap, tritonserver
 from orchestrator.local.modelwatch import Faults
 from orchestrator.local.places import Place
 from orchestrator.local.preflight import StartError
@@ -200,7 +200,7 @@ class Supervisor:
 
     @property
     def _gateway_url(self) -> str:
-        return _url(self._settings.host, self._settings.http_port)
+        return lone.url(self._settings.host, self._settings.http_port)
 
     async def _watch(self) -> None:
         """Mend what breaks until `stop` is called."""
@@ -280,8 +280,8 @@ class Supervisor:
             created=psutil.Process().create_time(),
             started=self._started,
             http=self._gateway_url,
-            grpc=_address(settings.host, settings.grpc_port) if settings.grpc else "",
-            ops=_url(settings.ops_host, settings.ops_port),
+            grpc=lone.address(settings.host, settings.grpc_port) if settings.grpc else "",
+            ops=lone.url(settings.ops_host, settings.ops_port),
             triton_http=first.http if first is not None else settings.triton_urls or "",
             triton_grpc=first.grpc if first is not None else "",
             redis=self._redis_url,
@@ -308,12 +308,3 @@ class Supervisor:
         child = self._children.get(name)
         if child is not None:
             await child.stop(grace_s)
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://{_address(host, port)}"
-
-
-def _address(host: str, port: int) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (compared, not bound)
-    return f"{f'[{host}]' if ':' in host else host}:{port}"

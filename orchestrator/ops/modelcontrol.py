@@ -166,17 +166,18 @@ class Control:
 
     async def _refuse(self, name: str, served: dict[ModelServer, int | None], wanted: dict[str, int]) -> None:
         """Have every server refuse what is new for a model, or none. Raises ControlError."""
-        done: list[ModelServer] = []
+        told: list[ModelServer] = []
         try:
             for server in self._servers:
+                told.append(server)  # one that fails may do it all the same, later
                 await server.unload(name)
-                done.append(server)
         except BaseException:
-            if len(self._servers) > 1:  # else it may be unloaded all the same, and is not to come back
-                modelset.write(self._home, wanted)
+            if len(self._servers) == 1:  # it may be unloaded all the same, and is not to come back
+                raise
+            modelset.write(self._home, wanted)
             with contextlib.suppress(models.ModelsError):  # it was removed while it was served
                 entry = models.get(self._settings.model_repository, name)
-                for server in done:
+                for server in told:
                     if served[server] is not None:
                         await server.undo(entry, Taken(served[server]), self._timeout_s)
             raise

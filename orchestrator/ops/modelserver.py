@@ -61,7 +61,7 @@ class ModelServer:
             return await self._repository.rows(name)
         except TruthGPTError as error:
             hint = "it is started again by itself: try again in a moment; `truthgpt status` shows it"
-            raise ControlError(f"Triton does not answer: {error}", hint) from error
+            raise ControlError(f"Triton at {self._place.http} does not answer: {error}", hint) from error
 
     async def ready(self, name: str) -> set[int]:
         """The versions that answer. Raises ControlError."""

@@ -123,7 +123,7 @@ def test_what_is_refused_before_triton_is_asked(place: Any) -> None:
     assert "--force" in place.refused("models", "unload", "demo")
     with modelset.changing(place.home, "other", 1.0):
         assert "working on other" in place.refused("models", "load", "demo", "--timeout-s", "0.1")
-    assert "Triton does not answer" in place.refused("models", "load", "demo")
+    assert "Triton at http://127.0.0.1:1 does not answer" in place.refused("models", "load", "demo")
 
 
 def test_what_servers_of_others_have_is_theirs(place: Any) -> None:
