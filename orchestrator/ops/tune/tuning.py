@@ -22,6 +22,7 @@ RELATIVE = 1.1  # the bounds where none are given: so many times what is set
 LIMIT = 6.0  # a candidate may take so many times as long as what is set
 LIMIT_S = 60.0  # and at least so long, loading and first questions included
 MOST_REQUESTS = 5000
+UNQUIET = 1.25  # between the least and the greatest throughput of what is set: other work is in the way
 KNOWN = 2  # points of the history that are measured first
 
 
@@ -149,11 +150,24 @@ class Tuning:
             search.tell(point, await self._trial("search", point))
         await self._simplify(search, result)
         await self._finals(result)
-        disturbed = sum(bool(trial.busy) for trial in self._trials)
-        if disturbed:
-            of = f"{disturbed} of {len(self._trials)} measurements"
-            result.notes.append(f"the running stack was busy during {of}: its requests disturb the figures")
+        result.notes += self._disturbances()
         return result
+
+    def _disturbances(self) -> list[str]:
+        """What makes the figures less certain than they look."""
+        found = []
+        busy = sum(bool(trial.busy) for trial in self._trials)
+        if busy:
+            of = f"{busy} of {len(self._trials)} measurements"
+            found.append(f"the running stack was busy during {of}: its requests disturb the figures")
+        current = key(self._current)
+        own = [one.figures.throughput for one in self._trials if one.figures is not None and key(one.point) == current]
+        if max(own) > UNQUIET * min(own):
+            found.append(
+                f"what is set answered between {min(own):.4g} and {max(own):.4g} a second: the machine is not quiet, "
+                "and small differences cannot be told"
+            )
+        return found
 
     async def _set_length(self) -> None:
         """How many requests a trial has. The first ones of all also warm the machine up, and are not kept."""

@@ -140,4 +140,10 @@ async def test_what_is_set_has_to_be_measurable(tmp_path: Path) -> None:
 async def test_a_busy_stack_is_told_of(tmp_path: Path) -> None:
     """Its requests disturb the figures: each trial says so, and so does the result."""
     result = await tuned(tmp_path, Rig(speed), replace(PLAN, trials=1), busy=lambda: 3)
-    assert all(trial.busy == 3 for trial in result.trials) and "was busy during" in result.notes[-1]
+    assert all(trial.busy == 3 for trial in result.trials) and any("was busy during" in one for one in result.notes)
+
+
+async def test_a_machine_that_is_not_quiet_is_told_of(tmp_path: Path) -> None:
+    """Where what is set is measured as other things each time, that is said with its least and greatest."""
+    result = await tuned(tmp_path, Rig(speed), replace(PLAN, bounds=Bounds(latency_s=2.0)))
+    assert any("between 230.4 and 307.2 a second: the machine is not quiet" in note for note in result.notes)
