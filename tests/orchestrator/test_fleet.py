@@ -111,7 +111,8 @@ async def test_what_is_served_together(pair: list[FakeTriton]) -> None:
         assert fleet.served()[0].model.ready and one.url in fleet.served()[0].detail and fleet.ready
         assert set(asked(fleet)) == {other.url}
         other.beat_error = "Stub process 'm' is not healthy."
-        await until(lambda: not fleet.ready)
+        await until(lambda: not fleet.require("m").ready)
+        assert not fleet.ready
         with pytest.raises(UpstreamUnavailable, match="not healthy") as raised:
             fleet.attend("m")
         assert all(url in str(raised.value) for url in urls(*pair))
