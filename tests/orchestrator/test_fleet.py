@@ -165,7 +165,7 @@ def lose(fleet: Fleet, at: Member) -> None:
 async def test_a_server_that_failed_rests_and_comes_back(
     pair: list[FakeTriton], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One lost connection takes it out before any heartbeat says so; after its rest and a heartbeat it is asked anew."""
+    """One lost connection takes it out before any heartbeat says so; after a rest and a heartbeat it is asked anew."""
     async with running(fleet_of(*urls(*pair))) as fleet:
         out = member(fleet, pair[0])
         lose(fleet, out)
