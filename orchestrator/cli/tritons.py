@@ -44,9 +44,7 @@ def list_servers(settings: Settings, gateway: str | None, as_json: bool) -> None
     elif not rows:
         click.echo("no Triton server is known; TRUTHGPT_TRITON_URLS says where they are looked for")
     else:
-        shown = [
-            (str(row["url"]), str(row["state"]), str(row["outstanding"]), _ago(row["answered_s"])) for row in rows
-        ]
+        shown = [(str(row["url"]), str(row["state"]), str(row["outstanding"]), _ago(row["answered_s"])) for row in rows]
         table.show(("URL", "STATE", "REQUESTS", "ANSWERED"), shown, right=("REQUESTS", "ANSWERED"))
 
 

@@ -177,7 +177,7 @@ class Fleet:
         if not rest:
             raise UpstreamUnavailable("no Triton server is known")
         up = [member for member in rest if (member.takes(model) if model else member.health.triton_up)] or rest
-        return least(_of_version(up, model, version))
+        return least(_of_version(up, model, version or self._model(model).version))
 
     def _choose(self, name: str, version: str, key: bytes | None, tried: Collection[Member]) -> Member:
         ready = [member for member in self.members if member.takes(name)]
@@ -225,7 +225,7 @@ class Fleet:
 
     def _failed(self, member: Member, began: float, why: str) -> None:
         """The server itself failed; with no other there is nobody to take its place."""
-        if len(self.members) > 1 and member.fail(began):
+        if len(self.members) > 1 and not member.leaving and member.fail(began):
             log.warning("%s rests for %.3g s: %s", member.url, member.ejection.rest_s, why)
 
     def _ready(self, name: str) -> None:

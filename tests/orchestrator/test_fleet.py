@@ -120,8 +120,7 @@ async def test_what_is_served_together(pair: list[FakeTriton]) -> None:
 
 
 async def test_a_model_that_only_a_lost_server_had_is_not_ready(pair: list[FakeTriton]) -> None:
-    """Readiness is about every model that was judged: one more server that is away changes nothing, its own model does.
-    """
+    """Readiness is about every model that was judged: one more server that is away changes nothing, its own model."""
     one, other = pair
     async with running(fleet_of(*urls(*pair))) as fleet:
         await other.stop()
@@ -166,8 +165,7 @@ def lose(fleet: Fleet, at: Member) -> None:
 async def test_a_server_that_failed_rests_and_comes_back(
     pair: list[FakeTriton], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One lost connection takes it out before any heartbeat says so; after its rest and a heartbeat it is asked again.
-    """
+    """One lost connection takes it out before any heartbeat says so; after a rest and a heartbeat it is asked anew."""
     async with running(fleet_of(*urls(*pair))) as fleet:
         out = member(fleet, pair[0])
         lose(fleet, out)
@@ -225,6 +223,8 @@ async def test_versions_side_by_side(pair: list[FakeTriton]) -> None:
     needs one version is sent to who has it.
     """
     async with fakes(1) as (third,), running(fleet_of(*urls(*pair, third))) as fleet:
+        for fake, version in zip((*pair, third), "112", strict=True):
+            fake.config_facts["version"] = version
         third.version, third.beat["digest"] = "2", "d2"
         newer = member(fleet, third)
         await until(lambda: newer.health.served()[0].model.version == "2")
@@ -234,6 +234,9 @@ async def test_versions_side_by_side(pair: list[FakeTriton]) -> None:
         assert set(asked(fleet, version="2")) == {third.url}
         assert set(asked(fleet, 60)) == {fake.url for fake in (*pair, third)}, "any will do where none is named"
         assert asked(fleet, 60, version="3").total() == 60
+        for _ in range(6):
+            assert (await fleet.describe("m", "", "config"))["version"] == "1"
+        assert (await fleet.describe("m", "2", "config"))["version"] == "2"
         pair[0].version = pair[0].beat["digest"] = "2"
         await until(lambda: fleet.require("m").version == "2")
 
@@ -248,8 +251,7 @@ async def test_a_reload_that_an_answer_tells_of_is_read_at_once(pair: list[FakeT
 
 
 async def test_drained_servers_get_nothing_new(pair: list[FakeTriton]) -> None:
-    """What runs there goes on, and afterwards requests come again; with all drained nothing is ready, and it is said.
-    """
+    """What runs there goes on, and afterwards requests come again; with all drained nothing is ready."""
     async with running(fleet_of(*urls(*pair))) as fleet:
         one, other = fleet.members
         with Visit(one, one.health.attend("m"), fleet._failed) as visit:
