@@ -125,8 +125,8 @@ def answered(*texts: str) -> bytes:
 
 
 async def good(exchange: Exchange) -> None:
-    """What a good server does."""
-    await exchange.send(answered())
+    """What a good server does: two tokens, or as many as may be."""
+    await exchange.send(answered(*("one", " two")[: exchange.json.get("max_tokens", 2)]))
 
 
 def chats(url: str, **more: Any) -> Target:
