@@ -38,9 +38,11 @@ class HttpWire:
         body = self._dialect.body(self._target, self._load, prompt, tokens)
         request = b"%s%d\r\n\r\n%s" % (self._head, len(body), body)
         connection = self._reused() or await self._opened()
-        await connection.ask(request, self._dialect.reader(self._target, answer))
-        if connection.usable:
-            self._idle.append(connection)
+        try:
+            await connection.ask(request, self._dialect.reader(self._target, answer))
+        finally:
+            if connection.usable:  # after an error that was answered in order, too
+                self._idle.append(connection)
 
     async def close(self) -> None:
         for connection in self._idle:

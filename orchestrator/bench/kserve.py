@@ -118,7 +118,7 @@ class Inference(HttpReader):
         outputs = mapping(bytes(self._kept), "the body").get("outputs")
         if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
             raise Fault("nonsense", "outputs is missing")
-        rows = {output.get("name"): output.get("data") for output in outputs}
+        rows = {str(output.get("name")): output.get("data") for output in outputs}
         counts = rows.pop("num_input_tokens", None)
         if not any(rows.values()):
             raise Fault("no_tokens", "the answer has no outputs")

@@ -6,7 +6,6 @@ How many words make so many tokens only the server's tokeniser knows; `size` fin
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,14 +16,16 @@ from orchestrator.bench.plan import PlanError, Prompt
 
 # Short and common: one token each with most tokenisers.
 WORDS = tuple(
-    "the of and to in is you that it he was for on are as with his they at be this have from or one had by word but "
-    "not what all were we when your can said there use an each which she do how their if will up other about out many "
-    "then them these so some her would make like him into time has look two more write go see number no way could "
-    "people my than first water been call who oil its now find long down day did get come made may part over new "
-    "sound take only little work know place year live me back give most very after thing our just name good man think "
-    "say great where help through much before line right too mean old any same tell boy follow came want show also "
-    "around form three small set put end does another well large must big even such because turn here why ask went "
-    "men read need land home us move try kind hand picture again change off play air away house point page".split()
+    dict.fromkeys(
+        "the of and to in is you that it he was for on are as with his they at be this have from or one had by word but "
+        "not what all were we when your can said there use an each which she do how their if will up other about out many "
+        "then them these so some her would make like him into time has look two more write go see number no way could "
+        "people my than first water been call who oil its now find long down day did get come made may part over new "
+        "sound take only little work know place year live me back give most very after thing our just name good man think "
+        "say great where help through much before line right too mean old any same tell boy follow came want show also "
+        "around form three small set put end does another well large must big even such because turn here why ask went "
+        "men read need land home us move try kind hand picture again change off play air away house point page".split()
+    )
 )
 MAX_FILE_BYTES = 64 << 20
 MAX_FILE_PROMPTS = 100_000
@@ -101,10 +102,9 @@ def _towards(tokens: int, points: dict[int, int]) -> int:
     """The number of words that the line through the two points nearest to `tokens` promises."""
     if len(points) == 1:
         ((words, count),) = points.items()
-        # half the way, and at least a word: a longer prompt than asked for might not fit the model
-        move = (tokens - count) / 2 * words / count if count else words
-        guess = words + (math.ceil(move) if move > 0 else math.floor(move))
-        return max(1, guess)
+        # half the way: a longer prompt than asked for might not fit the model
+        guess = round(words + (tokens - count) // 2 * words / count) if count else words
+        return max(1, min(guess, words - 1) if count > tokens else max(guess, words + 1))
     (w0, t0), (w1, t1) = sorted(points.items(), key=lambda point: abs(point[1] - tokens))[:2]
     slope = (t1 - t0) / (w1 - w0)
     return max(1, round(w0 + (tokens - t0) / slope)) if slope > 0 else w0
@@ -137,7 +137,7 @@ def _prompt(line: str, where: str) -> Prompt:
         raise PlanError(f"{where}: not JSON", hint) from error
     if isinstance(value, dict) and isinstance(turns := value.get("messages"), list) and turns:
         pairs = [(turn.get("role"), turn.get("content")) for turn in turns if isinstance(turn, dict)]
-        good = [(role, content) for role, content in pairs if _text(role) and isinstance(content, str)]
+        good = [(role, content) for role, content in pairs if _text(role) and (content == "" or _text(content))]
         if len(good) == len(turns):
             return Prompt(turns=tuple(good))
     text = value.get("prompt") if isinstance(value, dict) else value
