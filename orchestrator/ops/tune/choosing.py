@@ -12,7 +12,6 @@ from orchestrator.ops.tune.knobs import Point, key
 SLACK = 1.15  # bounds are stretched by so much for what was measured once; the final rounds take them as they are
 FINALISTS = 2
 SURE = 0.8  # of the rounds a winner has to be faster in: a lucky median of noise alone is not
-NEAR = 0.95  # of the best one's throughput: what one measurement cannot tell from it
 Measured = tuple[Point, Figures]
 Round = Mapping[tuple[tuple[str, str], ...], Figures]  # by `key`
 
@@ -53,8 +52,8 @@ def reversions(point: Point, current: Point) -> list[dict[str, str]]:
 
 
 def finalists(measured: Sequence[Measured], current: Measured, bounds: Bounds, margin: float) -> list[Point]:
-    """At most FINALISTS points that may be better than what is set: the fastest, and of those that are hardly slower
-    the one with the fewest changes, else the next.
+    """At most FINALISTS points that may be better than what is set: the fastest, and the best of those that have one of
+    its changes less, whatever a single measurement made of it; else the next.
     """
     loose = bounds.scaled(SLACK)
     promising = not bounds.kept(current[1])  # then any that keeps them is
@@ -67,10 +66,8 @@ def finalists(measured: Sequence[Measured], current: Measured, bounds: Bounds, m
     if not found:
         return []
     best, *others = found
-    changed = distance(best[0], current[0])
-    near = [one for one in others if one[1].throughput >= NEAR * best[1].throughput]
-    simpler = sorted((one for one in near if distance(one[0], current[0]) < changed),
-                     key=lambda one: (distance(one[0], current[0]), -one[1].throughput))  # fmt: skip
+    fewer = {key(point) for point in reversions(best[0], current[0])}
+    simpler = sorted((one for one in measured if key(one[0]) in fewer), key=lambda one: -one[1].throughput)
     return [point for point, _ in [best, *(simpler or others)][:FINALISTS]]
 
 
@@ -105,7 +102,7 @@ def winner(found: Sequence[Verdict], current: Point, margin: float) -> Verdict |
     good = [one for one in found if one.better]
     if not good:
         return None
-    near = [one for one in good if one.ratio >= good[0].ratio - margin / 2]
+    near = [one for one in good if one.ratio >= good[0].ratio - margin]
     return min(near, key=lambda one: (distance(one.point, current), -one.ratio))
 
 
