@@ -179,7 +179,7 @@ async def test_a_first_token_is_stamped_before_anything_is_parsed() -> None:
         _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
         reader = Slow(Answer(8))
         reader._status = 200
-        await connection.ask(b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n", reader)
+        await connection.ask(b"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", reader)
         connection.abort()
     head, *others = moments
     assert others and all(now < head for now in others)
