@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -135,7 +136,9 @@ def _plots(results: Sequence[tuple[str, Result]]) -> str:
             if axis.lines:
                 axis.legend(fontsize=8)
         text = io.StringIO()
-        drawn.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # letters that its font lacks: the reader's browser has one
+            drawn.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
 
@@ -147,7 +150,8 @@ def _line(axis: Any, result: Result, name: str, scale: float, color: str, number
     ]  # fmt: skip
     if points:
         percentile = name.partition(".")[2]
-        told = _plain(" ".join(word for word in (label, percentile or "mean") if word))
+        # the name last: what begins with an underscore would be in no legend
+        told = _plain(f"{percentile or 'mean'} {label}".strip())
         style = ("-", "--", ":")[number]
         axis.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=4, color=color, label=told)
 

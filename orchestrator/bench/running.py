@@ -73,7 +73,7 @@ class _Measurement:
         if load.prompts:
             self._prompts = Given(load.prompts)
             if run.sizing is None:
-                await self._first(load.prompts[0], 1)
+                await self._first(load.prompts[0], min(SIZING_TOKENS, load.output_tokens))
                 run.sizing = Sizing(0, None)
         else:
             if run.sizing is None:

@@ -75,7 +75,9 @@ async def embeds(request: Any, context: Any) -> bytes:
 
 
 @asynccontextmanager
-async def serving(stream: Stream = good, infer: Callable[[Any, Any], Awaitable[bytes]] = embeds) -> AsyncIterator[Served]:
+async def serving(
+    stream: Stream = good, infer: Callable[[Any, Any], Awaitable[bytes]] = embeds
+) -> AsyncIterator[Served]:
     """A server on a port of its own whose every answer a test gives."""
     served = Served()
 

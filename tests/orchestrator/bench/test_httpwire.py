@@ -17,8 +17,23 @@ from orchestrator.bench.plan import Prompt, Target
 from tests.e2e.stack import free_ports
 
 from .servers import (
-    END, ROLE, STREAM, Exchange, Handler, Served, answered, chat, chats, chunk, delta, event, good, load, serving,
-    sized, usage,
+    END,
+    ROLE,
+    STREAM,
+    Exchange,
+    Handler,
+    Served,
+    answered,
+    chat,
+    chats,
+    chunk,
+    delta,
+    event,
+    good,
+    load,
+    serving,
+    sized,
+    usage,
 )  # fmt: skip
 
 PROMPT = Prompt("hello")
@@ -70,7 +85,9 @@ async def test_a_connection_is_kept_and_the_request_is_whole() -> None:
 async def test_a_cache_may_be_allowed_and_a_header_replaced() -> None:
     """--allow-cache asks for nothing; a header of the user's own stands in place of ours."""
     async with serving(good) as served:
-        wire = HttpWire(chats(served.url, allow_cache=True, api_key="key", headers=(("authorization", "Basic x"),)), load())
+        wire = HttpWire(
+            chats(served.url, allow_cache=True, api_key="key", headers=(("authorization", "Basic x"),)), load()
+        )
         await ask(wire)
         await wire.close()
     head = served.asked[0].head.lower()
@@ -162,7 +179,7 @@ async def test_a_first_token_is_stamped_before_anything_is_parsed() -> None:
         _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
         reader = Slow(Answer(8))
         reader._status = 200
-        await connection.ask(b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n", reader)
+        await connection.ask(b"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", reader)
         connection.abort()
     head, *others = moments
     assert others and all(now < head for now in others)
@@ -170,7 +187,10 @@ async def test_a_first_token_is_stamped_before_anything_is_parsed() -> None:
 
 async def test_tokens_are_stamped_when_they_come() -> None:
     """Between two events the server waits 80 ms: the role's does not count as first, the usage's not as last."""
-    parts = [STREAM + chunk(event(ROLE)), *(chunk(event(one)) for one in (delta("a"), delta("b"), delta(finish="stop")))]
+    parts = [
+        STREAM + chunk(event(ROLE)),
+        *(chunk(event(one)) for one in (delta("a"), delta("b"), delta(finish="stop"))),
+    ]
 
     async def paced(exchange: Exchange) -> None:
         await exchange.send(*parts, chunk(event(usage(2)) + event(b"[DONE]")) + END, pause_s=0.08)
@@ -335,9 +355,7 @@ def endless(first: bytes, part: Callable[[], bytes], sent: list[int]) -> Handler
         (b"HTTP/1.1 500 Oh\r\ntransfer-encoding: chunked\r\n\r\n", chunk(b"x" * 65_000), "http_500"),
     ],
 )  # fmt: skip
-async def test_what_never_ends_is_ended(
-    first: bytes, part: bytes, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_never_ends_is_ended(first: bytes, part: bytes, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Headers, hints, events, comments, trailers, errors without end: little of it is taken."""
     monkeypatch.setattr(httpwire, "MAX_BYTES", 4 << 20)
     sent = [0]

@@ -67,7 +67,8 @@ def test_a_password_in_a_url_is_refused_unrepeated() -> None:
         {"api_key": "schlüssel"}, {"api_key": "a\r\nX: y"}, {"headers": (("X", "a\r\nY: b"),)},
         {"headers": (("X Y", "a"),)}, {"headers": (("", "a"),)}, {"headers": (("Content-Length", "3"),)},
         {"headers": (("X", "\u20ac"),)}, {"protocol": "kserve-grpc", "headers": (("x!", "a"),)},
-        {"protocol": "kserve-grpc", "headers": (("x", "é"),)}, {"protocol": "kserve-grpc", "headers": (("x-bin", "a"),)},
+        {"protocol": "kserve-grpc", "headers": (("x", "é"),)},
+        {"protocol": "kserve-grpc", "headers": (("x-bin", "a"),)},
         {"protocol": "kserve-grpc", "headers": (("grpc-timeout", "1S"),)},
     ],
 )  # fmt: skip

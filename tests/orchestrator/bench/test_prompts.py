@@ -101,7 +101,8 @@ def test_prompts_of_a_file_come_in_order_and_again(tmp_path: Path) -> None:
     ("text", "said"),
     [
         (b'"a"\n{broken', "line 2: not JSON"), (b'{"messages": []}', "line 1: no prompt"), (b"[1]", "no prompt"),
-        (b'{"prompt": ""}', "no prompt"), (b'{"prompt": 3}', "no prompt"), (b'{"messages": [{"role": "user"}]}', "no pr"),
+        (b'{"prompt": ""}', "no prompt"), (b'{"prompt": 3}', "no prompt"),
+        (b'{"messages": [{"role": "user"}]}', "no prompt"),
         (b'{"messages": [{"role": 1, "content": "a"}]}', "no prompt"), (b'{"messages": ["a"]}', "no prompt"),
         (b'"\\ud800"', "no prompt"), (b"\xff\xfe", "not UTF-8"), (b"", "0 prompts"), (b"\n \n", "0 prompts"),
         (b"[" * 100_000, "not JSON"), (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "no prompt"),

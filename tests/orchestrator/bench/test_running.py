@@ -19,7 +19,20 @@ from orchestrator.bench.running import measure
 from tests.e2e.stack import free_ports
 
 from .servers import (
-    END, SIZED, STREAM, Exchange, answered, chats, chunk, delta, event, good, load, serving, sized, usage,
+    END,
+    SIZED,
+    STREAM,
+    Exchange,
+    answered,
+    chats,
+    chunk,
+    delta,
+    event,
+    good,
+    load,
+    serving,
+    sized,
+    usage,
 )  # fmt: skip
 
 
@@ -198,7 +211,7 @@ async def test_a_slow_server_times_out() -> None:
 
 
 async def test_errors_are_counted_beside_good_answers() -> None:
-    """Of every four answers one is a 429, one has an error in it, one lacks its end: the fourth alone is in a figure."""
+    """Of every four answers one is a 429, one has an error in it, one lacks its end: only the fourth counts."""
 
     async def lying(exchange: Exchange) -> None:
         error = event({"error": {"message": "in flight"}})
