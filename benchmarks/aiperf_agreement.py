@@ -21,6 +21,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -271,6 +272,7 @@ def main(
         clients = tuple(int(part) for part in concurrency.split(","))
     except ValueError:
         raise click.BadParameter("give numbers with commas between them", param_hint="--concurrency") from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a stack is not left behind
     with tempfile.TemporaryDirectory(prefix="truthgpt-bench-") as name, contextlib.ExitStack() as ends:
         at, counted = (url, None) if url else ends.enter_context(stack(Path(name), step_ms))
         work = Work(at, model or MODEL, prompt_words, output_tokens, requests_a_client)
