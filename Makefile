@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+AIPERF ?= aiperf
 STAMP := $(VENV)/.installed
 # A file runs in one process, so that what its tests share is made once; tests/conftest.py says how many processes there
 # are and has the long files begin first.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all soak lint types bench bench-gateway demo-model docs clean
+.PHONY: help install run test test-all soak lint types bench bench-gateway bench-aiperf demo-model docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -50,6 +51,9 @@ bench: install  ## workload W through Triton against transformers: a table and b
 bench-gateway: install  ## what the gateway adds to a request, beside LiteLLM, Portkey and Triton: 15 minutes and benchmarks/results/
 	@$(BIN)/python -m benchmarks.gateway --install-peers
 	@$(BIN)/python -m benchmarks.gateway
+
+bench-aiperf: install  ## whether `truthgpt bench` and aiperf say the same; AIPERF names its executable
+	@$(BIN)/python -m benchmarks.aiperf_agreement --aiperf $(AIPERF)
 
 demo-model: install  ## train the demo model again and measure it
 	@$(BIN)/python -m demo.train
