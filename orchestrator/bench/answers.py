@@ -61,7 +61,7 @@ class Answer:
 
     def __init__(self, asked: int) -> None:
         self.asked = asked
-        self.first = self.last = 0.0
+        self.first = self.last = self.ended = 0.0
         self.pieces = 0  # events with text
         self.gaps: list[tuple[float, float]] = []
         self.counted: int | None = None  # output tokens as the server counts them
@@ -95,6 +95,7 @@ class Answer:
 
     def finish(self, now: float, streams: bool) -> None:
         """The answer has come to its orderly end. Raises Fault if there was nothing in it."""
+        self.ended = now
         if not streams:
             self.first = self.last = now
         if not self.asked:

@@ -83,9 +83,9 @@ class Run:
     latency: Sample = field(default_factory=Sample)
     errors: dict[str, tuple[int, str]] = field(default_factory=dict)  # kind -> how many, and what the first one said
 
-    def took(self, answer: Answer, due: float, ended: float) -> None:
+    def took(self, answer: Answer, due: float) -> None:
         """A good answer to what was to be sent at `due`."""
-        latency, ttft = ended - due, answer.first - due
+        latency, ttft = answer.ended - due, answer.first - due
         self.completed += 1
         self.output_tokens += answer.tokens
         self.prompt_tokens += answer.prompt_tokens or 0

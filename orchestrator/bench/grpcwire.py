@@ -47,6 +47,8 @@ class GrpcWire:
         self._credentials = _credentials(grpc, target) if target.tls else None
         self._metadata = [(name.lower(), value) for name, value in target.headers]
         given = {name for name, _ in self._metadata}
+        if "triton_grpc_error" not in given:  # errors of a stream have a status, not a sentence alone
+            self._metadata.append(("triton_grpc_error", "true"))
         if target.api_key is not None and "authorization" not in given:
             self._metadata.append(("authorization", f"Bearer {target.api_key}"))
         if not target.allow_cache and "cache-control" not in given:

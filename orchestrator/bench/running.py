@@ -141,7 +141,6 @@ class _Measurement:
         """One request, counted in `run` if there is one; whether it was answered well."""
         answer = Answer(self._asked)
         fault = await self._ask(self._prompts.take(), self._load.output_tokens, answer)
-        ended = time.perf_counter()
         self._progress.done += 1
         self._in_a_row = 0 if fault is None else self._in_a_row + 1
         if fault is not None:
@@ -149,7 +148,7 @@ class _Measurement:
             if run is not None:
                 run.failed(fault)
         elif run is not None:
-            run.took(answer, due, ended)
+            run.took(answer, due)
         return fault is None
 
     async def _closed(self, concurrency: int, requests: int | None, until: float | None, run: Run | None) -> None:

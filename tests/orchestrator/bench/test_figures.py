@@ -17,13 +17,13 @@ from orchestrator.bench.plan import Goals
 from .servers import load
 
 
-def answered(first: float, *later: float, asked: int = 64, counted: bool = True) -> Answer:
+def answered(first: float, *later: float, ended: float, asked: int = 64, counted: bool = True) -> Answer:
     answer = Answer(asked)
     for now in (first, *later):
         answer.piece(now)
     if counted:
         answer.count(1 + len(later), 10)
-    answer.finish(later[-1] if later else first, streams=True)
+    answer.finish(ended, streams=True)
     return answer
 
 
@@ -66,8 +66,8 @@ def test_a_sample_stays_small_and_true(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_good_answer_in_figures() -> None:
     """Ten seconds of one run: the definitions, by hand."""
     run = Run(load(requests=2, output_tokens=64))
-    run.took(answered(0.5, 0.7, 0.9, 0.9), due=0.0, ended=1.0)
-    run.took(answered(10.25), due=10.0, ended=10.5)
+    run.took(answered(0.5, 0.7, 0.9, 0.9, ended=1.0), due=0.0)
+    run.took(answered(10.25, ended=10.5), due=10.0)
     run.seconds, run.cpu_s = 10.0, 1.0
     told = run.to_json()
     assert told["completed"] == 2 and told["requests_per_s"] == 0.2 and told["output_tokens_per_s"] == 0.5
@@ -82,7 +82,7 @@ def test_a_good_answer_in_figures() -> None:
 def test_latency_counts_from_when_a_request_was_due() -> None:
     """One that was sent two seconds late took two seconds more, to its first token as well."""
     run = Run(load())
-    run.took(answered(3.0, 3.1), due=1.0, ended=3.2)
+    run.took(answered(3.0, 3.1, ended=3.2), due=1.0)
     assert list(run.ttft.values) == [2.0] and list(run.latency.values) == pytest.approx([2.2])
 
 
@@ -91,7 +91,7 @@ def test_an_encoder_has_no_tokens_between() -> None:
     run, answer = Run(load()), Answer(0)
     answer.count(None, 12)
     answer.finish(1.5, streams=False)
-    run.took(answer, due=1.0, ended=1.5)
+    run.took(answer, due=1.0)
     told = run.to_json()
     assert told["itl_s"] is None and told["tpot_s"] is None and told["output_tokens"] == 0
     assert told["ttft_s"] == told["latency_s"] and told["tokens_counted_by"] == "server"
@@ -100,8 +100,8 @@ def test_an_encoder_has_no_tokens_between() -> None:
 def test_one_answer_that_nobody_counted_says_so_for_all() -> None:
     """A report must not call a number of pieces the server's count."""
     run = Run(load())
-    run.took(answered(1.0, 1.1), due=0.0, ended=1.2)
-    run.took(answered(1.0, 1.1, counted=False), due=0.0, ended=1.2)
+    run.took(answered(1.0, 1.1, ended=1.2), due=0.0)
+    run.took(answered(1.0, 1.1, ended=1.2, counted=False), due=0.0)
     assert run.to_json()["tokens_counted_by"] == "pieces"
 
 
@@ -144,7 +144,7 @@ def test_goodput_counts_the_requests_that_meet_the_goals() -> None:
     """Errors and slow ones do not count."""
     run = Run(load(goals=Goals(latency_s=1.0)))
     for ended in (0.5, 1.0, 1.5):
-        run.took(answered(0.2, 0.3), due=0.0, ended=ended)
+        run.took(answered(0.2, 0.3, ended=ended), due=0.0)
     run.failed(Fault("timeout", "late"))
     run.seconds = 2.0
     assert run.to_json()["goodput_per_s"] == 1.0

@@ -135,7 +135,7 @@ async def test_a_generation_and_what_was_asked_for() -> None:
     assert tensors["text_input"] == packed("hello") and tensors["stream"] == b"\1"
     assert b'"max_tokens":8' in tensors["sampling_parameters"] and tensors["return_num_output_tokens"] == b"\1"
     assert metadata["authorization"] == "Bearer the-key" and metadata["x-team"] == "a"
-    assert metadata["cache-control"] == "no-cache"
+    assert metadata["cache-control"] == "no-cache" and metadata["triton_grpc_error"] == "true"
 
 
 async def test_a_header_of_the_users_own_stands_in_place_of_ours() -> None:

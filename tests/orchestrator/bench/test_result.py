@@ -29,8 +29,8 @@ def found(*clients: int, scale: float = 1.0, model: str = "demo", errors: int = 
             for now in (0.1 * scale, 0.2 * scale, 0.35 * scale):
                 answer.piece(now)
             answer.count(3, 4)
-            answer.finish(0.4 * scale, streams=True)
-            run.took(answer, due=0.0, ended=(0.4 + at / 10) * scale)
+            answer.finish((0.4 + at / 10) * scale, streams=True)
+            run.took(answer, due=0.0)
         for _ in range(errors):
             run.failed(Fault("http_503", "<script>alert(1)</script> & busy"))
         run.seconds, run.cpu_s = 1.0 * scale, 0.1
