@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from orchestrator.ops.tune import applying, guard, undoing
 from orchestrator.ops.tune.applying import Change, Say, apply, recover, undoing_of
 from orchestrator.ops.tune.errors import TuneError
 from orchestrator.settings import Settings
+from tests.disks import small_disk
 
 BEFORE, AFTER = "# ours\nslots: 4\r\n", "# ours\nslots: 8\r\n"
 
@@ -216,18 +218,31 @@ def test_a_record_that_cannot_be_read_is_named(settings: Settings, path: Path, t
         undoing_of(settings, "demo", path, force=False)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+@contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """A file in a folder that cannot be written, by root neither."""
+    if os.geteuid() != 0:
+        path.parent.chmod(0o500)
+        try:
+            yield
+        finally:
+            path.parent.chmod(0o700)
+        return
+    data = path.read_bytes()
+    with small_disk(path.parent, "64k"):
+        path.write_bytes(data)
+        subprocess.run(["mount", "-o", "remount,ro", path.parent], check=True)
+        yield
+
+
 def test_a_repository_that_cannot_be_written_is_found_out_before(settings: Settings, path: Path) -> None:
     """Before an hour of measuring; and if it becomes so meanwhile, nothing is left behind."""
-    path.parent.chmod(0o500)
-    try:
+    with unwritable(path):
         with pytest.raises(TuneError, match="cannot be replaced"):
             applying.require_writable(path)
         with pytest.raises(TuneError, match="cannot be replaced"):
             apply(settings, change(path))
-    finally:
-        path.parent.chmod(0o700)
-    assert path.read_bytes() == BEFORE.encode() and left(settings) == []
+        assert path.read_bytes() == BEFORE.encode() and left(settings) == []
 
 
 KILLED = """
