@@ -104,8 +104,8 @@ def _towards(tokens: int, points: dict[int, int]) -> int:
         guess = round(words + (tokens - count) // 2 * words / count) if count else words
         return max(1, min(guess, words - 1) if count > tokens else max(guess, words + 1))
     (w0, t0), (w1, t1) = sorted(points.items(), key=lambda point: abs(point[1] - tokens))[:2]
-    slope = (t1 - t0) / (w1 - w0)
-    return max(1, round(w0 + (tokens - t0) / slope)) if slope > 0 else w0
+    slope = (t1 - t0) / (w1 - w0)  # none between neighbours that happen to have as many: a token a word, then
+    return max(1, round(w0 + (tokens - t0) / (slope if slope > 0 else 1)))
 
 
 def read_file(path: Path) -> tuple[Prompt, ...]:

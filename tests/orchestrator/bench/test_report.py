@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from html.parser import HTMLParser
 
@@ -57,8 +56,8 @@ def test_a_report_is_one_page_that_loads_nothing() -> None:
 
 @pytest.mark.parametrize(
     "hostile",
-    ["<script>alert(1)</script>'\"><img src=x onerror=alert(1)>&amp;", "$x_{2}$ $\\frac{ a\\b%d{}",
-     "_</style><script>]]><svg onload=alert(1)>"],
+    ["<script>alert(1)</script>'\"><img src=x onerror=alert(1)>&amp;",
+     "_$x_{2}$ $\\frac{ a\\b%d{}</style><script>]]><svg onload=alert(1)>"],
 )  # fmt: skip
 def test_whatever_a_name_holds_stays_a_word(hostile: str) -> None:
     """Of models, files, errors and addresses: nothing becomes markup or a formula, and all of it can be read."""
@@ -86,13 +85,10 @@ def test_a_comparison_says_what_is_better_and_what_was_not_measured_alike() -> N
     assert "output_tokens: 8 and 99" in page.text and "class='bad'" in text and "16 clients" in page.text
 
 
-def test_a_report_of_errors_alone_and_of_an_encoder() -> None:
-    """Figures that nobody has are empty places, not failures."""
+def test_a_report_of_errors_alone_with_a_rate() -> None:
+    """Figures that nobody has are empty places, not failures; the sweep is one of rates."""
     nothing = found()
-    for run in nothing["runs"]:
-        run.update(ttft_s=None, itl_s=None, tpot_s=None, latency_s=None, completed=0)
-    safe(report.html([("demo", nothing)]))
-    rates = copy.deepcopy(nothing)
-    for at, run in enumerate(rates["runs"], 1):
-        run.update(concurrency=None, rate=at / 2)
-    assert "0.5 requests/s" in safe(report.html([("demo", rates)])).text
+    for at, run in enumerate(nothing["runs"], 1):
+        run.update(ttft_s=None, itl_s=None, tpot_s=None, latency_s=None, completed=0, concurrency=None, rate=at / 2)
+    page = safe(report.html([("demo", nothing)]))
+    assert "0.5 requests/s" in page.text and "requests/s" in page.text
