@@ -91,4 +91,4 @@ def test_a_report_of_errors_alone_with_a_rate() -> None:
     for at, run in enumerate(nothing["runs"], 1):
         run.update(ttft_s=None, itl_s=None, tpot_s=None, latency_s=None, completed=0, concurrency=None, rate=at / 2)
     page = safe(report.html([("demo", nothing)]))
-    assert "0.5 requests/s" in page.text and "requests/s" in page.text
+    assert "0.5 requests/s" in page.text
