@@ -77,6 +77,7 @@ class Run:
     prompt_tokens: int = 0
     counted: bool = True
     interrupted: bool = False
+    gave_up: bool = False  # for nothing was answered any more
     ttft: Sample = field(default_factory=Sample)
     itl: Sample = field(default_factory=Sample)
     tpot: Sample = field(default_factory=Sample)
@@ -141,6 +142,7 @@ class Run:
             "error_kinds": {kind: {"count": count, "first": first} for kind, (count, first) in self.errors.items()},
             "seconds": round(self.seconds, 4),
             "interrupted": self.interrupted,
+            "gave_up": self.gave_up,
             "client_cpu": round(self.cpu_share, 4),
             "client_cpu_us_per_request": round(1e6 * self.cpu_s / done, 1) if done else None,
             "load": self.load.to_json(),

@@ -161,6 +161,7 @@ class _Measurement:
                 begun += 1
                 if not await self._request(time.perf_counter(), run):
                     if self._in_a_row >= GIVE_UP * concurrency:
+                        self._run.gave_up = True
                         return
                     await asyncio.sleep(AFTER_ERROR_S)
 
@@ -183,15 +184,19 @@ class _Measurement:
                 places.release()
 
         try:
-            while (requests is None or begun < requests) and self._in_a_row < GIVE_UP:
+            while requests is None or begun < requests:
+                if self._in_a_row >= GIVE_UP:
+                    run.gave_up = True
+                    break
                 due += rng.expovariate(rate)
                 if until is not None and due >= until:
                     break
                 await asyncio.sleep(max(0.0, due - time.perf_counter() - TICK_S))
                 while time.perf_counter() < due:  # noqa: ASYNC110 (the loop's own clock is too coarse)
                     await asyncio.sleep(0)
+                full = places.locked()
                 await places.acquire()
-                if until is not None and time.perf_counter() >= until:
+                if full and until is not None and time.perf_counter() >= until:
                     run.failed(Fault("unsent", self._unsent(1 + (until - due) * rate)))
                     break
                 begun += 1

@@ -111,6 +111,9 @@ def warnings(found: Mapping[str, Any]) -> None:
         if run["completed"] and found["target"].get("task") != "encode" and run["tokens_counted_by"] != "server":
             told = "the server counts no tokens: each piece of an answer counts as one"
             click.echo(f"warning: {where}: {told}", err=True)
+        if run["gave_up"]:
+            told = f"ended after {run['completed']} answers, for then nothing was answered any more"
+            click.echo(f"warning: {where}: {told}", err=True)
         if run["interrupted"]:
             click.echo(f"warning: {where}: interrupted after {run['completed']} requests", err=True)
 

@@ -14,7 +14,7 @@ __all__ = ["settled"]
 
 REQUESTS, PROMPT, OUTPUT, STEP_S = 6, 20, 5, 0.02
 # protocol, port, further options
-EDGES = (
+EDGES: tuple[tuple[str, str, list[str]], ...] = (
     ("openai", "HTTP", ["--endpoint", "chat"]), ("openai", "HTTP", ["--endpoint", "completions", "--no-stream"]),
     ("kserve-http", "HTTP", []), ("kserve-http", "TRITON_HTTP", []), ("kserve-http", "HTTP", ["--no-stream"]),
     ("kserve-grpc", "GRPC", []), ("kserve-grpc", "TRITON_GRPC", []), ("kserve-grpc", "TRITON_GRPC", ["--no-stream"]),

@@ -130,12 +130,10 @@ def test_what_follows_done_is_not_read() -> None:
 def test_an_answer_in_one_piece() -> None:
     """Its text, its usage and its finish reason; without one of them it is none."""
     target = chats(URL, stream=False)
-    body = {"choices": [{"message": {"content": "one two"}, "finish_reason": "stop"}], **usage(2)}
-    body["choices"] = [{"message": {"content": "one two"}, "finish_reason": "stop"}]
-    whole = json.dumps(body).encode()
+    choice = {"message": {"content": "one two"}, "finish_reason": "stop"}
+    whole = json.dumps({**usage(2), "choices": [choice]}).encode()
     answer = read(whole[:20], whole[20:], target=target, kind="application/json")
     assert answer.tokens == 2 and answer.first == answer.last == 3.0
-    choice = body["choices"][0]
     for wrong, kind in (
         ({"choices": []}, "nonsense"), ({"choices": [{**choice, "finish_reason": None}]}, "no_end"),
         ({"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}, "no_tokens"),
@@ -155,5 +153,6 @@ def test_embeddings() -> None:
     for good in ([0.1, 0.2], "zczMPQ=="):
         answer = read(found([{"embedding": good}]), target=target, kind="application/json", asked=0)
         assert answer.prompt_tokens == 5 and answer.tokens == 0 and answer.first == 2.0
-    for bad in ([], [{"embedding": []}], [3], "x", None, [{"index": 0}]):
+    none: tuple[object, ...] = ([], [{"embedding": []}], [3], "x", None, [{"index": 0}])
+    for bad in none:
         assert fault(found(bad), target=target, kind="application/json", asked=0) == "no_tokens"

@@ -41,7 +41,7 @@ def test_very_short_prompts_and_very_long_ones() -> None:
     assert len(Prompts("a", 100_000).take().text.split()) == 100_000
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 20_000), st.floats(0.8, 3), st.integers(0, 60))
 async def test_a_size_is_found_in_a_few_questions(wanted: int, per_word: float, template: int) -> None:
     """Whatever a tokeniser makes of a word and a template adds, a few questions come within 2 % where that can be."""
@@ -62,7 +62,7 @@ async def test_a_size_is_found_in_a_few_questions(wanted: int, per_word: float, 
     assert longest <= max(template + per_word * asked[0], 1.25 * wanted + 12)
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 10**6), st.lists(st.integers(0, 10**18), min_size=1, max_size=8))
 async def test_a_server_that_counts_nonsense_gets_no_endless_prompt(wanted: int, counts: list[int]) -> None:
     """Whatever it counts, the questions are few and their prompts bounded."""

@@ -54,25 +54,19 @@ def test_a_report_is_one_page_that_loads_nothing() -> None:
     assert "2 × http_503" in page.text and "<metadata" not in text
 
 
-@pytest.mark.parametrize(
-    "hostile",
-    ["<script>alert(1)</script>'\"><img src=x onerror=alert(1)>&amp;",
-     "_$x_{2}$ $\\frac{ a\\b%d{}</style><script>]]><svg onload=alert(1)>"],
-)  # fmt: skip
-def test_whatever_a_name_holds_stays_a_word(hostile: str) -> None:
-    """Of models, files, errors and addresses: nothing becomes markup or a formula, and all of it can be read."""
+def test_whatever_a_name_holds_stays_a_word() -> None:
+    """Of models, files, errors and addresses: nothing becomes markup or a formula, and all of it can be read.
+
+    Nor is a letter that no font has a warning: that is not for the reader.
+    """
+    hostile = (
+        "_<script>alert(1)</script>'\"><img src=x onerror=a()>&amp;$x_{2}$ \\frac{%d</style>]]><svg onload=a()>模🙂"
+    )
     one, other = found(model=hostile, errors=1), found(scale=2.0)
     other["target"]["url"] = other["runs"][0]["load"]["odd"] = hostile
     other["runs"][0]["error_kinds"] = {hostile: {"count": hostile, "first": hostile}}
     page = safe(report.html([(hostile, one), (f"{hostile} b", other)]))
-    assert page.text.count(hostile) >= 4
-
-
-def test_letters_that_no_font_has_are_no_failure() -> None:
-    """A file may have any name; warnings of a font are not for the reader."""
-    name = "模型 🙂.json"
-    page = safe(report.html([(name, found()), ("other", found())]))
-    assert name in page.text
+    assert page.text.count(hostile) >= 8
 
 
 def test_a_comparison_says_what_is_better_and_what_was_not_measured_alike() -> None:

@@ -242,14 +242,14 @@ async def test_a_server_that_dies_in_the_middle_ends_the_run() -> None:
     async with serving(dying) as served:
         run = await measure(chats(served.url), load(requests=1_000_000, concurrency=2), sizing=SIZED)
     assert run.completed == 5 and {"cut", "connect"} >= set(run.errors) >= {"connect"}
-    assert run.error_count <= running.GIVE_UP * 2 + 2
+    assert run.error_count <= running.GIVE_UP * 2 + 2 and run.gave_up
 
 
 async def test_an_open_loop_gives_up_on_a_dead_server() -> None:
     """As a closed one does."""
     target = chats(f"http://127.0.0.1:{free_ports(1)[0]}")
     run = await measure(target, load(concurrency=None, rate=500.0, requests=1_000_000), sizing=SIZED)
-    assert run.completed == 0 and run.error_count < 100
+    assert run.completed == 0 and run.error_count < 100 and run.to_json()["gave_up"]
 
 
 async def test_who_stops_a_run_gets_what_was_measured() -> None:

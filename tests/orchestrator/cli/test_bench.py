@@ -78,6 +78,22 @@ def test_an_error_at_once_is_exit_code_1(place: Any, served: Any, tmp_path: Path
     assert "(in_band): boom <b>" in refused and not path.exists()
 
 
+def test_a_server_that_is_gone_is_not_asked_for_ever(place: Any, served: Any) -> None:
+    """The run ends long before its time, and that it did is said."""
+    answers = itertools.count(1)
+
+    class Dying(list[bytes]):
+        """After the first question all is errors."""
+
+        def __iter__(self) -> Iterator[bytes]:
+            return iter(EVENTS if next(answers) < 4 else [event({"error": {"message": "gone"}})])
+
+    served.events = Dying()
+    result = place.run(*asking(served, "--warmup", "0", "--duration", "600", "--requests", "100000"))
+    assert result.exit_code == 1 and "20 × in_band: gone" in result.stderr
+    assert "ended after 2 answers, for then nothing was answered any more" in result.stderr
+
+
 def test_a_server_that_fails_later_is_measured_to_its_end(place: Any, served: Any, tmp_path: Path) -> None:
     """What it answered is printed and written, what it did not is on standard error; exit code 1."""
     path, answers = tmp_path / "result.json", itertools.count(1)
