@@ -60,7 +60,8 @@ def test_what_is_measured_is_what_the_gateway_counted(stack: Stack, settled: Sam
     asked, model = grown["requests_total", "openai", "generate", "ok"], stack.model
     questions = asked - 2 * REQUESTS
     assert 1 <= questions <= 6
-    assert grown["tokens_total", "completion", model] == 2 * REQUESTS * OUTPUT + 4 * questions
+    answered = grown["tokens_total", "completion", model] - 2 * REQUESTS * OUTPUT
+    assert questions <= answered <= 4 * questions  # a model may end the answer to a question sooner
     assert grown.get(("tokens_total", "cached", model), 0) == 0
 
 
