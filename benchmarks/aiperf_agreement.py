@@ -7,8 +7,9 @@ many words (each of them sent once, and servers are asked not to answer from a c
 requests. They take turns within a round, and every second round the other one begins; figures are medians over rounds,
 differences medians of those within a round. Without --url the endpoint is a stack of its own: gateway, Triton and a
 model that counts, each of whose steps takes --step-ms. What the gateway itself knows of the time to the first token, in
-its metrics and with the warm-up, is then shown as well. Writes benchmarks/results/aiperf.json. Exit code 1 if a median,
-a mean or a rate differs by more than 5 %; percentiles above are shown and not judged, for they are a few requests each.
+its metrics and with the warm-up, is then shown as well. Writes benchmarks/results/aiperf.json. Exit code 1 if a
+median, a mean or a rate differs by more than 5 %; percentiles above are shown and not judged, for they are a few
+requests each.
 
 aiperf needs an environment of its own: python -m venv aiperf-venv && aiperf-venv/bin/pip install aiperf
 """
