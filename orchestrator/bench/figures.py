@@ -2,7 +2,7 @@
 
 ttft_s       from sending a request to the first of its tokens
 itl_s        between tokens: what passed between two moments at which some came, shared among those that came
-tpot_s       a request's mean time per output token after the first: (latency - ttft) / (tokens - 1)
+tpot_s       a request's mean time per output token after the first: (last token - first token) / (tokens - 1)
 latency_s    from sending a request to the end of its answer; in an open loop all count from when it was due
 """
 
