@@ -200,9 +200,7 @@ class Engine:
         logits = self._runner.decode(tokens, positions)
         for sequence in decode:
             sequence.done += 1
-        if len(decode) < rows:
-            logits = logits[[s.slot for s in decode]]
-        self._take(decode, logits)
+        self._take(decode, logits, [s.slot for s in decode])
 
     def _prefill(self, sequence: Sequence, start: int, stop: int) -> None:
         if sequence.slot < 0 or sequence.done != start:  # failed earlier in this step, or lost its cache
@@ -210,17 +208,15 @@ class Engine:
         logits = self._runner.prefill(sequence.slot, sequence.tokens[start:stop], start)
         sequence.done = stop
         if not sequence.generated and not sequence.prefilling:
-            self._take((sequence,), logits)
+            self._take((sequence,), logits, [0])
 
-    def _take(self, sequences: tuple[Sequence, ...], logits: NDArray[np.float32]) -> None:
-        good = sampling.finite_rows(logits)
-        tokens = sampling.sample(np.where(good[:, None], logits, np.float32(0)) if not good.all() else logits,
-                                 [s.params for s in sequences], [s.random for s in sequences])  # fmt: skip
-        for row, sequence in enumerate(sequences):
-            if not good[row]:
+    def _take(self, sequences: tuple[Sequence, ...], logits: NDArray[np.float32], rows: Ids[int]) -> None:
+        picks = sampling.pick(logits, [s.sampling for s in sequences], rows)
+        for sequence, pick in zip(sequences, picks, strict=True):
+            if pick is None:
                 self._end((sequence,), Internal(NONFINITE))
                 continue
-            delta = sequence.accept(int(tokens[row]))
+            delta = sequence.accept(pick)
             if delta.finish is not None:
                 self._end((sequence,), None)
             sequence.sink.delta(delta)

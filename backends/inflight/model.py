@@ -142,7 +142,9 @@ class TritonPythonModel:
             ids = self._codec.encode(prompt)
             responder.input_tokens = len(ids)
             budget = self._budget(len(ids), params)
-            sequence = Sequence(ids, params, budget, self._entry.eos, self._codec.decode, stream, deadline)
+            sequence = Sequence(
+                ids, params, budget, self._entry.eos, self._codec.decode, stream, deadline, self._entry.graph.vocab_size
+            )
             stream.attach(partial(setattr, sequence, "cancelled", True))
             self._engine.submit(sequence)
         except EngineError as error:

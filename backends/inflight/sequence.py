@@ -9,7 +9,7 @@ from typing import Protocol
 
 from .errors import EngineError
 from .request import SamplingParams
-from .sampling import generator
+from .sampling import Pick, State
 from .text import Detokenizer, StopFilter
 
 
@@ -47,15 +47,15 @@ class Sequence:
         decode: Callable[[Ids[int]], str],
         sink: Sink,
         deadline: float,
+        vocab_size: int,
     ) -> None:
         self.tokens = [*prompt]
         self.params = params
         self.budget = budget  # how many tokens may be generated
-        self.eos = frozenset() if params.ignore_eos else eos
         self.sink = sink
         self.deadline = deadline  # on the engine's monotonic clock, seconds
         self.queued_at = 0.0  # on the same clock
-        self.random = generator(params.seed)
+        self.sampling = State(params, prompt, frozenset() if params.ignore_eos else eos, vocab_size)
         self.detokenizer = Detokenizer(decode)
         self.stops = StopFilter(params.stop)
         self.number = 0  # in order of submission
@@ -75,12 +75,13 @@ class Sequence:
         """How many tokens are prefilled: all but the one that was sampled last, which a decode step feeds."""
         return len(self.tokens) - (self.generated > 0)
 
-    def accept(self, token: int) -> Delta:
-        """Take the token that was sampled: the text it makes certain, and whether the answer ends with it."""
-        self.next_token = token
+    def accept(self, pick: Pick) -> Delta:
+        """Take the token that was picked: the text it makes certain, and whether the answer ends with it."""
+        token = self.next_token = pick.token
+        self.sampling.accept(token)
         self.tokens.append(token)
         self.generated += 1
-        if token in self.eos:
+        if token in self.sampling.end:
             return Delta(self._rest(), 1, "stop")
         text = self.stops.push(self.detokenizer.push(token))
         if self.stops.stopped:

@@ -139,4 +139,4 @@ def sequence(
 ) -> Sequence:
     """A greedy sequence unless `params` says otherwise."""
     how = SamplingParams(**{"temperature": 0.0, **params})  # type: ignore[arg-type]
-    return Sequence(prompt, how, max_tokens, frozenset(), letters, sink or Collector(), deadline)
+    return Sequence(prompt, how, max_tokens, frozenset(), letters, sink or Collector(), deadline, VOCAB)

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from backends.inflight.engine import Engine
 from backends.inflight.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
 from backends.inflight.request import SamplingParams
+from backends.inflight.sampling import Pick
 from backends.inflight.scheduler import Scheduler
 from backends.inflight.sequence import Sequence
 
-from .fakes import Collector, FakeRunner, expected, letters, sequence
+from .fakes import VOCAB, Collector, FakeRunner, expected, letters, sequence
 
 
 @pytest.fixture
@@ -184,7 +185,7 @@ def test_end_tokens_end_an_answer_unless_they_are_ignored():
 
     def ends(ignore):
         how = SamplingParams(temperature=0.0, ignore_eos=ignore)
-        one = Sequence([1], how, 3, frozenset({7}), letters, Collector(), float("inf"))
-        return [one.accept(token).finish for token in ([5, 7, 7] if ignore else [5, 7])]
+        one = Sequence([1], how, 3, frozenset({7}), letters, Collector(), float("inf"), VOCAB)
+        return [one.accept(Pick(token)).finish for token in ([5, 7, 7] if ignore else [5, 7])]
 
     assert ends(False) == [None, "stop"] and ends(True) == [None, None, "length"]
