@@ -90,17 +90,19 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises ResourceExhausted when the queue is full, Unavailable once the engine is closing,
-        Internal when it can run nowhere any more.
+    def submit(self, *sequences: Sequence) -> None:
+        """Queue the sequences of one request, all or none. Raises ResourceExhausted when the queue has no room for
+        them, Unavailable once the engine is closing, Internal when it can run nowhere any more.
         """
         with self._changed:
             if self._dead is not None:
                 raise self._dead
             if self._closing:
                 raise Unavailable("the model is being unloaded")
-            sequence.queued_at = self._clock()
-            self._scheduler.submit(sequence)
+            now = self._clock()
+            for sequence in sequences:
+                sequence.queued_at = now
+            self._scheduler.submit(*sequences)
             self._changed.notify()
 
     @property

@@ -71,15 +71,16 @@ class Scheduler:
     def active(self) -> tuple[Sequence, ...]:
         return tuple(self._active)
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises ResourceExhausted when `max_queue` sequences wait already."""
-        if len(self._waiting) >= self._max_queue:
+    def submit(self, *sequences: Sequence) -> None:
+        """Queue sequences, all or none. Raises ResourceExhausted if more than `max_queue` would wait."""
+        if len(self._waiting) + len(sequences) > self._max_queue:
             raise ResourceExhausted(
                 f"{len(self._waiting)} requests are waiting, the limit (max_queue) is {self._max_queue}"
             )
-        self._submitted += 1
-        sequence.number = self._submitted
-        self._waiting.append(sequence)
+        for sequence in sequences:
+            self._submitted += 1
+            sequence.number = self._submitted
+            self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence, move: Callable[[int, int, int], None]) -> None:
         """Free a sequence's slot; `move(source, target, length)` copies the cache of the one that fills the hole.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .errors import EngineError
 from .request import SamplingParams
@@ -13,13 +12,15 @@ from .sampling import Pick, State
 from .text import Detokenizer, StopFilter
 
 
-@dataclass(frozen=True)
-class Delta:
-    """What one step added to an answer. `finish` is "stop", "length" or None while it goes on."""
+class Delta(NamedTuple):
+    """What one token added to an answer. `finish` is "stop", "length" or None while it goes on. `text` is what the
+    token made certain where the answer has stop strings, for its end depends on that; else None: whoever sends the
+    answer makes it, and an answer that ends with "stop" then has an end token last, which is not shown.
+    """
 
-    text: str
-    tokens: int
+    pick: Pick
     finish: str | None = None
+    text: str | None = None
 
 
 class Sink(Protocol):
@@ -56,11 +57,12 @@ class Sequence:
         self.deadline = deadline  # on the engine's monotonic clock, seconds
         self.queued_at = 0.0  # on the same clock
         self.sampling = State(params, prompt, frozenset() if params.ignore_eos else eos, vocab_size)
-        self.detokenizer = Detokenizer(decode)
-        self.stops = StopFilter(params.stop)
+        self._detokenizer = Detokenizer(decode) if params.stop else None
+        self._stops = StopFilter(params.stop)
         self.number = 0  # in order of submission
         self.slot = -1
         self.done = 0
+        self.cached = 0  # tokens of the prompt whose cache was taken from others'
         self.generated = 0
         self.next_token = -1
         self.admitted = False  # it has had a slot
@@ -76,21 +78,17 @@ class Sequence:
         return len(self.tokens) - (self.generated > 0)
 
     def accept(self, pick: Pick) -> Delta:
-        """Take the token that was picked: the text it makes certain, and whether the answer ends with it."""
+        """Take the token that was picked: whether the answer ends with it, and the text if that decides it."""
         token = self.next_token = pick.token
         self.sampling.accept(token)
         self.tokens.append(token)
         self.generated += 1
-        if token in self.sampling.end:
-            return Delta(self._rest(), 1, "stop")
-        text = self.stops.push(self.detokenizer.push(token))
-        if self.stops.stopped:
-            return Delta(text, 1, "stop")
-        if self.generated >= self.budget:
-            text += self._rest()
-            return Delta(text, 1, "stop" if self.stops.stopped else "length")
-        return Delta(text, 1)
-
-    def _rest(self) -> str:
-        text = self.stops.push(self.detokenizer.flush())
-        return text + self.stops.flush()
+        ended = token in self.sampling.end
+        finish = "stop" if ended else "length" if self.generated >= self.budget else None
+        if self._detokenizer is None:
+            return Delta(pick, finish)
+        look = self.generated > self.params.min_tokens
+        text = "" if ended else self._stops.push(self._detokenizer.push(token), look)
+        if finish is not None:
+            text += self._stops.push(self._detokenizer.flush(), look) + self._stops.flush()
+        return Delta(pick, "stop" if self._stops.stopped else finish, text)

@@ -121,8 +121,8 @@ class Collector:
 
     @property
     def tokens(self) -> list[int]:
-        """With `letters` as decoder, the ids of the answer."""
-        return [ord(c) - 0x4E00 for d in self.deltas for c in d.text]
+        """The ids of the answer, an end token not among them."""
+        return [d.pick.token for d in self.deltas if d.finish != "stop" or d.text is not None]
 
 
 def letters(ids: Ids[int]) -> str:
