@@ -26,6 +26,14 @@ from .slots import Slots, cache_inputs
 Logits = NDArray[np.float32]
 
 
+class Block:
+    """A copy of some positions of one slot, an array [kv_heads, positions, head_dim] for each cache."""
+
+    def __init__(self, parts: list[NDArray[np.generic]]) -> None:
+        self.parts = parts
+        self.nbytes = sum(part.nbytes for part in parts)
+
+
 class Runner:
     """One model's session over `slots` slots. Not thread-safe: the engine's thread is its only caller.
 
@@ -46,7 +54,9 @@ class Runner:
         self._tokens = np.zeros((slots, 1), np.int64)
         self._positions = np.zeros((slots, 1), np.int64)
         self._lengths = np.zeros(slots, np.int32)
-        self._last = np.zeros(slots, np.int64)
+        last = next(given for given in self._session.get_inputs() if given.name == "last_index")
+        self.can_verify = len(last.shape) == 2
+        self._last = np.zeros((slots, 1) if self.can_verify else slots, np.int64)
         self._total = np.zeros((), np.int32)
         self._logits = np.zeros((slots, _vocab_size(self._session)), np.float32)
         self._decode_bindings: dict[int, ort.IOBinding] = {}
@@ -75,6 +85,8 @@ class Runner:
 
     def prefill(self, slot: int, tokens: Ids[int], start: int) -> Logits:
         """Feed a chunk of one prompt at positions start.. of `slot`; float32 [1, vocab] of its last position."""
+        if start == 0 and len(tokens) % 2 and len(tokens) > 1:
+            return self.prefill_fresh(slot, [tokens])
         count = len(tokens)
         ids = np.asarray(tokens, np.int64)[None]
         positions = np.arange(start, start + count, dtype=np.int64)[None]
@@ -89,6 +101,53 @@ class Runner:
             _input(binding, "position_ids", positions)
             self._run(binding, 1)
         return self._logits[:1]
+
+    def prefill_fresh(self, first_slot: int, prompts: Ids[Ids[int]]) -> Logits:
+        """Feed whole prompts, padded on the right to the longest one's even length, in slots first_slot..."""
+        rows = len(prompts)
+        width = max(len(prompt) for prompt in prompts)
+        width += width % 2 if width > 1 else 0
+        ids = np.zeros((rows, width), np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        positions = np.broadcast_to(np.arange(width, dtype=np.int64), ids.shape).copy()
+        ends = np.array([len(prompt) - 1 for prompt in prompts])
+        self._lengths[:rows] = ends
+        self._last[:rows] = ends[:, None] if self.can_verify else ends
+        self._total[()] = width
+        with translated(self._placement):
+            binding = self._bind(first_slot, rows)
+            _input(binding, "input_ids", ids)
+            _input(binding, "position_ids", positions)
+            self._run(binding, rows)
+        return self._logits[:rows]
+
+    def verify(self, slot: int, tokens: Ids[int], start: int) -> Logits:
+        """Feed a chunk at positions start.. of `slot`; float32 [tokens, vocab], a row for each."""
+        count = len(tokens)
+        ids = np.asarray(tokens, np.int64)[None]
+        positions = np.arange(start, start + count, dtype=np.int64)[None]
+        last = np.arange(count, dtype=np.int64)[None]
+        logits = np.empty((count, self._logits.shape[1]), np.float32)
+        self._lengths[0] = start + count - 1
+        self._total[()] = start + count
+        with translated(self._placement):
+            binding = self._bind(slot, 1)
+            _input(binding, "input_ids", ids)
+            _input(binding, "position_ids", positions)
+            _input(binding, "last_index", last)
+            binding.bind_output("logits", CPU, 0, logits.dtype, logits.shape, logits.ctypes.data)
+            self._session.run_with_iobinding(binding)
+        return logits
+
+    def save(self, slot: int, start: int, stop: int) -> Block:
+        """Copy positions start..stop-1 of a slot out."""
+        return Block([cache.array[slot, :, start:stop].copy() for cache in self._cache.values()])
+
+    def load(self, slot: int, start: int, block: Block) -> None:
+        """Copy a block into a slot, from position `start` on."""
+        for cache, part in zip(self._cache.values(), block.parts, strict=True):
+            cache.array[slot, :, start : start + part.shape[1]] = part
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions (or more) of one slot's cache to another's."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from typing import NamedTuple, Protocol
 
+from .drafts import Lookup
 from .errors import EngineError
 from .request import SamplingParams
 from .sampling import Pick, State
@@ -64,7 +65,10 @@ class Sequence:
         self.done = 0
         self.cached = 0  # tokens of the prompt whose cache was taken from others'
         self.generated = 0
-        self.next_token = -1
+        self.lookup: Lookup | None = None  # drafts of its next tokens, once it runs nearly alone
+        self.exact: int | None = None  # so many positions at the start have the bits of decoding alone; None: all
+        self.again = False  # its answer's positions are decoded again, up to the last token
+        self.settled = False  # nothing more is speculated on it
         self.admitted = False  # it has had a slot
         self.cancelled = False  # set by any thread, read once a step
 
@@ -74,12 +78,26 @@ class Sequence:
 
     @property
     def prefill_end(self) -> int:
-        """How many tokens are prefilled: all but the one that was sampled last, which a decode step feeds."""
-        return len(self.tokens) - (self.generated > 0)
+        """How many tokens are prefilled: all but the one that was picked last, which a decode step feeds, or the prompt
+        alone.
+        """
+        return len(self.tokens) - (self.generated if self.again else self.generated > 0)
+
+    def go_back(self, position: int) -> None:
+        """Have the answer's positions from here on decoded again before another token is picked; see speculation.py."""
+        self.done, self.exact, self.again, self.settled = position, None, True, True
+
+    def fed(self) -> bool:
+        """A decode step has fed a token; whether it was the last one, so that the next can be picked."""
+        self.done += 1
+        if self.done < len(self.tokens):
+            return False
+        self.again = False
+        return True
 
     def accept(self, pick: Pick) -> Delta:
         """Take the token that was picked: whether the answer ends with it, and the text if that decides it."""
-        token = self.next_token = pick.token
+        token = pick.token
         self.sampling.accept(token)
         self.tokens.append(token)
         self.generated += 1
