@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from .costs import Costs
 from .counters import Counters
 from .errors import DeadlineExceeded, DeviceLost, EngineError, Internal, OutOfMemory, Unavailable
 from .scheduler import Plan, Scheduler
@@ -46,7 +47,8 @@ class Engine:
     """Runs sequences to their end. `submit` may be called from any thread; sinks are called on the engine's.
 
     `reopen` opens the model on the CPU once its device has failed; without it such a failure ends the step's requests
-    as any other does. `fallback`: that has happened already. `tell` gets a line for the log.
+    as any other does. `fallback`: that has happened already. `tell` gets a line for the log; `costs` makes what learns
+    the costs of steps.
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class Engine:
         fallback: bool = False,
         tell: Callable[[str], None] = _tell,
         tuning: Tuning = Tuning(),  # noqa: B008 (it cannot be changed)
+        costs: Callable[[], Costs] = Costs,
     ) -> None:
         self._reopen, self._fallback, self._tell = reopen, fallback, tell
         self._lost: DeviceLost | None = None  # nothing more is run on the device from here on
         self._abandoned: ModelRunner | None = None
         self._dead: Internal | None = None
         self._scheduler, self._clock = scheduler, clock
-        self._steps = Steps(runner, tuning, lambda: scheduler.active, self._end, tell)
+        self._steps = Steps(runner, tuning, lambda: scheduler.active, self._end, tell, costs)
         self._step_delay_s = step_delay_s  # makes a small model as slow as a large one, for tests of load and balance
         self._changed = threading.Condition()
         self._closing = False

@@ -80,9 +80,11 @@ class Steps:
         active: Callable[[], tuple[Sequence, ...]],
         end: Callable[[Iterable[Sequence], EngineError | None], None],
         tell: Callable[[str], None],
+        costs: Callable[[], Costs],
     ) -> None:
         self.runner, self._tuning, self._active, self._end, self._tell = runner, tuning, active, end, tell
-        self.counters, self.costs = Counters(), Costs()
+        self._new_costs = costs
+        self.counters, self.costs = Counters(), costs()
         self._speculation = Speculation(self.costs, tuning.exact)
         self._prefixes = Prefixes(tuning.prefix_cache_bytes)
         self._keeps = tuning.prefix_cache_bytes > 0
@@ -90,7 +92,7 @@ class Steps:
 
     def change(self, runner: ModelRunner) -> None:
         """Run on another device from here on: what was measured and kept is of the one before."""
-        self.runner, self.costs = runner, Costs()
+        self.runner, self.costs = runner, self._new_costs()
         self._speculation = Speculation(self.costs, self._tuning.exact)
         self._prefixes.clear()
 
