@@ -16,6 +16,7 @@ from functools import partial
 from .costs import Costs
 from .counters import Counters
 from .errors import DeadlineExceeded, DeviceLost, EngineError, Internal, OutOfMemory, Unavailable
+from .pace import Pace
 from .scheduler import Plan, Scheduler
 from .sequence import Sequence
 from .steps import ModelRunner, Steps, Tuning
@@ -69,6 +70,7 @@ class Engine:
         self._dead: Internal | None = None
         self._scheduler, self._clock = scheduler, clock
         self._steps = Steps(runner, tuning, lambda: scheduler.active, self._end, tell, costs)
+        self._pace = Pace(tuning.token_target_s)
         self._step_delay_s = step_delay_s  # makes a small model as slow as a large one, for tests of load and balance
         self._changed = threading.Condition()
         self._closing = False
@@ -134,8 +136,10 @@ class Engine:
                 if self._dead is not None:
                     return
             with self._changed:
-                self._drop_the_gone()
-                plan = self._scheduler.plan(self._steps.limit(), self._steps.reusable)
+                now = self._clock()
+                self._drop_the_gone(now)
+                limit = self._pace.limit(self._scheduler, self._steps.costs, now)
+                plan = self._scheduler.plan(limit, self._steps.reusable)
                 if not plan:
                     self._step_began = None
                     if self._closing:
@@ -177,11 +181,10 @@ class Engine:
             sequence = chunk.sequence
             if not sequence.admitted and now - sequence.queued_at >= WAITED_S:
                 sequence.sink.admitted()
-            sequence.admitted = True
+            if not sequence.admitted:
+                sequence.admitted, sequence.started_at = True, now
 
-    def _drop_the_gone(self) -> None:
-        now = self._clock()
-
+    def _drop_the_gone(self, now: float) -> None:
         def gone(sequence: Sequence) -> bool:
             return sequence.cancelled or now >= sequence.deadline
 

@@ -100,6 +100,16 @@ class Scheduler:
     def active(self) -> tuple[Sequence, ...]:
         return tuple(self._active)
 
+    @property
+    def prefilling(self) -> Sequence | None:
+        """Whose prompt is being prefilled, the first of them in order of admission."""
+        return next((s for s in self._prefilling if s.prefilling and s.slot >= 0), None)
+
+    @property
+    def first_waiting(self) -> Sequence | None:
+        """Who gets a slot next."""
+        return self._waiting.first()
+
     def submit(self, *sequences: Sequence) -> None:
         """Queue sequences, all or none. Raises ResourceExhausted if more than `max_queue` would wait."""
         if len(self._waiting) + len(sequences) > self._max_queue:

@@ -57,6 +57,7 @@ class Sequence:
         self.sink = sink
         self.deadline = deadline  # on the engine's monotonic clock, seconds
         self.queued_at = 0.0  # on the same clock
+        self.started_at = 0.0  # when it got its slot
         self.sampling = State(params, prompt, frozenset() if params.ignore_eos else eos, vocab_size)
         self._detokenizer = Detokenizer(decode) if params.stop else None
         self._stops = StopFilter(params.stop)

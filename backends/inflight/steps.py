@@ -28,7 +28,6 @@ from .sequence import Sequence
 from .speculation import Speculation, too_close
 
 NONFINITE = "the model produced logits that are not finite (NaN or infinity); the answer stops here"
-LEAST_CHUNK = 16  # tokens that a step prefills whatever its target, so that prompts get on
 
 
 class ModelRunner(Protocol):
@@ -95,11 +94,6 @@ class Steps:
         self.runner, self.costs = runner, self._new_costs()
         self._speculation = Speculation(self.costs, self._tuning.exact)
         self._prefixes.clear()
-
-    def limit(self) -> int | None:
-        """How many tokens the next step may prefill beside running streams; None: as many as fit."""
-        target_s = self._tuning.token_target_s
-        return self.costs.chunk(len(self._active()), target_s, LEAST_CHUNK, 1 << 20) if target_s else None
 
     def reusable(self, sequence: Sequence) -> int:
         """How many positions of a new sequence can be loaded: all but one of its prompt at most, which logits need."""

@@ -131,7 +131,8 @@ def play(given: list[Request], runner: object, slots: int, chunk: int, tuning: T
 @given(given_=st.lists(requests, min_size=1, max_size=10), slots=st.integers(1, 4), chunk=st.integers(1, 40))
 def test_answers_are_the_same_alone_and_in_any_company(given_, slots, chunk):
     """Random arrivals, lengths, priorities, parameters and cancels, with chunks, joint prefill, reused prefixes and
-    drafts: each answer is token by token the one that its request has by itself, or its beginning where it was given up.
+    drafts: each answer is token by token the one that its request has by itself, or the beginning of it where it was
+    given up.
     """
     check_made_by_hand(given_, slots, chunk)
 
