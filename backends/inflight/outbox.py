@@ -39,7 +39,8 @@ FIRST_COST_S = 0.0002  # a response's, before any was measured
 class Outbox:
     """Owner of the sending thread. `open` registers a stream; it is forgotten once its last response is sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = SHARE, pause_s: float = PAUSE_S) -> None:
+        self._share, self._pause_s = share, pause_s
         self._lock = threading.Condition()
         self._open: set[Stream] = set()
         self._urgent: dict[Stream, None] = {}  # insertion order: first ready, first sent
@@ -175,7 +176,7 @@ class Outbox:
             # A round that the machine interrupted says nothing of what sending costs.
             cost_s = min(self._spent_s / self._sent, 2 * self._cost_s)
             self._cost_s += (cost_s - self._cost_s) / 8
-            self._due = now + min(PAUSE_S, self._cost_s * (self._sent - 1) / SHARE)
+            self._due = now + min(self._pause_s, self._cost_s * (self._sent - 1) / self._share)
 
     def _send(self, stream: Stream, arrived: Ids[Ids[Delta]], ended: bool) -> None:
         responder = stream.responder
