@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,6 +81,13 @@ def test_the_texts_of_other_tokenizers_join_to_the_answer(tokenizer: Tokenizer, 
     said = [Pieces(tokenizer).piece(token, i == 0) for i, token in enumerate(ids)]
     assert [text for text, _ in said] == expected and [data for _, data in said] == [t.encode() for t in expected]
     assert "".join(expected) == tokenizer.decode(ids)
+
+
+def test_a_tokens_json_needs_only_its_log_probability():
+    """The part of an entry that does not change is made once."""
+    token = BYTE_LEVEL.token_to_id(BYTE_LEVEL.encode('"').tokens[0])
+    head = Pieces(BYTE_LEVEL).head(token, False)
+    assert json.loads(f"{head}-0.5}}") == {"id": token, "token": '"', "bytes": [34], "logprob": -0.5}
 
 
 def test_a_byte_that_no_word_has_is_that_byte():
