@@ -6,11 +6,9 @@ requests'. An answer with stop strings is the exception: its end depends on the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
-from typing import Any
 
 from .sampling import Pick
 from .sequence import Delta
@@ -18,7 +16,7 @@ from .text import Detokenizer
 
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot say; OpenAI's and vLLM's number
 
-Piece = Callable[[int, bool], tuple[str, bytes]]
+Head = Callable[[int, bool], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +32,17 @@ class Part:
 
 
 class Answer:
-    """One answer between engine and client. `decode` maps token ids to text; `piece` is there if log-probabilities are
-    wanted: a token's own text and bytes, see pieces.Pieces. `echo` stands in front of the answer's text.
+    """One answer between engine and client. `decode` maps token ids to text; `head` is there if log-probabilities are
+    wanted, see pieces.Pieces. `echo` stands in front of the answer's text.
     """
 
-    def __init__(self, decode: Callable[[Ids[int]], str], piece: Piece | None = None) -> None:
+    def __init__(self, decode: Callable[[Ids[int]], str], head: Head | None = None) -> None:
         self.arrived: list[Delta] = []  # the engine appends to it
         self.ended = False  # nothing more arrives
         self.spoke = False  # its first text has been cut
         self.echo = ""
         self._detokenizer = Detokenizer(decode)
-        self._piece = piece
+        self._head = head
         self._text: list[str] = []
         self._entries: list[str] = []
         self._finish = ""
@@ -77,8 +75,8 @@ class Answer:
                 self._text.append(text)
             if finish is not None:
                 self._finish = finish
-            if self._piece is not None:
-                self._entries.append(_entry(pick, self._count == 0, self._piece))
+            if self._head is not None:
+                self._entries.append(_entry(pick, self._count == 0, self._head))
             self._tokens += 1
             self._count += 1
             if pick.logprob is not None:
@@ -95,13 +93,8 @@ class Answer:
         return part
 
 
-def _entry(pick: Pick, first: bool, piece: Piece) -> str:
+def _entry(pick: Pick, first: bool, head: Head) -> str:
     """A token's JSON object, with the likeliest tokens of its place."""
-
-    def said(token: int, logprob: float) -> dict[str, Any]:
-        text, data = piece(token, first)
-        return {"id": token, "token": text, "bytes": list(data), "logprob": max(logprob, LEAST_LOGPROB)}
-
-    chosen = said(pick.token, LEAST_LOGPROB if pick.logprob is None else pick.logprob)
-    chosen["top"] = [said(token, logprob) for token, logprob in pick.top]
-    return json.dumps(chosen, separators=(",", ":"))
+    logprob = LEAST_LOGPROB if pick.logprob is None else max(pick.logprob, LEAST_LOGPROB)
+    top = ",".join(f"{head(token, first)}{max(likely, LEAST_LOGPROB)!r}}}" for token, likely in pick.top)
+    return f'{head(pick.token, first)}{logprob!r},"top":[{top}]}}'

@@ -141,8 +141,8 @@ class TritonPythonModel:
         responder.describe(frozenset(wants & self._outputs))
         if params.logprobs is None and ("logprobs" in wants or params.best_of > params.n):
             params = replace(params, logprobs=0)
-        piece = self._codec.piece if "logprobs" in wants else None
-        answers = [Answer(self._codec.decode, piece) for _ in range(params.best_of)]
+        head = self._codec.pieces.head if "logprobs" in wants else None
+        answers = [Answer(self._codec.decode, head) for _ in range(params.best_of)]
         stream = self._outbox.open(responder, flags.get("stream", False), answers, params.n)
         echo = not flags.get("exclude_input_in_output", True)
         return partial(self._begin, stream, responder, prompt, params, echo, deadline)

@@ -31,20 +31,23 @@ from .stream import Responder, Stream
 
 KEEP_ALIVE_S = 0.2  # promised: at least one response every 0.25 s
 CANCEL_POLL_S = 0.1
-SHARE = 0.1
-PAUSE_S = 0.1
+SHARE = 0.04  # of the time; Triton and the kernel spend about twice as much on a response
+PAUSE_S = 0.08
+FIRST_COST_S = 0.0002  # a response's, before any was measured
 
 
 class Outbox:
     """Owner of the sending thread. `open` registers a stream; it is forgotten once its last response is sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = SHARE, pause_s: float = PAUSE_S) -> None:
+        self._share, self._pause_s = share, pause_s
         self._lock = threading.Condition()
         self._open: set[Stream] = set()
         self._urgent: dict[Stream, None] = {}  # insertion order: first ready, first sent
         self._ready: dict[Stream, None] = {}  # for the next round
         self._round: deque[Stream] = deque()  # those that the round in progress has not come to
-        self._sent, self._spent_s = 0, 0.0  # responses of the round, and what they took
+        self._sent, self._spent_s = 0, 0.0  # streams that the round has come to, and what that took
+        self._cost_s = FIRST_COST_S  # of one stream in a round, smoothed
         self._due = 0.0  # no round begins before
         self._watch: list[tuple[float, int, Stream]] = []  # a heap: when to look after whom
         self._number = count()
@@ -170,7 +173,10 @@ class Outbox:
         self._sent += 1
         self._spent_s += now - began
         if not self._round:
-            self._due = now + min(PAUSE_S, self._spent_s * (self._sent - 1) / self._sent / SHARE)
+            # A round that the machine interrupted says nothing of what sending costs.
+            cost_s = min(self._spent_s / self._sent, 2 * self._cost_s)
+            self._cost_s += (cost_s - self._cost_s) / 8
+            self._due = now + min(self._pause_s, self._cost_s * (self._sent - 1) / self._share)
 
     def _send(self, stream: Stream, arrived: Ids[Ids[Delta]], ended: bool) -> None:
         responder = stream.responder

@@ -15,13 +15,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-CACHED = 16_384  # pieces, some 200 bytes each
+CACHED = 16_384  # tokens, some 200 bytes each
 FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Pieces:
-    """`piece(token, first)` is a token's text and bytes; `first`: it begins the answer, where tokenizers whose tokens
-    are words put no space. A special token is its name. Safe to use from several threads.
+    """Knows every token of a tokenizer. `first`: it begins the answer, where tokenizers whose tokens are words put no
+    space. A special token is its name. Safe to use from several threads.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -33,9 +33,16 @@ class Pieces:
         # A word in front of a token shows what the tokenizer puts between the two.
         ids = range(tokenizer.get_vocab_size() if not self._byte_level else 0)
         self._before = next(((i, text) for i in ids if (text := self._decode(i)).isalnum()), None)
-        self.piece = lru_cache(CACHED)(self._piece)
+        self.head = lru_cache(CACHED)(self._head)
 
-    def _piece(self, token: int, first: bool) -> tuple[str, bytes]:
+    def _head(self, token: int, first: bool) -> str:
+        """The beginning of a token's JSON object; its log-probability and a brace make it whole."""
+        text, data = self.piece(token, first)
+        head = json.dumps({"id": token, "token": text, "bytes": list(data)}, separators=(",", ":"))
+        return f'{head[:-1]},"logprob":'
+
+    def piece(self, token: int, first: bool) -> tuple[str, bytes]:
+        """A token's text and bytes."""
         name = self._tokenizer.id_to_token(token)
         if token in self._special or name is None:  # vocabularies are padded with ids that are no token
             text = self._special.get(token, "")

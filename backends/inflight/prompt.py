@@ -26,7 +26,7 @@ class PromptCodec:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises bare Exception
             raise EntryError(f"{path} is not a tokenizer: {error}; export the model again") from error
-        self.piece = Pieces(self._tokenizer).piece
+        self.pieces = Pieces(self._tokenizer)
         self._vocab_size = entry.graph.vocab_size
         self._names = {"bos_token": entry.bos_token, "eos_token": entry.eos_token}
         self._template = None

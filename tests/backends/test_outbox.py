@@ -10,7 +10,7 @@ import pytest
 
 from backends.inflight.answer import Answer, Part
 from backends.inflight.errors import EngineError, Internal, Unavailable
-from backends.inflight.outbox import KEEP_ALIVE_S, PAUSE_S, Outbox
+from backends.inflight.outbox import KEEP_ALIVE_S, Outbox
 from backends.inflight.sampling import Pick
 from backends.inflight.sequence import Delta
 from backends.inflight.stream import Stream
@@ -305,39 +305,57 @@ def test_what_the_first_answer_took_from_the_prefix_cache_is_told(begin):
     assert client.ended.wait(5) and set(client.cached_with) == {7}
 
 
-def test_when_many_stream_what_piles_up_goes_out_together_and_the_first_text_does_not_wait(begin):
-    """Under load a stream gets fewer responses than tokens, none of its text is late, and a new stream none at all."""
+@pytest.fixture
+def paused() -> Iterator[Outbox]:
+    """An outbox that makes a pause of a minute after each round of several streams."""
+    box = Outbox(share=1e-9, pause_s=60)
+    box.start()
+    yield box
+    box.stop(2)
+
+
+def wait_for(check: Callable[[], bool]) -> None:
+    began = awake()
+    while not check():
+        assert awake() - began < 5
+        time.sleep(0.001)
+
+
+def test_in_a_pause_text_piles_up_and_what_is_urgent_goes_out(paused: Outbox):
+    """The first text of a stream and its end do not wait for the next round; what piled up is one response."""
+    clients = [Client() for _ in range(3)]
+    streams = [paused.open(client, True, [Answer(words)]) for client in clients]
+    for stream, client in zip(streams[:2], clients, strict=False):
+        say(stream, 1)
+        wait_for(lambda client=client: client.texts() == "one ")
+    with paused._lock:  # both are in one round
+        for stream in streams[:2]:
+            say(stream, 2)
+    wait_for(lambda: clients[0].texts() == clients[1].texts() == "one two ")
+    for _ in range(5):
+        for stream in streams[:2]:
+            say(stream, 3)
+    say(streams[2], 1)
+    wait_for(lambda: clients[2].texts() == "one ")
+    assert clients[0].texts() == clients[1].texts() == "one two "
+    say(streams[0], 0, finish="stop")
+    assert clients[0].ended.wait(5) and clients[0].said[-1] == ("three " * 5, "stop", 6)
+    assert clients[1].texts() == "one two "
+    paused.stop(5)
+    assert [part for part in clients[1].said if part[0]][-1] == ("three " * 5, "", 5)
+
+
+def test_many_streams_lose_nothing_to_pauses(begin):
+    """However the text is cut into responses, each stream gets all of its own, in order."""
     clients = [Client(cost_s=0.004) for _ in range(8)]
     streams = [begin(client) for client in clients]
-    stop, late = threading.Event(), Client(cost_s=0.004)
-
-    def generate() -> None:
-        while not stop.wait(0.01):
-            for stream in streams:
-                say(stream, 1)
-
-    engine = threading.Thread(target=generate)
-    engine.start()
-    try:
-        time.sleep(0.5)
-        began = awake()
-        say(begin(late), 2)
-        while not late.got:
-            assert awake() - began < PAUSE_S
-            time.sleep(0.001)
-        time.sleep(0.2)
-    finally:
-        stop.set()
-        engine.join()
-    for stream in streams:
-        say(stream, 0, finish="stop")
-    say_last = [client for client in clients if not client.ended.wait(5)]
-    late.gone = True
-    assert not say_last and late.ended.wait(5) and late.texts() == "two "
+    for i in range(60):
+        for stream in streams:
+            say(stream, i % 4, finish="length" if i == 59 else None)
+        time.sleep(0.005)
     for client in clients:
-        tokens = sum(count for _, _, count in client.said)
-        assert client.texts() == "one " * (tokens - 1) and len(client.got) < tokens / 2
-        assert client.said[0][2] <= 3, "the first text goes out at once"
+        assert client.ended.wait(5) and client.texts() == words([0, 1, 2, 3] * 15)
+        assert sum(tokens for _, _, tokens in client.said) == 60
 
 
 def test_a_stream_that_is_alone_gets_each_token_by_itself(begin):
