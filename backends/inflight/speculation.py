@@ -37,21 +37,24 @@ class Speculation:
         self.usual = USUAL
 
     def drafts(self, sequences: Rows[Sequence]) -> dict[Sequence, list[int]]:
-        """Whose drafts are to be verified instead of decoding one token: empty where that gains nothing."""
-        if len(sequences) > MAX_ROWS:
+        """Whose drafts are to be verified instead of decoding one token, as many as make most tokens per second: empty
+        where that gains nothing.
+        """
+        rows, plain_s = len(sequences), self._costs.decode(len(sequences))
+        if rows > MAX_ROWS or not plain_s:
             return {}
-        chosen, tokens, seconds = {}, 0.0, 0.0
-        for sequence in sequences:
-            draft, expected = self._draft(sequence) if self._may(sequence) else ([], 1.0)
-            if draft:
-                chosen[sequence] = draft
-                tokens += expected
-                seconds += self._costs.verify(1 + len(draft))
-        left = len(sequences) - len(chosen)
-        if left:
-            tokens, seconds = tokens + left, seconds + self._costs.decode(len(sequences))
-        plain = self._costs.decode(len(sequences))
-        return chosen if tokens * plain > GAIN * len(sequences) * seconds else {}
+        found = [(sequence, *self._draft(sequence)) for sequence in sequences if self._may(sequence)]
+        found = [(sequence, draft, makes) for sequence, draft, makes in found if draft]
+        found.sort(key=lambda one: one[2] / self._costs.verify(1 + len(one[1])), reverse=True)
+        chosen, best, tokens, seconds = 0, GAIN * rows, 0.0, 0.0  # tokens in the time of a plain step
+        for count, (_, draft, makes) in enumerate(found, 1):
+            tokens += makes
+            seconds += self._costs.verify(1 + len(draft))
+            left = rows - count
+            made = (tokens + left) * plain_s / (seconds + (plain_s if left else 0.0))
+            if made > best:
+                chosen, best = count, made
+        return {sequence: draft for sequence, draft, _ in found[:chosen]}
 
     def learn(self, drafted: int, accepted: int) -> None:
         """So many tokens of a draft were right."""
@@ -78,7 +81,7 @@ class Speculation:
             if length > len(draft):
                 break
             makes = (1 - right ** (length + 1)) / (1 - right)
-            rate = makes / max(self._costs.verify(1 + length), 1e-9)
+            rate = makes / self._costs.verify(1 + length)
             if rate > best_rate:
                 best, best_rate, expected = length, rate, makes
         return draft[:best], expected

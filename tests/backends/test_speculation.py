@@ -8,7 +8,7 @@ import pytest
 from backends.inflight.costs import Costs
 from backends.inflight.sampling import Pick
 from backends.inflight.sequence import Sequence
-from backends.inflight.speculation import LENGTHS, Speculation, too_close
+from backends.inflight.speculation import LENGTHS, MAX_ROWS, Speculation, too_close
 
 from .fakes import sequence
 
@@ -17,7 +17,7 @@ def measured(each: float) -> Costs:
     """Steps of 10 ms, to which each further token of a row adds `each`."""
     costs = Costs()
     costs.decoded(1, 0.010)
-    costs.decoded(2, 0.010)
+    costs.decoded(4, 0.011)
     costs.verified(11, 0.010 + 10 * each)
     return costs
 
@@ -51,8 +51,17 @@ def test_drafts_are_verified_where_costs_and_luck_make_it_pay() -> None:
 def test_nothing_is_drafted_before_costs_are_known_or_among_many() -> None:
     """Without a measured step, and with more rows than are verified one by one, all decode."""
     assert Speculation(Costs(), exact=True).drafts([grown(REPEATING)]) == {}
-    assert Speculation(measured(0.0001), exact=True).drafts([grown(REPEATING) for _ in range(3)]) == {}
-    assert len(Speculation(measured(0.0001), exact=True).drafts([grown(REPEATING) for _ in range(2)])) == 2
+    assert Speculation(measured(0.0001), exact=True).drafts([grown(REPEATING) for _ in range(MAX_ROWS + 1)]) == {}
+    few = [grown(REPEATING) for _ in range(MAX_ROWS)]
+    assert set(Speculation(measured(0.0001), exact=True).drafts(few)) == set(few)
+
+
+def test_only_those_whose_drafts_are_good_are_verified() -> None:
+    """Beside one that repeats itself one that does not goes on decoding."""
+    good, bad = grown(REPEATING), grown(HOPELESS)
+    speculation = Speculation(measured(0.0005), exact=True)
+    speculation.usual = 0.05
+    assert set(speculation.drafts([bad, good])) == {good}
 
 
 def test_a_draft_ends_within_the_budget() -> None:
