@@ -4,14 +4,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.inflight.request import SamplingParams
-from backends.inflight.sampling import finite_rows, generator, sample
+from backends.inflight.sampling import State, pick
 
 rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=30).map(lambda v: np.array([v], np.float32))
 
 
 def draw(logits, count=1, seed=0, **how):
-    params, random = SamplingParams(seed=seed, **how), generator(seed)
-    return [int(sample(logits, [params], [random])[0]) for _ in range(count)]
+    """Tokens that one state picks from the one row."""
+    state = made(logits, seed=seed, **how)
+    return [pick(logits, [state])[0].token for _ in range(count)]
+
+
+def made(logits, prompt=(0,), end=(), **how):
+    return State(SamplingParams(**how), prompt, frozenset(end), logits.shape[-1])
 
 
 @given(rows)
@@ -41,10 +46,9 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(logits, seed
     """A row's draws depend on its own logits, parameters and seed: alone or between two other rows."""
     how = dict(temperature=temperature, top_k=k, top_p=p)
     alone = draw(logits, 5, seed, **how)
-    others = [SamplingParams(temperature=1.0), SamplingParams(seed=seed, **how), SamplingParams(temperature=0.0)]
-    randoms = [generator(1), generator(seed), generator(2)]
+    states = [made(logits, temperature=1.0), made(logits, seed=seed, **how), made(logits, temperature=0.0)]
     batch = np.concatenate([logits[:, ::-1], logits, logits + 1])
-    assert [int(sample(batch, others, randoms)[1]) for _ in range(5)] == alone
+    assert [pick(batch, states)[1].token for _ in range(5)] == alone
 
 
 @given(st.sampled_from([0.7, 1.0, 1.5]))
@@ -65,8 +69,10 @@ def test_extreme_temperatures_do_not_overflow(temperature):
     assert all(0 <= t < 3 for t in tokens) and (temperature > 1 or set(tokens) == {2})
 
 
-def test_finite_rows_finds_nan_and_infinity_in_any_place():
-    """A NaN or +infinity anywhere marks its row and no other; -infinity is a masked token and fine."""
-    logits = np.zeros((4, 1000), np.float32)
-    logits[0, 999], logits[2, 0], logits[3, 5] = np.nan, np.inf, -np.inf
-    assert finite_rows(logits).tolist() == [False, True, False, True]
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}])
+def test_nothing_is_picked_from_a_row_that_is_not_finite(how):
+    """A NaN or +infinity anywhere spoils its row and no other; -infinity is a masked token and fine."""
+    logits = np.zeros((5, 1000), np.float32)
+    logits[0, 999], logits[2, 0], logits[3, 5], logits[4] = np.nan, np.inf, -np.inf, -np.inf
+    picks = pick(logits, [made(logits, **how) for _ in logits])
+    assert [p is not None for p in picks] == [False, True, False, True, False]
