@@ -21,6 +21,7 @@ from export.runtime import SlotRuntime
 from export.source import resolve
 from export.verify import verify
 from tests.export.checkpoints import write_family
+from tests.export.drafts import Draft
 from tests.export.families import FAMILIES
 
 _VALUES = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
