@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import sampling
+from .counters import Counters
 from .errors import DeadlineExceeded, DeviceLost, EngineError, Internal, OutOfMemory, Unavailable
 from .scheduler import Plan, Scheduler
 from .sequence import Sequence
@@ -85,6 +86,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closing = False
         self._step_began: float | None = None
+        self.counters = Counters()
         self._thread = threading.Thread(target=self._loop, name="inflight-engine", daemon=True)
 
     def start(self) -> None:
@@ -118,6 +120,10 @@ class Engine:
         scheduler = self._scheduler
         running, waiting, slots = len(scheduler.active), scheduler.waiting, scheduler.bound
         return Load(running, waiting, began is not None, age, slots, self._runner.device, self._fallback)
+
+    def positions(self) -> int:
+        """How many positions of the slots hold keys and values of running requests."""
+        return sum(sequence.done for sequence in self._scheduler.active)
 
     def close(self, drain_s: float) -> None:
         """Let what was submitted end for up to `drain_s` seconds, then fail the rest and stop the thread."""
@@ -160,6 +166,8 @@ class Engine:
                 good = self._guard((chunk.sequence,), run) and good
             if good:
                 self._scheduler.grow()
+            self.counters.steps += 1
+            self.counters.step_seconds += self._clock() - self._step_began
 
     @staticmethod
     def _tell_admitted(plan: Plan, now: float) -> None:
@@ -209,6 +217,7 @@ class Engine:
             return
         logits = self._runner.prefill(sequence.slot, sequence.tokens[start:stop], start)
         sequence.done = stop
+        self.counters.prefill_tokens += stop - start
         if not sequence.generated and not sequence.prefilling:
             self._take((sequence,), logits)
 
@@ -221,6 +230,7 @@ class Engine:
                 self._end((sequence,), Internal(NONFINITE))
                 continue
             delta = sequence.accept(int(tokens[row]))
+            self.counters.decode_tokens += 1
             if delta.finish is not None:
                 self._end((sequence,), None)
             sequence.sink.delta(delta)
