@@ -58,7 +58,6 @@ def _shapes(runner: Warmable, slots: int, prefill_chunk: int, max_len: int) -> I
     yield partial(runner.prefill, 0, chunk, 0)
     if 2 * len(chunk) <= max_len:
         yield partial(runner.prefill, 0, chunk, len(chunk))  # one behind another, whose past is not empty
-    for rows in (1, slots, *range(2, slots)):
+    between = [1 << power for power in range(1, slots.bit_length()) if 1 << power < slots]
+    for rows in dict.fromkeys((1, slots, *between)):  # kernels are chosen by powers of two at the finest
         yield partial(runner.decode, [0] * rows, [0] * rows)
-    for slot in range(1, slots):  # each slot's bindings are its own
-        yield partial(runner.prefill, slot, [0], 0)

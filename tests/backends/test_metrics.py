@@ -148,7 +148,7 @@ def test_changes_are_sent_and_nothing_else(triton: Triton) -> None:
 
 
 def test_engines_of_one_version_have_labels_of_their_own(triton: Triton) -> None:
-    """Two at once are 0 and 1, as while a version is loaded again; the next one takes the number that was given back."""
+    """Two at once are 0 and 1, as while a version is loaded again; the next takes the number that was given back."""
     values = SimpleNamespace(read=lambda: {series.name: 1.0 for series in SERIES})
     first, second, other = (Metrics(triton.family, "m", version, values.read, 60) for version in "112")
     first.start()
