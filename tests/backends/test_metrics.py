@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,6 +126,13 @@ def test_series_are_named_as_prometheus_asks() -> None:
     for series in SERIES:
         assert re.fullmatch(r"[a-z_]+", series.name) and series.help.endswith(".")
         assert series.name.endswith("_total") == (series.kind == "counter")
+
+
+def test_the_page_has_every_series() -> None:
+    """docs/metrics.md says of each what Triton's endpoint says, and of no other."""
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(rf"^\| `({PREFIX}\w+)` \| (\w+) \| (.+) \|$", page, re.MULTILINE)
+    assert rows == [(PREFIX + series.name, series.kind, series.help) for series in SERIES]
 
 
 def test_changes_are_sent_and_nothing_else(triton: Triton) -> None:
