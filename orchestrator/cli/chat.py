@@ -19,7 +19,7 @@ from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.cli.conversation import Conversation
-    from orchestrator.client import Answer, GatewayClient
+    from orchestrator.client import Answer, GatewayClient, GatewayError
 
 HISTORY = "chat_history"  # in the home
 _LINE_BYTES = 1 << 20
@@ -168,26 +168,23 @@ def _at_terminal(talk: Talk, history: Path | None) -> None:
 
     lines = Lines(history)
     click.echo(f"{talk.model} at {talk.client.url}; /help lists what can be typed, Ctrl-D ends", err=True)
-    try:
-        while True:
-            try:
-                text = lines.read("you> ").strip()
-            except EOFError:
-                click.echo()
+    while True:
+        try:
+            text = lines.read("you> ").strip()
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo()
+            continue
+        except UnicodeDecodeError:
+            _tell(CommandError("this line is not UTF-8 text", "check the terminal's encoding"))
+            continue
+        if text.startswith("/") and not text.startswith("//"):
+            if _command(talk, text) == "end":
                 return
-            except KeyboardInterrupt:
-                click.echo()
-                continue
-            except UnicodeDecodeError:
-                _tell(CommandError("this line is not UTF-8 text", "check the terminal's encoding"))
-                continue
-            if text.startswith("/") and not text.startswith("//"):
-                if _command(talk, text) == "end":
-                    return
-            elif text:
-                _turn(talk, text.removeprefix("/") if text.startswith("//") else text)
-    finally:
-        lines.keep()
+        elif text:
+            _turn(talk, text.removeprefix("/") if text.startswith("//") else text)
 
 
 def _turn(talk: Talk, text: str) -> None:
@@ -220,6 +217,8 @@ def _turn(talk: Talk, text: str) -> None:
 
 def _command(talk: Talk, line: str) -> str:
     """Do what a line that begins with / says; "end" when it ends the chat."""
+    from orchestrator.cli.conversation import shown
+
     name, _, rest = line.partition(" ")
     rest = rest.strip()
     if name in ("/exit", "/quit"):
@@ -232,7 +231,7 @@ def _command(talk: Talk, line: str) -> str:
     elif name == "/system":
         if rest:
             talk.conversation.system = rest
-        click.echo(f"system message: {talk.conversation.system or 'none'}")
+        click.echo(f"system message: {shown(talk.conversation.system or 'none')}")
     elif name == "/save" and rest:
         _save(talk, Path(rest).expanduser())
     else:
@@ -259,6 +258,9 @@ def _save(talk: Talk, path: Path) -> None:
             fresh.unlink(missing_ok=True)
 
 
-def _tell(error: Exception) -> None:
-    click.echo(f"error: {error}", err=True)
-    click.echo(f"hint: {getattr(error, 'hint', '')}", err=True)
+def _tell(error: CommandError | GatewayError) -> None:
+    """As base.py prints what ends a command. A gateway may quote what it was sent."""
+    from orchestrator.cli.conversation import shown
+
+    click.echo(f"error: {shown(str(error))}", err=True)
+    click.echo(f"hint: {error.hint}", err=True)

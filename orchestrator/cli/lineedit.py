@@ -33,10 +33,12 @@ class Lines:
 
     def read(self, prompt: str) -> str:
         """One line without its end. Raises EOFError at the end of input (Ctrl-D) and KeyboardInterrupt (Ctrl-C)."""
-        return input(prompt)
+        line = input(prompt)
+        self.keep()  # now: a terminal may be closed at any moment
+        return line
 
     def keep(self) -> None:
-        """Write the history, whole or not at all. That it cannot be written is a warning: the chat was had."""
+        """Write the history, whole or not at all. That it cannot be written is told once, and stops no chat."""
         if self._history is None or readline is None:
             return
         fresh = self._history.with_name(f".{self._history.name}-{secrets.token_hex(4)}")
@@ -47,6 +49,7 @@ class Lines:
             fresh.replace(self._history)
         except OSError as error:
             click.echo(f"warning: {self._history} cannot be written: {error.strerror}", err=True)
+            self._history = None
         finally:
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)

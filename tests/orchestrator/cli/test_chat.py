@@ -116,7 +116,7 @@ def test_what_is_no_line_of_text_is_refused(place: Any, gateway: Any, given: byt
     assert result.exit_code == 1 and told in result.stderr and "hint: " in result.stderr
 
 
-def test_the_history_is_whole_and_its_owner_s_alone(tmp_path: Path) -> None:
+def test_the_history_is_whole_and_its_owner_s_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is kept from one chat to the next, for nobody else to read, and one that cannot be written is a warning."""
     if lineedit.readline is None:
         pytest.skip("this Python has no readline")
@@ -132,3 +132,5 @@ def test_the_history_is_whole_and_its_owner_s_alone(tmp_path: Path) -> None:
     assert lineedit.readline.get_history_item(1) == "¿Qué tal?"
     blocked = lineedit.Lines(tmp_path / "home" / "chat_history" / "below")
     blocked.keep()
+    blocked.keep()
+    assert capsys.readouterr().err.count("warning: ") == 1
