@@ -1,20 +1,23 @@
-"""What an engine has done since it was started, counted by its own thread and read by any other."""
+"""What the engine has done since it began, for whoever watches it. Written by its thread alone, read without a lock."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 
-@dataclass(slots=True)
+@dataclass
 class Counters:
-    """Sums that never fall. Only the engine's thread adds to them, so that a step costs a few additions and no lock;
-    whoever reads gets each sum whole, and two of them perhaps of one step apart.
+    """Tokens, steps and seconds are counted up; `last_step_s`, `kv_positions` (of running sequences) and
+    `prefix_bytes` are what they are now.
     """
 
-    steps: int = 0
-    step_seconds: float = 0.0
-    prefill_tokens: int = 0  # read by the model as prompts, those of a cache that was lost once more
+    prefill_tokens: int = 0  # fed as prompts, those fed again included
     decode_tokens: int = 0  # generated
-    cached_tokens: int = 0  # of prompts, taken from the prefix cache in place of reading them
-    drafted: int = 0  # guessed ahead of the model by speculation
-    accepted: int = 0  # of those, as the model itself would have gone on
+    cached_tokens: int = 0  # of prompts, taken from the prefix cache
+    drafted: int = 0
+    accepted: int = 0  # of the drafted ones
+    steps: int = 0
+    step_s: float = 0.0
+    last_step_s: float = 0.0
+    kv_positions: int = 0
+    prefix_bytes: int = 0

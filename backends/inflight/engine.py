@@ -121,10 +121,6 @@ class Engine:
         running, waiting, slots = len(scheduler.active), scheduler.waiting, scheduler.bound
         return Load(running, waiting, began is not None, age, slots, self._runner.device, self._fallback)
 
-    def positions(self) -> int:
-        """How many positions of the slots hold keys and values of running requests."""
-        return sum(sequence.done for sequence in self._scheduler.active)
-
     def close(self, drain_s: float) -> None:
         """Let what was submitted end for up to `drain_s` seconds, then fail the rest and stop the thread."""
         with self._changed:
@@ -166,8 +162,13 @@ class Engine:
                 good = self._guard((chunk.sequence,), run) and good
             if good:
                 self._scheduler.grow()
-            self.counters.steps += 1
-            self.counters.step_seconds += self._clock() - self._step_began
+            self._count(self._clock() - self._step_began)
+
+    def _count(self, seconds: float) -> None:
+        self.counters.steps += 1
+        self.counters.step_s += seconds
+        self.counters.last_step_s = seconds
+        self.counters.kv_positions = sum(sequence.done for sequence in self._scheduler.active)
 
     @staticmethod
     def _tell_admitted(plan: Plan, now: float) -> None:

@@ -43,6 +43,7 @@ SERIES = (
     Series("slots", "gauge", "Requests that may run at once now; 0 once the engine has failed for good."),
     Series("kv_positions_used", "gauge", "Positions of the slots that hold keys and values of running requests."),
     Series("kv_positions", "gauge", "Positions that all slots have together."),
+    Series("prefix_cache_bytes", "gauge", "Memory that remembered beginnings of prompts take beside the slots."),
     Series("prefill_tokens_total", "counter", "Prompt tokens that the model has read."),
     Series("decode_tokens_total", "counter", "Tokens that were generated."),
     Series("cached_tokens_total", "counter", "Prompt tokens that were taken from the prefix cache instead of read."),
@@ -57,11 +58,10 @@ LABELS = ("model", "version", "engine")
 class Watched(Protocol):
     """What is read of an engine; see engine.Engine. `load` raises EngineError once it can run nothing any more."""
 
-    counters: Counters
+    @property
+    def counters(self) -> Counters: ...
 
     def load(self) -> Any: ...
-
-    def positions(self) -> int: ...
 
 
 def figures(engine: Watched, positions: int) -> dict[str, float]:
@@ -69,11 +69,12 @@ def figures(engine: Watched, positions: int) -> dict[str, float]:
     counted = engine.counters
     try:
         load = engine.load()
-        gauges = (load.running, load.waiting, load.slots, engine.positions())
+        # Whoever was cancelled has left without a step, which counts positions.
+        gauges = (load.running, load.waiting, load.slots, counted.kv_positions if load.running else 0)
     except EngineError:  # it runs nothing; what it has counted stays
         gauges = (0, 0, 0, 0)
     sums = (counted.prefill_tokens, counted.decode_tokens, counted.cached_tokens, counted.drafted, counted.accepted)
-    values = (*gauges, positions, *sums, counted.steps, counted.step_seconds)
+    values = (*gauges, positions, counted.prefix_bytes, *sums, counted.steps, counted.step_s)
     return {series.name: float(value) for series, value in zip(SERIES, values, strict=True)}
 
 

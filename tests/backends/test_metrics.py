@@ -109,15 +109,17 @@ def test_an_engine_that_has_ended_runs_nothing(engine: Engine) -> None:
     assert (now["slots"], now["requests_running"], now["decode_tokens_total"]) == (0, 0, 3)
 
     class Dead:
-        counters = Counters(steps=7)
+        counters = Counters(steps=7, kv_positions=9)
 
         def load(self) -> Any:
             raise Internal("nor on the CPU")
-
-        def positions(self) -> int:
-            return 9
-
     assert {name for name, value in figures(Dead(), 256).items() if value} == {"steps_total", "kv_positions"}
+
+
+def test_who_was_cancelled_holds_no_positions(engine: Engine) -> None:
+    """No step is taken after the last one has left, and yet nothing of it is shown."""
+    engine.counters.kv_positions = 40
+    assert figures(engine, 256)["kv_positions_used"] == 0
 
 
 def test_series_are_named_as_prometheus_asks() -> None:
