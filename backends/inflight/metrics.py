@@ -15,7 +15,8 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,6 +83,20 @@ def _tell(line: str) -> None:
     print(f"inflight: {line}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Messages to Triton are answered meanwhile, or this process ends.
+
+    One waits for its answer for ever, and holds the interpreter's lock: if Triton is killed that very moment, only a
+    thread outside of Python can do anything any more. faulthandler has one, which says where the process was.
+    """
+    faulthandler.dump_traceback_later(HUNG_S, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 class Metrics:
     """Keeps one engine's series in Triton, from `start` until `stop` removes them.
 
@@ -111,11 +126,12 @@ class Metrics:
         try:
             self._number = _Number(f"{os.getppid()}/{self._model}/{self._version}")
             labels = dict(zip(LABELS, (self._model, self._version, str(self._number.value)), strict=True))
-            for series in SERIES:
-                kind = self._family.GAUGE if series.kind == "gauge" else self._family.COUNTER
-                family = self._family(name=PREFIX + series.name, description=series.help, kind=kind)
-                self._families.append(family)
-                self._metrics[series.name] = family.Metric(labels=labels)
+            with _answered():
+                for series in SERIES:
+                    kind = self._family.GAUGE if series.kind == "gauge" else self._family.COUNTER
+                    family = self._family(name=PREFIX + series.name, description=series.help, kind=kind)
+                    self._families.append(family)
+                    self._metrics[series.name] = family.Metric(labels=labels)
         except Exception as error:  # Triton's own exception: it was started or built without metrics
             self._tell(f"{self._model} has no metrics of its own: {error}")
             self._remove()
@@ -146,22 +162,18 @@ class Metrics:
         changed = {name: value for name, value in values.items() if value != self._sent.get(name, 0.0)}
         if not changed:
             return
-        # A message waits for Triton's answer for ever and holds the interpreter's lock meanwhile: if Triton was killed
-        # this very moment, nothing but a thread outside of Python can end the process.
-        faulthandler.dump_traceback_later(HUNG_S, exit=True)
-        try:
+        with _answered():
             for name, value in changed.items():
                 if name.endswith("_total"):
                     self._metrics[name].increment(value - self._sent.get(name, 0.0))
                 else:
                     self._metrics[name].set(value)
                 self._sent[name] = value
-        finally:
-            faulthandler.cancel_dump_traceback_later()
 
     def _remove(self) -> None:
-        self._metrics.clear()  # before their families, as Triton asks
-        self._families.clear()
+        with _answered():
+            self._metrics.clear()  # before their families, as Triton asks
+            self._families.clear()
         if self._number is not None:
             self._number.close()
 
