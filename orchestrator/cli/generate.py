@@ -56,11 +56,9 @@ def generate(
     from orchestrator.cli import ask
 
     text = _read() if prompt == "-" else _checked(prompt)
-    client, model = _target(settings, url, model, timeout_s)
+    client, model = target(settings, url, model, timeout_s)
     kind = ask.kind_of(client, model)
-    if kind.operation != "generate":
-        what = {"embed": "makes embeddings", "classify": "classifies texts"}.get(kind.operation, "is of another kind")
-        raise CommandError(f"{model} does not generate text, it {what}", _instead(client, model, kind))
+    require_generation(client, model, kind)
     chat = not raw and kind.chat
     if system is not None and not chat:
         raise CommandError(f"{model} has no chat template, so --system means nothing to it", "leave --system out")
@@ -71,12 +69,12 @@ def generate(
     live = stream and not as_json
     answer = ask.ask(client, question, (lambda piece: click.echo(piece, nl=False)) if live else None)
     if as_json:
-        print_json(_document(answer, model))
+        print_json(document(answer, model))
     else:
         click.echo("" if live else answer.text)
 
 
-def _target(
+def target(
     settings: Settings, url: str | None, model: str | None, timeout_s: float | None
 ) -> tuple[GatewayClient, str]:
     """The gateway to ask and the model. Raises CommandError when nothing runs or nothing is served."""
@@ -94,6 +92,13 @@ def _target(
             raise CommandError(f"{url} serves no model", "`truthgpt models list` shows what could be served")
         model = served[0]
     return client, model
+
+
+def require_generation(client: GatewayClient, model: str, kind: Kind) -> None:
+    """Raise CommandError for a model that does not generate, with how it is asked."""
+    if kind.operation != "generate":
+        what = {"embed": "makes embeddings", "classify": "classifies texts"}.get(kind.operation, "is of another kind")
+        raise CommandError(f"{model} does not generate text, it {what}", _instead(client, model, kind))
 
 
 def _instead(client: GatewayClient, model: str, kind: Kind) -> str:
@@ -123,7 +128,8 @@ def _checked(prompt: str) -> str:
     return prompt
 
 
-def _document(answer: Answer, model: str) -> dict[str, object]:
+def document(answer: Answer, model: str) -> dict[str, object]:
+    """What --json prints of an answer."""
     facts = asdict(answer)
     usage = {name: facts.pop(name) for name in ("prompt_tokens", "completion_tokens")}
     return {
