@@ -54,6 +54,12 @@ NO_PRIORITY = Text(
 Result = TypeVar("Result")
 
 
+def _not_in_front() -> PermissionDenied:
+    error = PermissionDenied(NO_PRIORITY)
+    error.param = "priority"
+    return error
+
+
 class Gateway:
     """Every operation takes a Caller, passes `_enter` and `_leave` and leaves exactly one Record with each sink.
 
@@ -87,7 +93,7 @@ class Gateway:
                 raise mismatch(model, "generate", self.models)
             asked = request if request.task else changed(request, task=model.task)
             if request.priority < 0 and caller.scope != "admin":
-                raise PermissionDenied(NO_PRIORITY)
+                raise _not_in_front()
             prepared.request, notes.sanitized = await self._screen.generate(asked)
             if request.echo:
                 notes.prompt = await self._screen.text(prepared.request)

@@ -1,4 +1,4 @@
-"""The OpenAPI document's schemas of the sampling parameters that plain requests do without, and of log-probabilities."""
+"""The OpenAPI document's schemas of sampling parameters that plain requests do without, and of log-probabilities."""
 
 from __future__ import annotations
 

@@ -115,13 +115,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"text_input": "x", "n_tokens": 3}, "n_tokens"), ({"text_input": "x", "max_token": 3}, "max_tokens"),
     ({"text_input": "x", "parameters": {"heartbeat": True}}, "heartbeat"),
     ({"text_input": "x", "parameters": {"inspect": True}}, "inspect"),
-    ({"text_input": "x", "sampling_parameters": {"logit_bias": {}}}, "logit_bias"),
+    ({"text_input": "x", "sampling_parameters": {"logit_bias": {"a": 1}}}, "logit_bias"),
+    ({"text_input": "x", "parameters": {"logit_bias": {"1": 1}}}, "logit_bias"),
+    ({"text_input": "x", "stop_token_ids": 3}, "stop_token_ids"), ({"text_input": "x", "n": 17}, "n"),
+    ({"text_input": "x", "n": 2, "best_of": 3, "stream": True}, "best_of"),
+    ({"text_input": "x", "best_of": 0}, "best_of"),
+    ({"text_input": "x", "logprobs": 21}, "logprobs"), ({"text_input": "x", "min_p": -0.1}, "min_p"),
+    ({"text_input": "x", "sampling_parameters": {"priority": 1001}}, "priority"),
     ({"text_input": "x", "sampling_parameters": {"text_input": "y"}}, "text_input"),
     ({"text_input": "x", "sampling_parameters": "{"}, "sampling_parameters"),
     ({"text_input": "x", "sampling_parameters": "[1]"}, "sampling_parameters"),
     ({"text_input": "x", "sampling_parameters": '{"temperature": NaN}'}, "sampling_parameters"),
     ({"text_input": "x", "sampling_parameters": '{"stop": "\\ud800"}'}, "UTF-8"),
-    ({"text_input": "x", "return_logprobs": True}, "return_logprobs"),
+    ({"text_input": "x", "return_logprobs": 1}, "return_logprobs"),
     ({"text_input": "x", "stream": 1}, "stream"), ({"text_input": 7}, "text_input"), ({}, "text_input"),
     ({"text_input": ["a", "b"]}, "text_input"), ({"text_input": ""}, "text_input"),
     ({"text_input": "x", "id": 7}, "id"),
@@ -179,13 +185,16 @@ async def test_infer_collects_a_generation_models_stream(stack: Stack) -> None:
 
 
 async def test_an_output_that_is_declared_and_never_sent_may_be_asked_for(stack: Stack) -> None:
-    """`logprobs`, which every generation entry declares, is left out of the answer, be it among others or alone."""
+    """`logprobs`, which every generation entry declares, is left out of the answer of who does not ask for them by a
+    parameter, be it among others or alone.
+    """
     asked = {"inputs": [text("text_input", "Hola")], "outputs": [{"name": "logprobs"}, {"name": "finish_reason"}]}
     status, body, _ = await stack.post(PATH + "infer", asked)
     assert (status, [output["name"] for output in body["outputs"]]) == (200, ["finish_reason"])
     status, body, _ = await stack.post(PATH + "infer", {**asked, "outputs": [{"name": "logprobs"}]})
     assert (status, body["outputs"]) == (200, [])
-    assert {*kserve_request.OUTPUTS, *kserve_request.NEVER_SENT} == {*entrycheck.OUTPUTS}
+    assert {*kserve_request.OUTPUTS} == {*entrycheck.OUTPUTS, *entrycheck.OUTPUTS_MAY}
+    assert {*kserve_request.TEXTS, *kserve_request.FLAGS} == {*entrycheck.INPUTS, *entrycheck.INPUTS_MAY}
 
 
 WRONG_TENSORS: list[tuple[dict[str, Any], str]] = [
@@ -198,7 +207,6 @@ WRONG_TENSORS: list[tuple[dict[str, Any], str]] = [
     ({"inputs": [text("text_input", "x")], "outputs": [{"name": "logprobs2"}]}, "output 'logprobs2'"),
     ({"inputs": [text("text_input", "x")], "outputs": [{"name": "logprobs", "parameters": {"classification": 2}}]},
      "output 'logprobs'"),
-    ({"inputs": [text("text_input", "x"), flag("return_logprobs")]}, "return_logprobs is not supported"),
     ({"inputs": [text("text_input", "x")], "parameters": {"heartbeat": True}}, "heartbeat"),
     ({"inputs": [text("text_input", "x"), text("sampling_parameters", "{")]}, "sampling_parameters"),
 ]  # fmt: skip
