@@ -181,8 +181,8 @@ class Lookup:
 def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = "") -> Ticket:
     """The key is the SHA-256 of everything that may change the answer, in a serialisation that reads one way only.
 
-    Not part of it: who asked within the tenant, ids, protocol, streaming or not, time-outs, priority, and parameters at
-    their default. `rules` are the settings that make an answer longer or shorter.
+    Not part of it: who asked within the tenant, ids, protocol, streaming or not, time-outs, priority, echo, and what is
+    at its default. `rules` are the settings that make an answer longer or shorter.
     """
     task, memo = request.task or model.task, request.memo
     of = ("key", rules, caller.tenant, model.digest, model.version, task)

@@ -55,7 +55,7 @@ def _for_each(step: bytes, asked: dict[str, Any]) -> bytes:
     """
     how = json.loads(asked["sampling_parameters"])
     n, top = how.get("n", 1), how.get("logprobs")
-    if (n == 1 and top is None) or b'"text_output": "' not in step:
+    if (n == 1 and top is None) or b'"text_output": "' not in step or b'"logprobs"' in step:
         return step
     fields = json.loads(step[6:])
     text, finish, tokens = fields["text_output"], fields["finish_reason"], fields["num_output_tokens"]
