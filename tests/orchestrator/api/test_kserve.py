@@ -13,7 +13,7 @@ from orchestrator.api import kserve_request
 from orchestrator.ops import entrycheck
 
 from ..conftest import Stack, serving, until
-from ..fake_triton import FakeTriton, event, failure
+from ..fake_triton import FakeTriton, answer, answers, entry, event, failure
 
 PATH = "/v2/models/m/"
 BODY: dict[str, Any] = {"text_input": "Hola"}
@@ -151,6 +151,35 @@ async def test_what_is_wrong_is_named(stack: Stack, what: str) -> None:
         assert (status, list(answer)) == (400, ["error"]), body
         assert named in answer["error"], body
     assert stack.fake.requests == []
+
+
+async def test_several_answers_with_log_probabilities(stack: Stack) -> None:
+    """Outputs have an element for each answer: lists in JSON, empty where an answer has nothing new; echo is before
+    each; one answer is written as plain values.
+    """
+    stack.fake.script = [
+        answers(["a", ""], ["", ""], [[entry("a")], []]),
+        answers(["", "b"], ["stop", "length"], [[], [entry("b")]]),
+        "end",
+    ]
+    how = {"sampling_parameters": {"n": 2, "seed": 7}, "return_logprobs": True, "return_finish_reason": True}
+    body = {"text_input": "Hola ", **how, "return_num_output_tokens": True, "exclude_input_in_output": False}
+    events = [json.loads(e) for e in await stack.events(PATH + "generate_stream", {**body, "stream": True})]
+    assert [e["text_output"] for e in events] == [["Hola a", ""], ["", "Hola b"]]
+    assert [e["finish_reason"] for e in events] == [["", ""], ["stop", "length"]]
+    assert [e["num_output_tokens"] for e in events] == [[1, 0], [0, 1]]
+    assert [[len(json.loads(own)) for own in e["logprobs"]] for e in events] == [[1, 0], [0, 1]]
+    assert (sent(stack)["n"], sent(stack)["logprobs"], stack.fake.requests[-1]["return_logprobs"]) == (2, 0, True)
+    inputs = [text("text_input", "Hola"), text("sampling_parameters", '{"n": 2, "logprobs": 1}')]
+    _, whole, _ = await stack.post(PATH + "infer", {"inputs": [*inputs, flag("return_num_cached_tokens")]})
+    assert [(o["name"], o["shape"]) for o in whole["outputs"]] == [
+        ("text_output", [2]), ("logprobs", [2]), ("num_cached_tokens", [1]),
+    ]  # fmt: skip
+    assert whole["outputs"][0]["data"] == ["a", "b"]
+    stack.fake.script = answer("Hola")
+    _, one, _ = await stack.post(PATH + "generate", {"text_input": "x", "logprobs": 1})
+    assert one["text_output"] == "Hola"
+    assert [entry["token"] for entry in json.loads(one["logprobs"])] == ["Hola"]
 
 
 async def test_an_error_in_a_stream(stack: Stack) -> None:

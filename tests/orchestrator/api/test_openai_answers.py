@@ -137,7 +137,7 @@ async def test_the_best_of_several(cached: Stack) -> None:
 
 
 async def test_echo(cached: Stack) -> None:
-    """Each choice begins with the prompt as the model read it, of token ids and of several prompts, too, and streamed."""
+    """Each choice begins with the prompt as the model read it, of token ids and several prompts too, and streamed."""
     cached.fake.words = {1: "uno", 2: "dos"}
     cached.fake.by_text = {"a": answer("A"), "b": answer("B")}
     async with client(cached) as api:
