@@ -17,6 +17,8 @@ from orchestrator.choices import Choice
 from orchestrator.domain import Chunk, Usage
 from orchestrator.ids import random_id
 
+_NULL = b"null"
+
 
 class Form:
     """One of the two, for one answer. The part of an event that never changes is rendered once.
@@ -66,12 +68,12 @@ class Form:
     def events(self, chunk: Chunk) -> bytes:
         """The events of one chunk; empty if it has nothing to show."""
         if self._plain:
-            return self._events(0, chunk.text, chunk.finish_reason, b"null", self._before)
+            return self._events(0, chunk.text, chunk.finish_reason, _NULL, self._before)
         found = []
         for choice in chunk.choices:
             if choice.text or choice.finish_reason or choice.logprobs:
                 before = b"%b%d," % (self._opening, self._base + choice.index)
-                logprobs = orjson.dumps(self._logprobs(choice)) if choice.logprobs else b"null"
+                logprobs = orjson.dumps(self._logprobs(choice)) if choice.logprobs else _NULL
                 found.append(self._events(choice.index, choice.text, choice.finish_reason, logprobs, before))
         return b"".join(found)
 
@@ -100,8 +102,8 @@ class Form:
         self._begun.add(index)
         return True
 
-    def _event(self, before: bytes, fields: bytes, reason: str | None, logprobs: bytes = b"null") -> bytes:
-        ended = b"null" if reason is None else orjson.dumps(reason)
+    def _event(self, before: bytes, fields: bytes, reason: str | None, logprobs: bytes = _NULL) -> bytes:
+        ended = _NULL if reason is None else orjson.dumps(reason)
         return b'%b%b,"logprobs":%b,"finish_reason":%b%b' % (before, fields, logprobs, ended, self._after)
 
 
@@ -133,10 +135,12 @@ class Chat(Form):
     id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def _events(self, index: int, text: str, reason: str | None, logprobs: bytes, before: bytes) -> bytes:
+        if reason is None and text and index in self._begun:  # as nearly all chunks
+            return self._event(before, b'"delta":{"content":%b}' % orjson.dumps(text), None, logprobs)
         events = []
         if self._first(index):
             events.append(self._event(before, b'"delta":{"role":"assistant","content":""}', None))
-        if text or logprobs != b"null":
+        if text or logprobs is not _NULL:
             events.append(self._event(before, b'"delta":{"content":%b}' % orjson.dumps(text), None, logprobs))
         if reason:
             events.append(self._event(before, b'"delta":{}', reason))

@@ -57,7 +57,8 @@ class Reading:
                 self._prompt_tokens = prompt_tokens
                 continue
             self._prompt_tokens = piece.prompt_tokens = prompt_tokens
-            piece.cached_tokens = self._cached_tokens
+            if self._cached_tokens is not None:
+                piece.cached_tokens = self._cached_tokens
             piece.tokens, piece.queue_s = self._tokens, self._queue_s
             self._tokens, self._queue_s = 0, None
             if self._put(piece) or self.finished:

@@ -134,21 +134,20 @@ def _chunk(event: bytes, read: Read | None = None) -> Chunk:
             chunk = read(fields)
             chunk.prompt_tokens = int(scalar(given("num_input_tokens", 0)))
             chunk.version = str(given("model_version", ""))
-            chunk.cached_tokens = _count(given("num_cached_tokens"))
+            if (cached := given("num_cached_tokens")) is not None:
+                chunk.cached_tokens = int(scalar(cached))
             return chunk
         reason = scalar(given("finish_reason", "")) or None
         if reason is not None and reason not in FINISH_REASONS:
             raise ValueError(f"finish_reason {reason!r}")
         tokens, prompt_tokens = scalar(given("num_output_tokens", 0)), scalar(given("num_input_tokens", 0))
-        version, cached = str(given("model_version", "")), _count(given("num_cached_tokens"))
-        text = str(scalar(fields["text_output"]))
-        return Chunk(text, int(tokens), int(prompt_tokens), reason, version=version, cached_tokens=cached)
+        version = str(given("model_version", ""))
+        chunk = Chunk(str(scalar(fields["text_output"])), int(tokens), int(prompt_tokens), reason, version=version)
+        if "num_cached_tokens" in fields:
+            chunk.cached_tokens = int(scalar(fields["num_cached_tokens"]))
+        return chunk
     except (KeyError, TypeError, ValueError) as error:
         raise UpstreamError("a chunk of Triton's stream makes no sense") from error
-
-
-def _count(value: Any) -> int | None:
-    return None if value is None else int(scalar(value))
 
 
 def scalar(value: Any) -> Any:
