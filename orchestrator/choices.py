@@ -1,4 +1,4 @@
-"""Several answers to one request, and their log-probabilities: how pieces become wholes, and which are the best.
+"""Several answers to one request, and their log-probabilities: how pieces become wholes.
 
 Log-probabilities stay the JSON text that the model's backend wrote, a list with an entry a token (docs/protocol.md):
 read as objects they would take ten times the memory, and only whoever shows them needs to read them.
@@ -6,11 +6,8 @@ read as objects they would take ten times the memory, and only whoever shows the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-
-import orjson
+from dataclasses import dataclass, field
 
 Row = tuple[int, str, int, str | None, str]
 
@@ -71,17 +68,3 @@ def joined(lists: Iterable[str]) -> str:
 def whole_reason(reasons: Iterable[str | None]) -> str:
     """Why a request with several answers ended, where one word has to say it: length, if any of them did so."""
     return "length" if "length" in reasons else "stop"
-
-
-def best(answers: Sequence[Choice], n: int, keep_logprobs: bool) -> tuple[Choice, ...]:
-    """The `n` whose tokens have the highest mean log-probability, best first and numbered anew; of equals the first."""
-    ranked = sorted(answers, key=lambda answer: -_mean(answer.logprobs))
-    return tuple(
-        replace(answer, index=index, logprobs=answer.logprobs if keep_logprobs else "")
-        for index, answer in enumerate(ranked[:n])
-    )
-
-
-def _mean(logprobs: str) -> float:
-    entries = orjson.loads(logprobs) if logprobs else []
-    return sum(entry["logprob"] for entry in entries) / len(entries) if entries else -math.inf

@@ -1,10 +1,14 @@
-"""What is asked of a model's answer: it has text, and not more than the limit."""
+"""What is asked of a model's answer: it has text, and not more than the limit; and which of several are the best."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
-from orchestrator.choices import Choice, best, merged, whole_reason
+import orjson
+
+from orchestrator.choices import Choice, merged, whole_reason
 from orchestrator.domain import Chunk, GenerateRequest
 
 LOGPROBS_MAX_CHARS = 4 << 20  # of one answer's, as JSON: 2,000 tokens with the twenty likeliest of each
@@ -82,3 +86,17 @@ class ChoicesGuard:
         if reason is not None:
             self._reasons[given.index] = reason
         return Choice(given.index, fed.text, given.tokens, reason, given.logprobs)
+
+
+def best(answers: Sequence[Choice], n: int, keep_logprobs: bool) -> tuple[Choice, ...]:
+    """The `n` whose tokens have the highest mean log-probability, best first and numbered anew; of equals the first."""
+    ranked = sorted(answers, key=lambda answer: -_mean(answer.logprobs))
+    return tuple(
+        replace(answer, index=index, logprobs=answer.logprobs if keep_logprobs else "")
+        for index, answer in enumerate(ranked[:n])
+    )
+
+
+def _mean(logprobs: str) -> float:
+    entries = orjson.loads(logprobs) if logprobs else []
+    return sum(entry["logprob"] for entry in entries) / len(entries) if entries else -math.inf

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.choices import Choice, best, joined, merged, of_row
+from orchestrator.choices import Choice, joined, merged, of_row
 from orchestrator.domain import Chunk, GenerateRequest
-from orchestrator.output import LOGPROBS_MAX_CHARS, ChoicesGuard
+from orchestrator.output import LOGPROBS_MAX_CHARS, ChoicesGuard, best
 
 ENTRY = st.builds(lambda logprob: {"token": "a", "logprob": logprob}, st.floats(-20, 0))
 
