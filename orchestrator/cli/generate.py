@@ -22,6 +22,7 @@ Examples:
   echo "Tell me about TruthGPT" | truthgpt generate - --no-stream
   truthgpt generate "Once upon a time" --raw --max-tokens 40 --temperature 0
   truthgpt generate "¿Qué hora es?" --seed 7 --stop "." --json
+  truthgpt generate "Once upon a time" --raw --min-p 0.05 --repetition-penalty 1.2 --min-tokens 20
 """
 
 
@@ -32,6 +33,13 @@ Examples:
 @click.option("--temperature", type=click.FloatRange(0, 2), metavar="X", help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="X", help="Nucleus of this probability.")
 @click.option("--top-k", type=click.IntRange(min=-1), metavar="N", help="The N likeliest tokens; 0 is all.")
+@click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", help="Least part of the likeliest's probability.")
+@click.option("--typical-p", type=click.FloatRange(0, 1, min_open=True), metavar="X", help="Locally typical sampling.")
+@click.option("--repetition-penalty", type=click.FloatRange(0, 10, min_open=True), metavar="X",
+              help="Above 1: what was said is less likely.")  # fmt: skip
+@click.option("--presence-penalty", type=click.FloatRange(-2, 2), metavar="X", help="Off each token that was said.")
+@click.option("--frequency-penalty", type=click.FloatRange(-2, 2), metavar="X", help="Off it each time it was said.")
+@click.option("--min-tokens", type=click.IntRange(min=0), metavar="N", help="New tokens at least.")
 @click.option("--seed", type=int, metavar="N", help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--system", metavar="TEXT", help="System message of the chat.")
