@@ -6,6 +6,7 @@ the first batch begin with is its `static_prompt`, whose state it keeps.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -64,8 +65,15 @@ def converted(checkpoint: Path, folder: Path, weights: str) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     converter = ctranslate2.converters.TransformersConverter(str(checkpoint))
     converter.convert(str(partial), quantization=weights)
+    _name_special_tokens(partial / "config.json", _words(checkpoint)[0])
     partial.rename(target)
     return target
+
+
+def _name_special_tokens(path: Path, token: str) -> None:
+    """It does not load a model without them. The checkpoint has none, so they are a token that is never likely."""
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **{name: token for name in ("bos_token", "eos_token", "unk_token")}}))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,9 @@ class Parallel:
         found = []
         for slot, row in rows:
             logits = llama_cpp.llama_get_logits_ith(self._context, row)
-            token = int(np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (self._vocab,)).argmax())
+            token = int(
+                np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (self._vocab,)).argmax()
+            )
             found.append((slot.conversation, [token]))
             slot.missing -= 1
             slot.waiting = [token]
@@ -141,7 +143,9 @@ def converted(checkpoint: Path, folder: Path, weights: str) -> Path:
     if target.exists():
         return target
     config = json.loads((checkpoint / "config.json").read_text())
-    kind = {"f32": GGMLQuantizationType.F32, "bf16": GGMLQuantizationType.BF16, "q8_0": GGMLQuantizationType.Q8_0}[weights]
+    kind = {"f32": GGMLQuantizationType.F32, "bf16": GGMLQuantizationType.BF16, "q8_0": GGMLQuantizationType.Q8_0}[
+        weights
+    ]
     partial = target.with_suffix(".partial")
     writer = GGUFWriter(partial, "gpt2")
     writer.add_block_count(config["n_layer"])
