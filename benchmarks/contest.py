@@ -33,7 +33,7 @@ class Source:
 
 @dataclass
 class Plan:
-    """What is run. `loads` replaces a workload's own where it is not open-loop."""
+    """What is run. `clients` and `rates`, if any, are in the place of the workloads' own."""
 
     workloads: Sequence[Workload]
     rounds: int
@@ -44,8 +44,7 @@ class Plan:
     def loads(self, workload: Workload) -> Sequence[float]:
         if workload.open_loop:
             return self.rates or workload.loads
-        fitting = [float(c) for c in self.clients if workload.name == "W" or c in workload.loads]
-        return fitting or workload.loads
+        return [float(count) for count in self.clients] or workload.loads
 
 
 @dataclass

@@ -125,10 +125,10 @@ def transformers(source: Path, logs: Path) -> Source:
 def numbers(_: click.Context, __: click.Parameter, value: str) -> list[int]:
     """A list of numbers of clients."""
     try:
-        found = [int(part) for part in value.split(",")]
+        found = [int(part) for part in value.split(",") if part]
     except ValueError:
-        found = []
-    if not found or min(found) < 1:
+        found = [0]
+    if found and min(found) < 1:
         raise click.BadParameter(f"{value!r} is not a list of numbers from 1, such as 1,8,16")
     return found
 
@@ -153,8 +153,8 @@ def options(command: Any) -> Any:
     for option in (
         click.option("--workload", "workloads", default="W", show_default=True, callback=chosen,
                      help=f"A list of {', '.join(WORKLOADS)}."),
-        click.option("--clients", default="1,8,16", show_default=True, callback=numbers,
-                     help="Requests at once, a list: those of W, and those of the others that they have too."),
+        click.option("--clients", default="", callback=numbers,
+                     help="Requests at once, a list.  [default: each workload's own: W 1,8,16, chat 16, long 1,4]"),
         click.option("--rounds", default=5, show_default=True, type=click.IntRange(1, 100)),
         click.option("--precisions", default="fp32,int8", show_default=True, help="Of ours, as `export` has them."),
         click.option("--slots", default=16, show_default=True, type=click.IntRange(1, 1024), help="Of ours."),
@@ -180,14 +180,14 @@ def main(
         folder = Path(name)
         with console.status("a random GPT-2"):
             checkpoint.write(folder / "checkpoint", layers, width, heads)
-        ours = Ours(folder, folder / "checkpoint", precisions.split(","), max(slots, *clients), parameters)
+        ours = Ours(folder, folder / "checkpoint", precisions.split(","), max([slots, *clients]), parameters)
         ours.export(workloads)
         sources = ours.sources(gateway=gateway, loops=("engine", "runner"))
         sources.append(transformers(folder / "checkpoint", folder / "logs"))
         outcome = uvloop.run(contest.hold(plan, sources))
         found = engine_report.result(outcome, plan, ours.weights)
     engine_report.show(found, Console())
-    engine_report.write(found, "Our engine", output)
+    engine_report.save(found, engine_report.markdown(found, "Our engine"), engine_report.plot, output)
     print(engine_report.line(found))
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -182,13 +182,13 @@ def plot(found: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def write(found: dict[str, Any], title: str, path: Path) -> None:
-    """FILE.json, .md and .png, each whole or as it was."""
+def save(found: dict[str, Any], page: str, draw: Callable[[dict[str, Any], Path], bool], path: Path) -> None:
+    """FILE.json, .md and, where it can be drawn, .png, each whole or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, json.dumps(found, indent=1) + "\n")
-    _replace(path.with_suffix(".md"), markdown(found, title))
+    _replace(path.with_suffix(".md"), page)
     drawn = path.with_suffix(".partial.png")
-    if plot(found, drawn):
+    if draw(found, drawn):
         drawn.replace(path.with_suffix(".png"))
 
 

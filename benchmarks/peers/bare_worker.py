@@ -8,25 +8,21 @@ clients and the gateway cost is the difference to the first, what scheduling cos
 from __future__ import annotations
 
 import queue
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from backends.inflight import entry as entries
-from backends.inflight.engine import Engine
+from backends.inflight.entry import Entry
 from backends.inflight.errors import EngineError
 from backends.inflight.opening import open_model
 from backends.inflight.prompt import PromptCodec
-from backends.inflight.request import SamplingParams
-from backends.inflight.scheduler import Scheduler
 from backends.inflight.sequence import Delta, Sequence
+from benchmarks import inprocess
 from benchmarks.peers import serving
 
 STALLED_S = 120.0
-_PARAMETER = re.compile(r'key:\s*"([^"]+)"\s*value\s*:?\s*\{\s*string_value:\s*"([^"]*)"')
 
 
 class Sink:
@@ -49,10 +45,9 @@ class Sink:
 
 
 class EngineLoop:
-    def __init__(self, entry: entries.Entry) -> None:
+    def __init__(self, entry: Entry) -> None:
         opened = open_model(entry, 0)
-        scheduler = Scheduler(entry.slots, entry.max_queue, entry.prefill_chunk)
-        self._engine = Engine(opened.runner, scheduler)
+        self._engine = inprocess.engine(opened.runner, entry.slots, entry.max_queue, entry.prefill_chunk)
         self._codec = PromptCodec(entry)
         self._seen: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._engine.start()
@@ -61,10 +56,8 @@ class EngineLoop:
         return {}
 
     def add(self, conversation: int, prompt: list[int], new: int, last: bool) -> None:
-        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         sink = Sink(conversation, self._seen)
-        deadline = time.monotonic() + 600
-        sink.sequence = Sequence(prompt, params, new, frozenset(), self._codec.decode, sink, deadline)
+        sink.sequence = inprocess.sequence(prompt, new, self._codec.decode, sink)
         self._engine.submit(sink.sequence)
 
     def step(self) -> list[serving.Event]:
@@ -77,7 +70,7 @@ class EngineLoop:
         return found
 
 
-def runner_loop(entry: entries.Entry) -> serving.Batches:
+def runner_loop(entry: Entry) -> serving.Batches:
     runner = open_model(entry, 0).runner
 
     def generate(prompts: list[list[int]], new: int) -> tuple[list[list[int]], list[float]]:
@@ -100,10 +93,7 @@ def runner_loop(entry: entries.Entry) -> serving.Batches:
 
 
 def load(asked: dict[str, Any]) -> serving.Engine:
-    folder = Path(asked["entry"])
-    parameters = dict(_PARAMETER.findall((folder / "config.pbtxt").read_text()))
-    versions = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
-    entry = entries.load(versions[-1], {**parameters, "threads": str(asked["threads"])})
+    entry = inprocess.read_entry(Path(asked["entry"]), asked["threads"])
     return EngineLoop(entry) if asked["loop"] == "engine" else runner_loop(entry)
 
 

@@ -39,6 +39,7 @@ class Parallel:
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
         model.use_mmap = False  # tensors that are repacked for the CPU are copied anyway
+        model.use_extra_bufts = asked["extra_buffers"]
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model)
         how = llama_cpp.llama_context_default_params()
         how.n_seq_max = asked["slots"]
@@ -60,7 +61,7 @@ class Parallel:
         self._unified, self._reuse = asked["unified"], asked["prefix_cache"]
         self._about = {
             "version": version("llama-cpp-python"), "weights": asked["weights"], "unified": asked["unified"],
-            "prefix_cache": asked["prefix_cache"], "n_batch": N_BATCH,
+            "prefix_cache": asked["prefix_cache"], "extra_buffers": asked["extra_buffers"], "n_batch": N_BATCH,
             "system": llama_cpp.llama_print_system_info().decode(),
         }  # fmt: skip
 

@@ -101,7 +101,7 @@ def _any_tokenizer() -> Any:
     alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<end>"]
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, [("a", "b")]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")  # noqa: S106
 
 
 if __name__ == "__main__":
