@@ -103,8 +103,8 @@ async def _take_turns(plan: Plan, workload: Workload, contenders: list[Contender
                         continue
                     contender = contenders[number]
                     case = Case(workload.name, contender.engine, contender.precision, load)
-                    said = f"{workload.name} {load:g}, round {round_number + 1}/{plan.rounds}: {case.engine} {case.precision}"
-                    bar.update(task, description=said)
+                    where = f"{workload.name} {load:g}, round {round_number + 1}/{plan.rounds}"
+                    bar.update(task, description=f"{where}: {case.engine} {case.precision}")
                     try:
                         answers[number] = await contender.run(asked)
                         outcome.samples.add(

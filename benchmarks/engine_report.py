@@ -122,7 +122,8 @@ def notes(found: dict[str, Any]) -> Iterator[str]:
     here = found["machine"]
     yield f"Two threads read {here['read_gb_s']:g} GB/s here; load average at the end {here['load_average'][0]:.1f}."
     for name, floor in found["floors"].items():
-        yield f"{name}: a token reads {floor['weight_bytes'] / 1e6:,.1f} MB of weights, {floor['ms_per_token']:.2f} ms at least."
+        size, least = floor["weight_bytes"] / 1e6, floor["ms_per_token"]
+        yield f"{name}: a token reads {size:,.1f} MB of weights, {least:.2f} ms at least."
     for name, seen in found["agreement"].items():
         yield f"{name}: {seen['same']} of {seen['answers']} answers have exactly transformers' tokens."
     for one in found["left_out"]:
@@ -143,7 +144,7 @@ def markdown(found: dict[str, Any], title: str) -> str:
     for workload in found["workloads"]:
         parts += [f"## {workload}", _table(heading(found, workload), rows(found, workload))]
     parts.append(
-        "The workloads, what a figure means, each engine's settings and how to run it again: [README.md](../README.md). "
+        "Workloads, what a figure means, each engine's settings and how to run it again: [README.md](../README.md). "
         f"A request of mixed is good with its first token within {TTFT_S:g} s and the others within "
         f"{PER_TOKEN_S * 1000:g} ms each."
     )

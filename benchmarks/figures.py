@@ -187,8 +187,8 @@ def ratios(samples: Samples) -> dict[str, float]:
             same = (theirs.workload, theirs.load) == (mine.workload, mine.load) and theirs.engine != mine.engine
             fits = theirs.engine == REFERENCE or width(theirs.precision) == width(mine.precision)
             if same and fits and theirs.engine != GATEWAY and (value := ratio(samples, mine, theirs)) is not None:
-                name = f"{mine.workload} {mine.load:g}: {mine.engine} {mine.precision} / {theirs.engine} {theirs.precision}"
-                found[name] = value
+                sides = f"{mine.engine} {mine.precision} / {theirs.engine} {theirs.precision}"
+                found[f"{mine.workload} {mine.load:g}: {sides}"] = value
     return found
 
 

@@ -47,7 +47,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Workload:
-    """`loads` are numbers of clients, or requests a second where `open_loop`. `make(load, seed)` gives the conversations.
+    """`loads` are numbers of clients, or requests a second where `open_loop`; `make(load, seed)` gives conversations.
 
     `max_len`: what a model's context must hold. `together`: engines that take whole batches only can run it.
     """

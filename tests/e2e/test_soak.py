@@ -7,6 +7,7 @@ import pytest
 from tests.soak import control, engine
 from tests.soak.report import line
 
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_minute_of_everything_leaves_nothing_behind() -> None:

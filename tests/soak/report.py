@@ -63,7 +63,8 @@ def line(report: Report, control: bool | None = None) -> str:
     }  # fmt: skip
     return json.dumps(
         {
-            "flat": not report.problems, "control": control, "seconds": round(report.seconds, 1), "requests": report.requests,
-            "problems": report.problems, "figures": found, "outcomes": ended, "written_bytes": dict(report.written),
+            "flat": not report.problems, "control": control, "seconds": round(report.seconds, 1),
+            "requests": report.requests, "problems": report.problems, "figures": found, "outcomes": ended,
+            "written_bytes": dict(report.written),
         }
     )  # fmt: skip
