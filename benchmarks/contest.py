@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -55,6 +58,21 @@ class Outcome:
     settings: dict[str, Any] = field(default_factory=dict)
     agreement: dict[str, tuple[int, int]] = field(default_factory=dict)
     bandwidth_gb_s: list[float] = field(default_factory=list)
+
+
+def run(plan: Plan, sources: Sequence[Source]) -> Outcome:
+    """`hold` in a loop of its own. SIGTERM ends what was started, as Ctrl-C does, and then this process."""
+
+    async def until_told() -> Outcome:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await hold(plan, sources)
+
+    try:
+        return uvloop.run(until_told())
+    except asyncio.CancelledError:
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 async def hold(plan: Plan, sources: Sequence[Source]) -> Outcome:
@@ -105,6 +123,8 @@ async def _take_turns(plan: Plan, workload: Workload, contenders: list[Contender
                     case = Case(workload.name, contender.engine, contender.precision, load)
                     where = f"{workload.name} {load:g}, round {round_number + 1}/{plan.rounds}"
                     bar.update(task, description=f"{where}: {case.engine} {case.precision}")
+                    if not console.is_terminal:
+                        console.print(f"{where}: {case.engine} {case.precision}", highlight=False)
                     try:
                         answers[number] = await contender.run(asked)
                         outcome.samples.add(

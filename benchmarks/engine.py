@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import uvloop
 from rich.console import Console
 
 from benchmarks import checkpoint, contenders, contest, engine_report, figures, streaming
@@ -184,7 +183,7 @@ def main(
         ours.export(workloads)
         sources = ours.sources(gateway=gateway, loops=("engine", "runner"))
         sources.append(transformers(folder / "checkpoint", folder / "logs"))
-        outcome = uvloop.run(contest.hold(plan, sources))
+        outcome = contest.run(plan, sources)
         found = engine_report.result(outcome, plan, ours.weights)
     engine_report.show(found, Console())
     engine_report.save(found, engine_report.markdown(found, "Our engine"), engine_report.plot, output)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import uvloop
 from rich.console import Console
 
 from benchmarks import checkpoint, contest, engine_report
@@ -61,7 +60,7 @@ def main(
         sources = [*ours.sources(gateway=False, loops=())]
         sources += [found for name in ready for found in PEERS[name].sources(source, converted, logs)]
         sources.append(transformers(source, logs))
-        outcome = uvloop.run(contest.hold(plan, sources))
+        outcome = contest.run(plan, sources)
         missing = [name for name in only if name not in ready]
         found = engine_report.result(outcome, plan, ours.weights, not_installed=missing)
     engine_report.show(found, Console())

@@ -124,7 +124,8 @@ def test_agreement_counts_whole_answers() -> None:
 
 @pytest.fixture
 def outcome() -> Outcome:
-    made = Outcome(filled({"truthgpt int8": 300, "engine loop int8": 320, "transformers fp32": 40}), bandwidth_gb_s=[20.0, 30.0])
+    samples = filled({"truthgpt int8": 300, "engine loop int8": 320, "transformers fp32": 40})
+    made = Outcome(samples, bandwidth_gb_s=[20.0, 30.0])
     made.samples.add(Case("mixed", "truthgpt", "int8", 2), 0, {**run(100), "good": 0.5, "goodput_tokens_per_s": 60.0})
     made.samples.failed[Case("W", "llamacpp", "q8_0", 0)] = "it | ended\nwith 139"
     made.agreement["truthgpt fp32"] = (15, 16)
