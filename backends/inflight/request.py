@@ -12,12 +12,20 @@ from .errors import InvalidArgument
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+MAX_STOP_TOKENS = 64
+MAX_BIASES = 300
+MAX_LOGPROBS = 20
+MAX_ANSWERS = 16
+MAX_TOKEN_ID = 2**31 - 1  # whether an id is in the vocabulary is checked where the model is known
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is generated. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `timeout_s` is in
-    seconds; `ignore_eos` goes on past the model's end tokens.
+    """How one request is generated. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0, `typical_p` 1,
+    `repetition_penalty` 1 and the other penalties 0 are off; `timeout_s` is in seconds; `ignore_eos` goes on past the
+    model's end tokens. `logit_bias` has pairs of token id and what is added to its logit, `logprobs` the number of
+    likeliest tokens that are told with each one, or None. Of `best_of` answers the best `n` are returned. A lower
+    `priority` goes first.
     """
 
     max_tokens: int | None = None
@@ -28,6 +36,18 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     timeout_s: float | None = None
     ignore_eos: bool = False
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    n: int = 1
+    best_of: int = 1
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +76,15 @@ def parse(text_input: bytes, sampling_parameters: bytes | None) -> tuple[Prompt,
     prompt = _prompt(text, given)
     values = {name: read(name, given[name]) for name, read in _READERS.items() if given.get(name) is not None}
     values.setdefault("seed", secrets.randbits(63))
-    return prompt, SamplingParams(**values)
+    values.setdefault("best_of", values.get("n", 1))
+    params = SamplingParams(**values)
+    if params.best_of < params.n:
+        raise InvalidArgument(f"best_of must be an integer from n ({params.n}) to {MAX_ANSWERS}, not {params.best_of}")
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise InvalidArgument(
+            f"min_tokens must be an integer from 0 to max_tokens ({params.max_tokens}), not {params.min_tokens}"
+        )
+    return prompt, params
 
 
 def _object(raw: bytes | None) -> dict[str, Any]:
@@ -143,6 +171,32 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > MAX_STOP_TOKENS or not all(_is_token(t) for t in value):
+        raise InvalidArgument(f"{name} must be a list of at most {MAX_STOP_TOKENS} token ids (integers from 0)")
+    return tuple(value)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKEN_ID
+
+
+def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        raise InvalidArgument(f"{name} must be an object of at most {MAX_BIASES} entries, token id to bias")
+    return tuple((_token_key(name, key), _bias(f"{name}[{key:.20}]", bias)) for key, bias in value.items())
+
+
+def _token_key(name: str, key: str) -> int:
+    # one spelling an id ("7", not "07"), so that no id comes twice
+    token = int(key) if key.isascii() and key.isdecimal() and len(key) <= 10 else -1
+    if str(token) != key or not _is_token(token):
+        raise InvalidArgument(f"{name} must have token ids (integers from 0) as its keys, not {key!r:.80}")
+    return token
+
+
+_bias = _number(-100, 100)
+
 _READERS: dict[str, Callable[[str, Any], Any]] = {
     "max_tokens": _integer(1, 10_000_000),
     "temperature": _number(0, 100),
@@ -152,4 +206,16 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "stop": _stop,
     "timeout_s": _number(0, 86_400, above=True),
     "ignore_eos": _boolean,
+    "min_p": _number(0, 1),
+    "typical_p": _number(0, 1, above=True),
+    "repetition_penalty": _number(0, 10, above=True),
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "logit_bias": _logit_bias,
+    "logprobs": _integer(0, MAX_LOGPROBS),
+    "n": _integer(1, MAX_ANSWERS),
+    "best_of": _integer(1, MAX_ANSWERS),
+    "min_tokens": _integer(0, 10_000_000),
+    "stop_token_ids": _token_ids,
+    "priority": _integer(-1000, 1000),
 }

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.inflight.errors import InvalidArgument
-from backends.inflight.request import parse
+from backends.inflight.request import SamplingParams, parse
 
 
 def given_parameters(**values):
@@ -21,6 +21,35 @@ def test_all_known_parameters_are_read():
     assert given_parameters().ignore_eos is False
 
 
+def test_what_controls_the_answer_is_read():
+    """Each of the parameters that shape the distribution, end the answer or ask for more of it reaches its field."""
+    numbers = {"min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.2, "presence_penalty": -2,
+               "frequency_penalty": 0.5, "logprobs": 0, "n": 2, "best_of": 4, "min_tokens": 3,
+               "priority": -1000}  # fmt: skip
+    params = given_parameters(**numbers, logit_bias={"7": -100, "0": 1.5}, stop_token_ids=[5, 6])
+    assert {name: getattr(params, name) for name in numbers} == numbers
+    assert params.logit_bias == ((7, -100.0), (0, 1.5)) and params.stop_token_ids == (5, 6)
+
+
+def test_what_is_not_given_changes_nothing():
+    """The defaults of the penalties and filters are those that do nothing, and one answer is made."""
+    assert given_parameters(seed=0) == SamplingParams()
+
+
+def test_best_of_follows_n_and_is_never_less():
+    """Without best_of as many answers are made as are returned; fewer are refused."""
+    assert given_parameters(n=3).best_of == 3 and given_parameters(best_of=3).n == 1
+    with pytest.raises(InvalidArgument, match=r"best_of must be .* n \(3\) to 16, not 2"):
+        given_parameters(n=3, best_of=2)
+
+
+def test_min_tokens_is_at_most_max_tokens():
+    """An answer cannot have more tokens than it may have."""
+    assert given_parameters(min_tokens=5, max_tokens=5).min_tokens == 5
+    with pytest.raises(InvalidArgument, match=r"min_tokens must be .* max_tokens \(4\), not 5"):
+        given_parameters(min_tokens=5, max_tokens=4)
+
+
 def test_null_means_not_given_and_a_missing_seed_is_drawn():
     """Null is the default, and two requests without a seed differ."""
     assert given_parameters(max_tokens=None, stop=None).max_tokens is None
@@ -32,9 +61,21 @@ def test_null_means_not_given_and_a_missing_seed_is_drawn():
     [
         ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", "5"), ("temperature", -0.1),
         ("temperature", "hot"), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1), ("top_k", -2),
-        ("seed", "x"), ("stop", ""), ("stop", [1]), ("stop", ["x"] * 17), ("timeout_s", 0), ("logit_bias", {}),
+        ("seed", "x"), ("stop", ""), ("stop", [1]), ("stop", ["x"] * 17), ("timeout_s", 0), ("top_n", 1),
         ("messages", []), ("messages", [{"role": "user"}]), ("prompt_token_ids", [1.5]),
         ("temperature", 10**400), ("timeout_s", -(10**400)), ("ignore_eos", 1), ("ignore_eos", "true"),
+        ("min_p", -0.1), ("min_p", 1.1), ("min_p", True), ("typical_p", 0), ("typical_p", 1.1), ("typical_p", "x"),
+        ("repetition_penalty", 0), ("repetition_penalty", 10.1), ("presence_penalty", -2.1),
+        ("presence_penalty", float("nan")), ("frequency_penalty", 2.1), ("frequency_penalty", [1]),
+        ("logit_bias", []), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"07": 1}),
+        ("logit_bias", {"": 1}), ("logit_bias", {"²": 1}), ("logit_bias", {"1" * 5000: 1}),
+        ("logit_bias", {"4294967296": 1}), ("logit_bias", {"1": 100.5}), ("logit_bias", {"1": -101}),
+        ("logit_bias", {"1": None}), ("logit_bias", {"1": True}), ("logit_bias", {str(i): 1 for i in range(301)}),
+        ("logprobs", -1), ("logprobs", 21), ("logprobs", True), ("logprobs", 1.0), ("n", 0), ("n", 17), ("n", "1"),
+        ("best_of", 0), ("best_of", 17), ("min_tokens", -1), ("min_tokens", 1.5), ("stop_token_ids", 5),
+        ("stop_token_ids", [-1]), ("stop_token_ids", [True]), ("stop_token_ids", ["5"]),
+        ("stop_token_ids", [2**31]), ("stop_token_ids", [1] * 65), ("priority", -1001), ("priority", 1001),
+        ("priority", 0.5),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_by_name(name, value):
