@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 BLOCK = 16  # tokens
+OVERHEAD = 512  # bytes of a node beside its block, of which a model without a cache has none
 
 
 class Block(Protocol):
@@ -100,13 +101,13 @@ class Prefixes:
     def _add(self, node: _Node) -> None:
         node.siblings[node.tokens] = node
         self._nodes[node] = None
-        self.bytes += node.block.nbytes
+        self.bytes += node.block.nbytes + OVERHEAD
 
     def _shrink(self) -> None:
         while self.bytes > self.limit:
             node, _ = self._nodes.popitem(last=False)
             del node.siblings[node.tokens]
-            self.bytes -= node.block.nbytes
+            self.bytes -= node.block.nbytes + OVERHEAD
 
 
 def _key(tokens: Ids[int], start: int) -> bytes:

@@ -159,7 +159,7 @@ class Scheduler:
         self._bound, self._good_steps = self._slots, 0
 
     def drop_gone(self, now: float) -> list[Sequence]:
-        """Take out of the queue whose deadline has passed, and who was given up as far as they are found."""
+        """Take out of the queue whose deadline has passed, and who was given up."""
         return self._waiting.drop_gone(now)
 
     def drain(self) -> list[Sequence]:

@@ -71,7 +71,25 @@ class Sequence:
         self.again = False  # its answer's positions are decoded again, up to the last token
         self.settled = False  # nothing more is speculated on it
         self.admitted = False  # it has had a slot
-        self.cancelled = False  # set by any thread, read once a step
+        self._cancelled = False
+        self._tell_cancelled: Callable[[], None] | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was given up. Set by any thread, read once a step."""
+        return self._cancelled
+
+    @cancelled.setter
+    def cancelled(self, value: bool) -> None:
+        self._cancelled = value
+        if value and self._tell_cancelled is not None:
+            self._tell_cancelled()
+
+    def when_cancelled(self, tell: Callable[[], None]) -> None:
+        """What to call, in whichever thread, when it is given up; at once if it has been."""
+        self._tell_cancelled = tell
+        if self._cancelled:
+            tell()
 
     @property
     def prefilling(self) -> bool:

@@ -1,17 +1,17 @@
 """The waiting queue: lower priorities first, first come, first served within one. Pure policy, no clock of its own.
 
 What a step costs does not grow with the queue: the next one and those whose deadline has passed are found by heaps,
-and whoever was given up is looked for in a part of the queue at a time, in all of it once in SWEEP_S.
+and whoever is given up says so.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
+from functools import partial
 
 from .sequence import Sequence
 
-SWEEP_S = 0.5  # within this time, if steps are no longer, a sequence that was given up has left the queue
 SLACK = 64  # entries of a heap that may be of sequences that are gone, beside as many as there are others
 
 
@@ -22,8 +22,7 @@ class Waiting:
         self._members: dict[int, Sequence] = {}
         self._order: list[tuple[int, int]] = []
         self._deadlines: list[tuple[float, int]] = []
-        self._unswept: deque[Sequence] = deque()
-        self._swept_at = 0.0
+        self._given_up: deque[int] = deque()  # numbers; filled by any thread
 
     def __len__(self) -> int:
         return len(self._members)
@@ -33,15 +32,14 @@ class Waiting:
         self._members[sequence.number] = sequence
         heapq.heappush(self._order, (sequence.params.priority, sequence.number))
         heapq.heappush(self._deadlines, (sequence.deadline, sequence.number))
+        sequence.when_cancelled(partial(self._given_up.append, sequence.number))
 
     def first(self) -> Sequence | None:
-        """Who goes next; None when nobody waits. Who was given up is passed over for good."""
+        """Who goes next; None when nobody waits."""
         while self._order:
             sequence = self._members.get(self._order[0][1])
-            if sequence is not None and not sequence.cancelled:
-                return sequence
             if sequence is not None:
-                del self._members[sequence.number]
+                return sequence
             heapq.heappop(self._order)
         return None
 
@@ -50,13 +48,15 @@ class Waiting:
         del self._members[sequence.number]
 
     def drop_gone(self, now: float) -> list[Sequence]:
-        """Take out whose deadline has passed by `now` (seconds), and who was given up as far as they are found."""
+        """Take out whose deadline has passed by `now` (seconds), and who was given up."""
         gone = []
+        while self._given_up:
+            if (early := self._members.pop(self._given_up.popleft(), None)) is not None:
+                gone.append(early)
         while self._deadlines and self._deadlines[0][0] <= now:
             late = self._members.pop(heapq.heappop(self._deadlines)[1], None)
             if late is not None:
                 gone.append(late)
-        gone += self._sweep(now)
         self._compact()
         return gone
 
@@ -66,18 +66,6 @@ class Waiting:
         self._members.clear()
         self._compact()
         return everybody
-
-    def _sweep(self, now: float) -> list[Sequence]:
-        if not self._unswept:
-            self._unswept.extend(self._members.values())
-        part = 1 + int(len(self._members) * max(0.0, now - self._swept_at) / SWEEP_S)
-        self._swept_at = now
-        gone = []
-        for _ in range(min(part, len(self._unswept))):
-            sequence = self._unswept.popleft()
-            if sequence.cancelled and self._members.pop(sequence.number, None) is not None:
-                gone.append(sequence)
-        return gone
 
     def _compact(self) -> None:
         most = 2 * len(self._members) + SLACK

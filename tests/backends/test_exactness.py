@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from backends.inflight.devices import ON_CPU
 from backends.inflight.engine import Engine
+from backends.inflight.prefix import OVERHEAD
 from backends.inflight.runner import Runner
 from backends.inflight.scheduler import Scheduler
 from backends.inflight.sequence import Delta, Sequence
@@ -22,7 +23,7 @@ from .decoder import VOCAB as DECODER_VOCAB
 from .decoder import write_decoder
 from .fakes import Collector, sequence
 
-ALL = Tuning(prefix_cache_bytes=40 * 256, token_target_s=1.0, speculation=True)
+ALL = Tuning(prefix_cache_bytes=40 * (256 + OVERHEAD), token_target_s=1.0, speculation=True)
 SHARED = [[i * 7 % VOCAB for i in range(start, start + 70)] for start in (0, 3)]
 
 
@@ -183,7 +184,7 @@ def test_each_rule_of_exactness_is_needed(what: str, monkeypatch: pytest.MonkeyP
         for i in range(6):
             given_.append(Request(prompt, 40, 100 * i))
             prompt = [*prompt, *alone(given_[-1].sequence()), 5][-100:] if i == 0 else [*prompt, 6]
-        tuning = Tuning(prefix_cache_bytes=100 * 256, exact=False)
+        tuning = Tuning(prefix_cache_bytes=100 * (256 + OVERHEAD), exact=False)
     schedule = play(given_, TwoArithmetics(3), 3, 7 if what == "odd" else 40, tuning)
     assert any(
         [delta.pick.token for delta in schedule.sinks[id(request)].deltas] != alone(request.sequence())

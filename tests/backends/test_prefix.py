@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.inflight.prefix import BLOCK, Prefixes
+from backends.inflight.prefix import BLOCK, OVERHEAD, Prefixes
 
-SIZE = 8 * BLOCK  # bytes of a block, which here is its tokens
+SIZE = 8 * BLOCK + OVERHEAD  # bytes of a block, which here is its tokens
 
 
 def keep(store: Prefixes, tokens: list[int]) -> list[int]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from backends.inflight.engine import Engine
 from backends.inflight.errors import DeviceLost, Internal, OutOfMemory
+from backends.inflight.prefix import OVERHEAD
 from backends.inflight.scheduler import GROW_STEPS, Scheduler
 from backends.inflight.steps import Tuning
 
@@ -20,7 +21,7 @@ from .fakes import Collector, FakeRunner, FaultyRunner, expected, sequence
 
 MAX_LEN = 400
 SHARED = [i % 5 for i in range(60)]  # of many prompts; a text that drafts are right about
-EVERYTHING = Tuning(prefix_cache_bytes=6 * 128, token_target_s=1.0, speculation=True, exact=False)
+EVERYTHING = Tuning(prefix_cache_bytes=6 * (128 + OVERHEAD), token_target_s=1.0, speculation=True, exact=False)
 Make = Callable[..., tuple[Engine, FaultyRunner, list[str]]]
 
 

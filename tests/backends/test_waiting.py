@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.inflight.sequence import Sequence
-from backends.inflight.waiting import SLACK, SWEEP_S, Waiting
+from backends.inflight.waiting import SLACK, Waiting
 
 from .fakes import sequence
 
@@ -27,38 +29,53 @@ def emptied(waiting: Waiting) -> list[Sequence]:
     return order
 
 
-@given(st.lists(st.tuples(st.integers(-3, 3), st.floats(0, 20), st.booleans()), max_size=40), st.floats(0, 20))
+@given(st.lists(st.tuples(st.integers(-3, 3), st.floats(0, 20), st.integers(0, 2)), max_size=40), st.floats(0, 20))
 def test_the_order_is_priority_then_arrival_without_those_who_are_gone(given_, now):
-    """Whoever is late or was given up never comes up, and is not counted; the others come in order."""
+    """Whoever is late or was given up, before or while it waits, goes once and never comes up; others do in order."""
     everybody = [sequence([1], priority=urgent, deadline=deadline) for urgent, deadline, _ in given_]
+    for s, (_, _, cancel) in zip(everybody, given_, strict=True):
+        s.cancelled = cancel == 1
     waiting = queue_of(*everybody)
     for s, (_, _, cancel) in zip(everybody, given_, strict=True):
-        s.cancelled = cancel
-    late = {s for s in everybody if s.deadline <= now}
-    gone = set(waiting.drop_gone(now))
-    assert late <= gone and all(s.cancelled for s in gone - late)
-    left = [s for s in everybody if s not in late and not s.cancelled]
-    assert len(waiting) >= len(left)
+        if cancel == 2:
+            s.cancelled = True
+    gone = waiting.drop_gone(now)
+    assert len(gone) == len(set(gone)) and set(gone) == {s for s in everybody if s.deadline <= now or s.cancelled}
+    left = [s for s in everybody if s not in gone]
+    assert len(waiting) == len(left)
     assert emptied(waiting) == sorted(left, key=lambda s: (s.params.priority, s.number))
     assert len(waiting) == 0
 
 
-def test_who_was_given_up_leaves_within_the_sweep_however_long_the_queue() -> None:
-    """Of ten thousand waiting, those given up are found by steps that each look at a part of them."""
-    everybody = [sequence([1]) for _ in range(10_000)]
-    waiting = queue_of(*everybody)
-    now = 0.0
-    waiting.drop_gone(now)
-    for s in everybody[::100]:
-        s.cancelled = True
-    found = 0
-    while now < 2 * SWEEP_S:
-        now += 0.01
-        before = len(waiting._unswept)
-        found += len(waiting.drop_gone(now))
-        looked = before - len(waiting._unswept)
-        assert looked <= 0.02 * 10_000 + 2  # a step of 10 ms looks at a fiftieth of the queue
-    assert found == 100 and len(waiting) == 9_900
+def test_a_step_looks_at_those_who_go_and_not_at_the_queue() -> None:
+    """With ten thousand waiting a step reads as many attributes of sequences as with ten: those of whom it concerns."""
+
+    class Watched(dict[int, Sequence]):
+        """Counts how often it is asked."""
+
+        asked = 0
+
+        def get(self, *of: object) -> Sequence | None:  # type: ignore[override]
+            self.asked += 1
+            return super().get(*of)  # type: ignore[call-overload, no-any-return]
+
+        def pop(self, *of: object) -> Sequence | None:  # type: ignore[override]
+            self.asked += 1
+            return super().pop(*of)  # type: ignore[call-overload, no-any-return]
+
+        def values(self) -> NoReturn:  # type: ignore[override]
+            raise AssertionError("the whole queue was read")
+
+    asked = []
+    for count in (10, 10_000):
+        everybody = [sequence([1], deadline=1.0 + i) for i in range(count)]
+        waiting = queue_of(*everybody)
+        watched = waiting._members = Watched(waiting._members)
+        everybody[5].cancelled = True
+        assert waiting.drop_gone(1.0) == [everybody[5], everybody[0]]
+        assert waiting.first() is everybody[1]
+        asked.append(watched.asked)
+    assert asked[0] == asked[1] <= 5
 
 
 def test_entries_of_those_who_left_do_not_pile_up() -> None:
@@ -70,7 +87,7 @@ def test_entries_of_those_who_left_do_not_pile_up() -> None:
         s.number, s.cancelled = number, True
         waiting.push(s)
         waiting.drop_gone(number * 1.0)
-    assert len(waiting) <= 2 and waiting.first() is first
+    assert len(waiting) == 1 and waiting.first() is first
     assert max(len(waiting._order), len(waiting._deadlines)) <= 2 * 2 + SLACK + 1
 
 
