@@ -29,14 +29,16 @@ input [
   {{ name: "return_finish_reason" data_type: TYPE_BOOL dims: [1] optional: true }},
   {{ name: "return_logprobs" data_type: TYPE_BOOL dims: [1] optional: true }},
   {{ name: "return_num_input_tokens" data_type: TYPE_BOOL dims: [1] optional: true }},
-  {{ name: "return_num_output_tokens" data_type: TYPE_BOOL dims: [1] optional: true }}
+  {{ name: "return_num_output_tokens" data_type: TYPE_BOOL dims: [1] optional: true }},
+  {{ name: "return_num_cached_tokens" data_type: TYPE_BOOL dims: [1] optional: true }}
 ]
 output [
   {{ name: "text_output" data_type: TYPE_STRING dims: [-1] }},
   {{ name: "finish_reason" data_type: TYPE_STRING dims: [-1] }},
   {{ name: "logprobs" data_type: TYPE_STRING dims: [-1] }},
   {{ name: "num_input_tokens" data_type: TYPE_UINT32 dims: [1] }},
-  {{ name: "num_output_tokens" data_type: TYPE_UINT32 dims: [-1] }}
+  {{ name: "num_output_tokens" data_type: TYPE_UINT32 dims: [-1] }},
+  {{ name: "num_cached_tokens" data_type: TYPE_UINT32 dims: [1] }}
 ]
 instance_group [{{ kind: KIND_CPU count: 1 }}]
 """

@@ -10,34 +10,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from . import sampling
+from .costs import Costs
+from .counters import Counters
 from .errors import DeadlineExceeded, DeviceLost, EngineError, Internal, OutOfMemory, Unavailable
+from .pace import Pace
 from .scheduler import Plan, Scheduler
 from .sequence import Sequence
+from .steps import ModelRunner, Steps, Tuning
 
 WAITED_S = 0.02  # who was queued for longer is told when it gets a slot
 REOPEN_S = 60.0  # opening the model again is no stalled step until it takes longer than this
-NONFINITE = "the model produced logits that are not finite (NaN or infinity); the answer stops here"
-
-
-class ModelRunner(Protocol):
-    """What the loop needs of a model; see runner.Runner. `device` is where it runs, as the heartbeat says it."""
-
-    device: str
-
-    def decode(self, tokens: Ids[int], positions: Ids[int]) -> NDArray[np.float32]: ...
-
-    def prefill(self, slot: int, tokens: Ids[int], start: int) -> NDArray[np.float32]: ...
-
-    def move(self, source: int, target: int, length: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +48,8 @@ class Engine:
     """Runs sequences to their end. `submit` may be called from any thread; sinks are called on the engine's.
 
     `reopen` opens the model on the CPU once its device has failed; without it such a failure ends the step's requests
-    as any other does. `fallback`: that has happened already. `tell` gets a line for the log.
+    as any other does. `fallback`: that has happened already. `tell` gets a line for the log; `costs` makes what learns
+    the costs of steps.
     """
 
     def __init__(
@@ -75,12 +61,16 @@ class Engine:
         reopen: Callable[[], ModelRunner] | None = None,
         fallback: bool = False,
         tell: Callable[[str], None] = _tell,
+        tuning: Tuning = Tuning(),  # noqa: B008 (it cannot be changed)
+        costs: Callable[[], Costs] = Costs,
     ) -> None:
         self._reopen, self._fallback, self._tell = reopen, fallback, tell
         self._lost: DeviceLost | None = None  # nothing more is run on the device from here on
         self._abandoned: ModelRunner | None = None
         self._dead: Internal | None = None
-        self._runner, self._scheduler, self._clock = runner, scheduler, clock
+        self._scheduler, self._clock = scheduler, clock
+        self._steps = Steps(runner, tuning, lambda: scheduler.active, self._end, tell, costs)
+        self._pace = Pace(tuning.token_target_s)
         self._step_delay_s = step_delay_s  # makes a small model as slow as a large one, for tests of load and balance
         self._changed = threading.Condition()
         self._closing = False
@@ -90,17 +80,19 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises ResourceExhausted when the queue is full, Unavailable once the engine is closing,
-        Internal when it can run nowhere any more.
+    def submit(self, *sequences: Sequence) -> None:
+        """Queue the sequences of one request, all or none. Raises ResourceExhausted when the queue has no room for
+        them, Unavailable once the engine is closing, Internal when it can run nowhere any more.
         """
         with self._changed:
             if self._dead is not None:
                 raise self._dead
             if self._closing:
                 raise Unavailable("the model is being unloaded")
-            sequence.queued_at = self._clock()
-            self._scheduler.submit(sequence)
+            now = self._clock()
+            for sequence in sequences:
+                sequence.queued_at = now
+            self._scheduler.submit(*sequences)
             self._changed.notify()
 
     @property
@@ -117,7 +109,12 @@ class Engine:
         age = 0.0 if began is None else max(0.0, self._clock() - began)
         scheduler = self._scheduler
         running, waiting, slots = len(scheduler.active), scheduler.waiting, scheduler.bound
-        return Load(running, waiting, began is not None, age, slots, self._runner.device, self._fallback)
+        return Load(running, waiting, began is not None, age, slots, self._steps.runner.device, self._fallback)
+
+    @property
+    def counters(self) -> Counters:
+        """What it has done so far. May be read from any thread."""
+        return self._steps.counters
 
     def close(self, drain_s: float) -> None:
         """Let what was submitted end for up to `drain_s` seconds, then fail the rest and stop the thread."""
@@ -126,7 +123,7 @@ class Engine:
             self._changed.notify()
         self._thread.join(drain_s)
         with self._changed:
-            for sequence in (*self._scheduler.active, *self._scheduler.drop_waiting(lambda _: True)):
+            for sequence in (*self._scheduler.active, *self._scheduler.drain()):
                 sequence.cancelled = True
                 sequence.sink.error(Unavailable("the model is being unloaded"))
             self._changed.notify()
@@ -139,8 +136,10 @@ class Engine:
                 if self._dead is not None:
                     return
             with self._changed:
-                self._drop_the_gone()
-                plan = self._scheduler.plan()
+                now = self._clock()
+                self._drop_the_gone(now)
+                limit = self._pace.limit(self._scheduler, self._steps.costs, now)
+                plan = self._scheduler.plan(limit, self._steps.reusable)
                 if not plan:
                     self._step_began = None
                     if self._closing:
@@ -152,14 +151,29 @@ class Engine:
             self._tell_admitted(plan, self._step_began)
             if self._step_delay_s:
                 time.sleep(self._step_delay_s)
-            good = True
-            if plan.decode:
-                good = self._guard(plan.decode, partial(self._decode, plan.decode))
-            for chunk in plan.prefill:
-                run = partial(self._prefill, chunk.sequence, chunk.start, chunk.stop)
-                good = self._guard((chunk.sequence,), run) and good
-            if good:
+            if self._run(plan):
                 self._scheduler.grow()
+            self._count(self._clock() - self._step_began)
+
+    def _run(self, plan: Plan) -> bool:
+        """Take a step; whether all of it was good at once."""
+        good = True
+        for chunk in plan.prefill:
+            if chunk.reused:  # before this step keeps anything, for which something may have to go
+                good = self._guard((chunk.sequence,), partial(self._steps.load, chunk)) and good
+        if plan.decode:
+            good = self._guard(plan.decode, partial(self._steps.decode, plan.decode)) and good
+        for group in plan.groups:
+            sequences = tuple(chunk.sequence for chunk in group)
+            good = self._guard(sequences, partial(self._steps.prefill, group)) and good
+        return good
+
+    def _count(self, seconds: float) -> None:
+        counters = self._steps.counters
+        counters.steps += 1
+        counters.step_s += seconds
+        counters.last_step_s = seconds
+        counters.kv_positions = sum(s.done for s in self._scheduler.active)
 
     @staticmethod
     def _tell_admitted(plan: Plan, now: float) -> None:
@@ -167,15 +181,14 @@ class Engine:
             sequence = chunk.sequence
             if not sequence.admitted and now - sequence.queued_at >= WAITED_S:
                 sequence.sink.admitted()
-            sequence.admitted = True
+            if not sequence.admitted:
+                sequence.admitted, sequence.started_at = True, now
 
-    def _drop_the_gone(self) -> None:
-        now = self._clock()
-
+    def _drop_the_gone(self, now: float) -> None:
         def gone(sequence: Sequence) -> bool:
             return sequence.cancelled or now >= sequence.deadline
 
-        for sequence in self._scheduler.drop_waiting(gone):
+        for sequence in self._scheduler.drop_gone(now):
             self._report_late(sequence)
         for sequence in [s for s in self._scheduler.active if gone(s)]:
             self._remove(sequence)
@@ -185,41 +198,6 @@ class Engine:
     def _report_late(sequence: Sequence) -> None:
         if not sequence.cancelled:
             sequence.sink.error(DeadlineExceeded(f"the deadline passed after {sequence.generated} tokens"))
-
-    def _decode(self, planned: tuple[Sequence, ...]) -> None:
-        decode = tuple(s for s in planned if s.slot >= 0 and not s.prefilling)  # some were shed, or lost their cache
-        if not decode:
-            return
-        # Rows are slots. A slot in the range that is still prefilling gets a row too: what it writes at position
-        # `done` is overwritten by that sequence's next chunk.
-        rows = 1 + max(s.slot for s in decode)
-        tokens, positions = [0] * rows, [0] * rows
-        for sequence in self._scheduler.active[:rows]:
-            tokens[sequence.slot] = max(0, sequence.next_token)
-            positions[sequence.slot] = sequence.done
-        logits = self._runner.decode(tokens, positions)
-        for sequence in decode:
-            sequence.done += 1
-        self._take(decode, logits, [s.slot for s in decode])
-
-    def _prefill(self, sequence: Sequence, start: int, stop: int) -> None:
-        if sequence.slot < 0 or sequence.done != start:  # failed earlier in this step, or lost its cache
-            return
-        logits = self._runner.prefill(sequence.slot, sequence.tokens[start:stop], start)
-        sequence.done = stop
-        if not sequence.generated and not sequence.prefilling:
-            self._take((sequence,), logits, [0])
-
-    def _take(self, sequences: tuple[Sequence, ...], logits: NDArray[np.float32], rows: Ids[int]) -> None:
-        picks = sampling.pick(logits, [s.sampling for s in sequences], rows)
-        for sequence, pick in zip(sequences, picks, strict=True):
-            if pick is None:
-                self._end((sequence,), Internal(NONFINITE))
-                continue
-            delta = sequence.accept(pick)
-            if delta.finish is not None:
-                self._end((sequence,), None)
-            sequence.sink.delta(delta)
 
     def _guard(self, sequences: tuple[Sequence, ...], run: Callable[[], None]) -> bool:
         """Run a part of a step, again after each sequence that was shed; whether it was good at once."""
@@ -258,7 +236,8 @@ class Engine:
             self._die(Internal(f"{error}; nor can the model run on the CPU: {again}"))
             return
         # It is kept: what a session on a failed device does when it is freed may end the process.
-        self._abandoned, self._runner = self._runner, runner
+        self._abandoned = self._steps.runner
+        self._steps.change(runner)
         self._lost = self._reopen = None
         self._fallback = True
         with self._changed:
@@ -269,7 +248,7 @@ class Engine:
         self._tell(str(error))
         with self._changed:
             self._dead = error
-            for sequence in (*self._scheduler.active, *self._scheduler.drop_waiting(lambda _: True)):
+            for sequence in (*self._scheduler.active, *self._scheduler.drain()):
                 sequence.sink.error(error)
 
     def _end(self, sequences: Iterable[Sequence], error: EngineError | None) -> None:
@@ -284,7 +263,7 @@ class Engine:
         """Free a slot. The sequence that is moved into it is prefilled again if its cache cannot be."""
         last = self._scheduler.active[-1]
         try:
-            self._scheduler.remove(sequence, self._runner.move)
+            self._scheduler.remove(sequence, self._steps.runner.move)
         except Exception as error:
             if isinstance(error, DeviceLost) and self._reopen is not None:
                 self._lost = self._lost or error

@@ -11,12 +11,13 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 
 if not __package__:  # Triton loads this file by path; its folder is a package beside Triton's other backends
@@ -24,35 +25,29 @@ if not __package__:  # Triton loads this file by path; its folder is a package b
     __package__ = Path(__file__).parent.name
 
 from . import entry as entries
+from .answer import Answer, Part
 from .engine import Engine
 from .errors import EngineError, Internal, InvalidArgument, ResourceExhausted, Unavailable
+from .metrics import Metrics, figures
 from .opening import open_model
-from .outbox import Outbox, Stream
+from .outbox import Outbox
 from .prompt import PromptCodec
 from .request import Prompt, SamplingParams, parse
 from .scheduler import Scheduler
 from .sequence import Sequence
+from .stream import Stream
 from .trt import check_engine
+from .wire import Responder, merge, string
 
 DEFAULT_DEADLINE_S = 600.0
 DRAIN_S = 10.0
 LONG_BYTES = 16_384  # prompts longer than this are read in a thread of their own
-FLAGS = (
-    "stream",
-    "exclude_input_in_output",
-    "return_finish_reason",
-    "return_num_input_tokens",
-    "return_num_output_tokens",
-    "return_logprobs",
-)
-# Fields of a KServe request that Triton hands on among its parameters.
-KSERVE = {"id", "priority", "timeout", "sequence_id", "sequence_start", "sequence_end", "binary_data_output"}
-FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
+        self._outputs = {output["name"] for output in config["output"]}
         parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
         try:
             self._entry = entries.load(Path(args["model_repository"]) / args["model_version"], parameters)
@@ -75,12 +70,15 @@ class TritonPythonModel:
         # Reading a megabyte takes most of a second: in a thread of its own, heartbeats and others are not behind it.
         self._reader = ThreadPoolExecutor(1, "inflight-reader")
         self._unread = threading.BoundedSemaphore(self._entry.max_queue)
+        read = partial(figures, self._engine, self._entry.slots * self._entry.graph.max_len)
+        self._metrics = Metrics(pb_utils.MetricFamily, args["model_name"], args["model_version"], read)
         self._outbox.start()
         self._engine.start()
+        self._metrics.start()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            responder = _Responder(request.get_response_sender())
+            responder = Responder(request.get_response_sender())
             try:
                 self._accept(request, responder)
             except EngineError as error:
@@ -92,61 +90,87 @@ class TritonPythonModel:
         self._engine.close(DRAIN_S)  # from here on a prompt that is still being read is refused
         self._reader.shutdown()
         self._outbox.stop(DRAIN_S)
+        self._metrics.stop(DRAIN_S)
         gc.collect()  # response senders that a cycle still holds go before Triton's side of them does
 
-    def _accept(self, request: Any, responder: _Responder) -> None:
+    def _accept(self, request: Any, responder: Responder) -> None:
         given = json.loads(request.parameters() or "{}")
         if given.pop("heartbeat", False):
-            responder.send(self._heartbeat(), "", 0, final=True)
+            responder.send([Part(self._heartbeat())], final=True)
             return
         inspect = bool(given.pop("inspect", False))
         wire_timeout_us = given.get("timeout") or request.timeout()
-        flags, sampling = _merge(request, given)
-        if flags.get("return_logprobs"):
-            raise InvalidArgument("return_logprobs is not supported by this backend")
-        text = _bytes(request, "text_input") or b""
+        flags, sampling = merge(request, given)
+        text = string(request, "text_input") or b""
         prompt, params = parse(text, sampling)
-        responder.describe(flags, text.decode() if not flags.get("exclude_input_in_output", True) else "")
+        self._check(params, flags)
         long = len(text) + len(sampling) > LONG_BYTES
         if long and not self._unread.acquire(blocking=False):
             raise ResourceExhausted(f"{self._entry.max_queue} long prompts (max_queue) are waiting to be read")
+        begin: Callable[[], None]
         if inspect:
             begin = partial(self._inspect, responder, prompt)
         else:
-            stream = self._outbox.open(responder, bool(flags.get("stream", False)))
-            begin = partial(self._begin, stream, responder, prompt, params, _deadline(params, wire_timeout_us))
+            begin = self._open(responder, prompt, params, flags, _deadline(params, wire_timeout_us))
         if long:
             self._reader.submit(begin).add_done_callback(lambda _: self._unread.release())
         else:
             begin()
 
-    def _inspect(self, responder: _Responder, prompt: Prompt) -> None:
+    def _inspect(self, responder: Responder, prompt: Prompt) -> None:
         """Answer with what the tokenizer makes of a prompt: its tokens, and its text where it came as token ids."""
         try:
             ids = self._codec.encode(prompt)
             text = self._codec.decode(ids) if prompt.token_ids is not None else None
-            responder.describe({}, "")
-            responder.send(json.dumps({"tokens": len(ids), "text": text}), "", 0, final=True)
+            responder.send([Part(json.dumps({"tokens": len(ids), "text": text}))], final=True)
         except EngineError as error:
             responder.fail(error)
         except Exception as error:  # a prompt that breaks the tokenizer must be answered all the same
             responder.fail(Internal(f"{type(error).__name__}: {error}"))
 
+    def _check(self, params: SamplingParams, flags: dict[str, bool]) -> None:
+        """Raises InvalidArgument for answers that can never be given together."""
+        if params.best_of > params.n and flags.get("stream"):
+            raise InvalidArgument("best_of above n cannot be streamed: only the end shows which answers are the best")
+        places = self._entry.max_queue
+        if params.best_of > places:
+            raise InvalidArgument(f"best_of (by default n) is {params.best_of}; this model queues {places} (max_queue)")
+
+    def _open(
+        self, responder: Responder, prompt: Prompt, params: SamplingParams, flags: dict[str, bool], deadline: float
+    ) -> Callable[[], None]:
+        """Open the request's stream; what is returned reads the prompt and queues its sequences."""
+        wants = {name.removeprefix("return_") for name, wanted in flags.items() if wanted}
+        if params.logprobs is not None:
+            wants.add("logprobs")
+        responder.describe(frozenset(wants & self._outputs))
+        if params.logprobs is None and ("logprobs" in wants or params.best_of > params.n):
+            params = replace(params, logprobs=0)
+        head = self._codec.pieces.head if "logprobs" in wants else None
+        answers = [Answer(self._codec.decode, head) for _ in range(params.best_of)]
+        stream = self._outbox.open(responder, flags.get("stream", False), answers, params.n)
+        echo = not flags.get("exclude_input_in_output", True)
+        return partial(self._begin, stream, responder, prompt, params, echo, deadline)
+
     def _begin(
-        self, stream: Stream, responder: _Responder, prompt: Prompt, params: SamplingParams, deadline: float
+        self, stream: Stream, responder: Responder, prompt: Prompt, params: SamplingParams, echo: bool, deadline: float
     ) -> None:
-        """Read the prompt and queue it. What is wrong with it goes out on the stream."""
+        """Read the prompt and queue its sequences. What is wrong with it goes out on the stream."""
         try:
             if stream.closed or self._engine.closing:
                 raise Unavailable("the request was given up before its prompt was read")
             ids = self._codec.encode(prompt)
             responder.input_tokens = len(ids)
             budget = self._budget(len(ids), params)
-            sequence = Sequence(
-                ids, params, budget, self._entry.eos, self._codec.decode, stream, deadline, self._entry.graph.vocab_size
-            )
-            stream.attach(partial(setattr, sequence, "cancelled", True))
-            self._engine.submit(sequence)
+            if echo:
+                stream.echo(self._codec.decode(ids) if prompt.text is None else prompt.text)
+            entry, decode = self._entry, self._codec.decode
+            sequences = [
+                Sequence(ids, answer, budget, entry.eos, decode, sink, deadline, entry.graph.vocab_size)
+                for answer, sink in zip(_seeded(params), stream.sinks, strict=True)
+            ]
+            stream.attach(*sequences)
+            self._engine.submit(*sequences)
         except EngineError as error:
             stream.error(error)
         except Exception as error:  # a prompt that breaks the tokenizer must be answered all the same
@@ -166,6 +190,8 @@ class TritonPythonModel:
                 f"max_tokens is {wanted}; {prompt_tokens} prompt tokens leave {room} of the model's context "
                 f"of {self._entry.graph.max_len}"
             )
+        if params.min_tokens > wanted:
+            raise InvalidArgument(f"min_tokens is {params.min_tokens}; at most {wanted} tokens may be generated here")
         return wanted
 
     def _heartbeat(self) -> str:
@@ -186,73 +212,6 @@ def _deadline(params: SamplingParams, wire_timeout_us: Any) -> float:
     return time.monotonic() + min(limits_s)
 
 
-def _merge(request: Any, given: dict[str, Any]) -> tuple[dict[str, bool], bytes]:
-    """Flags and sampling parameters, each from its tensor or else from the request's parameters (the tensor wins)."""
-    flags: dict[str, bool] = {}
-    for name in FLAGS:
-        value = given.pop(name, None)
-        tensor = pb_utils.get_input_tensor_by_name(request, name)
-        if tensor is not None:
-            value = bool(tensor.as_numpy().reshape(-1)[0])
-        if value is not None:
-            if not isinstance(value, bool):
-                raise InvalidArgument(f"{name} must be true or false, not {value!r}")
-            flags[name] = value
-    scalars = {name: value for name, value in given.items() if name not in KSERVE and not name.startswith("triton_")}
-    raw = _bytes(request, "sampling_parameters")
-    if not scalars:
-        return flags, raw or b""
-    try:
-        tensor_values = json.loads(raw or b"{}")
-    except ValueError:
-        return flags, raw or b""  # parse() reports it
-    return flags, json.dumps({**scalars, **tensor_values}).encode() if isinstance(tensor_values, dict) else raw or b""
-
-
-def _bytes(request: Any, name: str) -> bytes | None:
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    if tensor is None:
-        return None
-    value = tensor.as_numpy().reshape(-1)[0]
-    return value.encode() if isinstance(value, str) else bytes(value)
-
-
-class _Responder:
-    """One request's response sender; see outbox.Responder."""
-
-    def __init__(self, sender: Any) -> None:
-        self._sender = sender
-        self._finish_reason = self._output_tokens = self._count_input = False
-        self.input_tokens = 0  # known once the prompt is read
-        self.started = False
-        self._prefix = ""
-
-    def describe(self, flags: dict[str, bool], prefix: str) -> None:
-        self._finish_reason = flags.get("return_finish_reason", False)
-        self._output_tokens = flags.get("return_num_output_tokens", False)
-        self._count_input = flags.get("return_num_input_tokens", False)
-        self._prefix = prefix
-
-    def send(self, text: str, finish: str, tokens: int, final: bool) -> None:
-        if text or final:
-            self.started = True
-            text, self._prefix = self._prefix + text, ""
-        tensors = [pb_utils.Tensor("text_output", np.array([text.encode()], dtype=object))]
-        if self._finish_reason:
-            tensors.append(pb_utils.Tensor("finish_reason", np.array([finish.encode()], dtype=object)))
-        if self._count_input:
-            count = self.input_tokens if self.started else 0
-            tensors.append(pb_utils.Tensor("num_input_tokens", np.array([count], dtype=np.uint32)))
-        if self._output_tokens:
-            tensors.append(pb_utils.Tensor("num_output_tokens", np.array([tokens], dtype=np.uint32)))
-        self._sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if final else 0)
-
-    def fail(self, error: EngineError) -> None:
-        code = {"invalid_argument": pb_utils.TritonError.INVALID_ARG, "internal": pb_utils.TritonError.INTERNAL}.get(
-            error.kind, pb_utils.TritonError.UNAVAILABLE
-        )
-        failure = pb_utils.TritonError(error.wire(), code)
-        self._sender.send(pb_utils.InferenceResponse(error=failure), flags=FINAL)
-
-    def is_cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+def _seeded(params: SamplingParams) -> list[SamplingParams]:
+    """The parameters of each answer: it is made as a request of its own with the next seed would be."""
+    return [replace(params, seed=(params.seed + i) % 2**64) for i in range(params.best_of)]

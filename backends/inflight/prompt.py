@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from .entry import Entry, EntryError
 from .errors import InvalidArgument
+from .pieces import Pieces
 from .request import Prompt
 
 
@@ -25,6 +26,7 @@ class PromptCodec:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises bare Exception
             raise EntryError(f"{path} is not a tokenizer: {error}; export the model again") from error
+        self.pieces = Pieces(self._tokenizer)
         self._vocab_size = entry.graph.vocab_size
         self._names = {"bos_token": entry.bos_token, "eos_token": entry.eos_token}
         self._template = None

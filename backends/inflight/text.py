@@ -72,20 +72,26 @@ class StopFilter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._exempt = 0  # characters of what is held; a stop string that ends among them is none
         self.stopped = False
 
-    def push(self, text: str) -> str:
-        """The text that is certain; sets `stopped` once a stop string is complete (it and what follows is dropped)."""
+    def push(self, text: str, look: bool = True) -> str:
+        """The text that is certain; sets `stopped` once a stop string is complete (it and what follows is dropped).
+
+        Without `look` none is complete with this text, though one may begin with it.
+        """
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         held = self._held + text
-        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        if not look:
+            self._exempt = len(held)
+        found = [at for stop in self._stops if (at := held.find(stop, max(0, self._exempt - len(stop) + 1))) >= 0]
         if found:
             self.stopped, self._held = True, ""
             return held[: min(found)]
-        keep = max(_overlap(held, stop) for stop in self._stops)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
+        certain = len(held) - max(_overlap(held, stop) for stop in self._stops)
+        self._held, self._exempt = held[certain:], max(0, self._exempt - certain)
+        return held[:certain]
 
     def flush(self) -> str:
         """What was held back when generation ended without a stop string."""

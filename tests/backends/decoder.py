@@ -53,10 +53,10 @@ def write_decoder(path: Path, element: int = TensorProto.FLOAT) -> Path:
         nodes.append(node("Add", [f"x{i}", f"o{i}"], [f"x{i + 1}"]))
         caches += [(f"{kind}_{i}", ["rows", kv_heads, MAX_LEN, size]) for kind in ("key", "value")]
     nodes += [
-        node("Unsqueeze", ["last_index", constant("axes", 1, 2)], ["index"]),
+        node("Unsqueeze", ["last_index", constant("axes", 2)], ["index"]),
         node("Expand", ["index", constant("one_row", 1, 1, WIDTH)], ["spread"]),
         node("GatherElements", [f"x{len(LAYERS)}", "spread"], ["last"], axis=1),
-        node("Squeeze", ["last", constant("axis", 1)], ["row"]),
+        node("Reshape", ["last", constant("flat", -1, WIDTH)], ["row"]),
         node("MatMul", ["row", weight("head", WIDTH, VOCAB)], ["scores"]),
         node("Cast", ["scores"], ["logits"], to=TensorProto.FLOAT),
     ]
@@ -65,11 +65,11 @@ def write_decoder(path: Path, element: int = TensorProto.FLOAT) -> Path:
         *(value(name, TensorProto.INT64, ["rows", "seq"]) for name in ("input_ids", "position_ids")),
         value("seqlens_k", TensorProto.INT32, ["rows"]),
         value("total_sequence_length", TensorProto.INT32, []),
-        value("last_index", TensorProto.INT64, ["rows"]),
+        value("last_index", TensorProto.INT64, ["rows", "picks"]),
         *(value(f"past_{name}", element, shape) for name, shape in caches),
     ]
     outputs = [
-        value("logits", TensorProto.FLOAT, ["rows", VOCAB]),
+        value("logits", TensorProto.FLOAT, ["rows*picks", VOCAB]),
         *(value(f"present_{name}", element, shape) for name, shape in caches),
     ]
     graph = helper.make_graph(nodes, "decoder", inputs, outputs, weights)

@@ -32,8 +32,11 @@ class FakeRunner:
     """Keeps token ids where a real runner keeps keys and values, with the same slots, moves and garbage rows."""
 
     device = "cpu"
+    can_verify = True
 
     def __init__(self, slots: int, max_len: int) -> None:
+        self.joint: list[int] = []  # how many prompts each prefill of several had
+        self.verified: list[int] = []  # how many tokens each verification had
         self.cache = np.full((slots, max_len), -1, np.int64)
         self.steps: list[int] = []
         self.fail_on: set[int] = set()  # tokens that make a step raise
@@ -48,6 +51,21 @@ class FakeRunner:
     def prefill(self, slot: int, tokens: Ids[int], start: int) -> NDArray[np.float32]:
         self.cache[slot, start : start + len(tokens)] = tokens
         return self._logits(slot, start + len(tokens), tokens)[None]
+
+    def prefill_fresh(self, first_slot: int, prompts: Ids[Ids[int]]) -> NDArray[np.float32]:
+        self.joint.append(len(prompts))
+        return np.concatenate([FakeRunner.prefill(self, first_slot + i, p, 0) for i, p in enumerate(prompts)])
+
+    def verify(self, slot: int, tokens: Ids[int], start: int) -> NDArray[np.float32]:
+        self.verified.append(len(tokens))
+        self.cache[slot, start : start + len(tokens)] = tokens
+        return np.stack([self._logits(slot, start + i + 1, [token]) for i, token in enumerate(tokens)])
+
+    def save(self, slot: int, start: int, stop: int) -> NDArray[np.int64]:
+        return self.cache[slot, start:stop].copy()
+
+    def load(self, slot: int, start: int, block: NDArray[np.int64]) -> None:
+        self.cache[slot, start : start + len(block)] = block
 
     def move(self, source: int, target: int, length: int) -> None:
         self.cache[target, :length] = self.cache[source, :length]
@@ -64,7 +82,7 @@ class FakeRunner:
 
 
 class FaultyRunner(FakeRunner):
-    """One on a device with little memory that may fail for good. Calls are counted over decode, prefill and move."""
+    """One on a device with little memory that may fail for good. All calls are counted."""
 
     device = "cuda"
 
@@ -84,6 +102,22 @@ class FaultyRunner(FakeRunner):
     def prefill(self, slot: int, tokens: Ids[int], start: int) -> NDArray[np.float32]:
         self._call()
         return super().prefill(slot, tokens, start)
+
+    def prefill_fresh(self, first_slot: int, prompts: Ids[Ids[int]]) -> NDArray[np.float32]:
+        self._call()
+        return super().prefill_fresh(first_slot, prompts)
+
+    def verify(self, slot: int, tokens: Ids[int], start: int) -> NDArray[np.float32]:
+        self._call()
+        return super().verify(slot, tokens, start)
+
+    def save(self, slot: int, start: int, stop: int) -> NDArray[np.int64]:
+        self._call()
+        return super().save(slot, start, stop)
+
+    def load(self, slot: int, start: int, block: NDArray[np.int64]) -> None:
+        self._call()
+        super().load(slot, start, block)
 
     def move(self, source: int, target: int, length: int) -> None:
         self._call()
@@ -121,8 +155,8 @@ class Collector:
 
     @property
     def tokens(self) -> list[int]:
-        """With `letters` as decoder, the ids of the answer."""
-        return [ord(c) - 0x4E00 for d in self.deltas for c in d.text]
+        """The ids of the answer, an end token not among them."""
+        return [d.pick.token for d in self.deltas if d.finish != "stop" or d.text is not None]
 
 
 def letters(ids: Ids[int]) -> str:

@@ -10,7 +10,9 @@ from backends.inflight.request import SamplingParams
 from backends.inflight.sampling import Pick
 from backends.inflight.scheduler import Scheduler
 from backends.inflight.sequence import Sequence
+from backends.inflight.steps import Tuning
 
+from .arithmetic import Cheap
 from .fakes import VOCAB, Collector, FakeRunner, expected, letters, sequence
 
 
@@ -18,9 +20,9 @@ from .fakes import VOCAB, Collector, FakeRunner, expected, letters, sequence
 def make_engine():
     engines = []
 
-    def make(slots=3, max_queue=100, chunk=4, max_len=200, step_delay_s=0.0):
+    def make(slots=3, max_queue=100, chunk=4, max_len=200, step_delay_s=0.0, **options):
         runner = FakeRunner(slots, max_len)
-        engine = Engine(runner, Scheduler(slots, max_queue, chunk), step_delay_s=step_delay_s)
+        engine = Engine(runner, Scheduler(slots, max_queue, chunk), step_delay_s=step_delay_s, **options)
         engines.append(engine)
         return engine, runner
 
@@ -55,7 +57,7 @@ def test_answers_do_not_depend_on_who_else_is_in_the_batch(requests, slots, chun
         assert sink.ended.wait(5)
         assert sink.failure is None
         assert sink.tokens == expected(prompt, count)
-        assert sink.deltas[-1].finish == "length" and sum(d.tokens for d in sink.deltas) == count
+        assert sink.deltas[-1].finish == "length" and len(sink.deltas) == count
     engine.close(1)
 
 
@@ -128,9 +130,12 @@ def test_a_deadline_ends_running_and_waiting_requests_with_an_error(make_engine)
     assert running.deltas
 
 
-def test_nan_ends_one_request_and_not_its_neighbours(make_engine):
-    """Non-finite logits are an error for their own row; the other rows and later requests go on."""
-    engine, runner = make_engine(slots=2, step_delay_s=0.002)
+@pytest.mark.parametrize("speculation", [False, True])
+def test_nan_ends_one_request_and_not_its_neighbours(make_engine, speculation):
+    """Non-finite logits are an error for their own row, also among those of a draft; the other rows and later requests
+    go on.
+    """
+    engine, runner = make_engine(slots=2, step_delay_s=0.002, tuning=Tuning(speculation=speculation), costs=Cheap)
     fed_to_the_good_one = {4, *expected([4], 20)}
     runner.nan_on = {next(t for t in expected([9, 9], 19) if t not in fed_to_the_good_one)}
     engine.start()
@@ -176,6 +181,17 @@ def test_the_queue_is_bounded(make_engine):
     engine, _ = make_engine(slots=1, max_queue=2)  # not started: nothing is taken out of the queue
     engine.submit(sequence([1]))
     engine.submit(sequence([1]))
+    with pytest.raises(ResourceExhausted):
+        engine.submit(sequence([1]))
+
+
+def test_the_sequences_of_one_request_are_queued_whole_or_not_at_all(make_engine):
+    """Of answers that do not all fit none is left in the queue, and a request that fits still does."""
+    engine, _ = make_engine(slots=1, max_queue=3)
+    engine.submit(sequence([1]))
+    with pytest.raises(ResourceExhausted):
+        engine.submit(*(sequence([1]) for _ in range(3)))
+    engine.submit(sequence([1]), sequence([1]))
     with pytest.raises(ResourceExhausted):
         engine.submit(sequence([1]))
 

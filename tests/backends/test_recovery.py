@@ -12,11 +12,16 @@ from hypothesis import strategies as st
 
 from backends.inflight.engine import Engine
 from backends.inflight.errors import DeviceLost, Internal, OutOfMemory
+from backends.inflight.prefix import OVERHEAD
 from backends.inflight.scheduler import GROW_STEPS, Scheduler
+from backends.inflight.steps import Tuning
 
+from .arithmetic import Cheap
 from .fakes import Collector, FakeRunner, FaultyRunner, expected, sequence
 
 MAX_LEN = 400
+SHARED = [i % 5 for i in range(60)]  # of many prompts; a text that drafts are right about
+EVERYTHING = Tuning(prefix_cache_bytes=6 * (128 + OVERHEAD), token_target_s=1.0, speculation=True, exact=False)
 Make = Callable[..., tuple[Engine, FaultyRunner, list[str]]]
 
 
@@ -26,11 +31,14 @@ def make_engine() -> Iterator[Make]:
     engines: list[Engine] = []
 
     def make(
-        slots: int = 4, step_delay_s: float = 0.0, reopen: Callable[[], FakeRunner] | None = None
+        slots: int = 4,
+        step_delay_s: float = 0.0,
+        reopen: Callable[[], FakeRunner] | None = None,
+        tuning: Tuning = Tuning(),  # noqa: B008 (it cannot be changed)
     ) -> tuple[Engine, FaultyRunner, list[str]]:
         runner, log = FaultyRunner(slots, MAX_LEN), []
         scheduler = Scheduler(slots, 100, 4)
-        engine = Engine(runner, scheduler, step_delay_s=step_delay_s, reopen=reopen, tell=log.append)
+        engine = Engine(runner, scheduler, step_delay_s=step_delay_s, reopen=reopen, tell=log.append, tuning=tuning)
         engines.append(engine)
         return engine, runner, log
 
@@ -50,20 +58,38 @@ def submit(engine: Engine, *requests: tuple[list[int], int]) -> list[Collector]:
 @settings(max_examples=60)
 @given(
     requests=st.lists(
-        st.tuples(st.lists(st.integers(0, 49), min_size=1, max_size=20), st.integers(1, 12)), min_size=1, max_size=10
+        st.tuples(
+            st.one_of(
+                st.lists(st.integers(0, 49), min_size=1, max_size=20),
+                st.integers(1, 50).map(lambda length: SHARED[:length]),
+            ),
+            st.integers(1, 12),
+        ),
+        min_size=1,
+        max_size=10,
     ),
     slots=st.integers(1, 4),
     chunk=st.integers(1, 7),
     short_on=st.sets(st.integers(1, 60), max_size=5),
     lost_on=st.one_of(st.just(float("inf")), st.integers(1, 60)),
+    tuning=st.sampled_from([Tuning(), EVERYTHING]),
 )
-def test_whoever_is_not_given_up_has_the_answer_of_an_engine_without_faults(requests, slots, chunk, short_on, lost_on):
-    """Shortages and the loss of the device at any call: no token is lost or doubled, and each shortage costs one
-    request at most.
+def test_whoever_is_not_given_up_has_the_answer_of_an_engine_without_faults(
+    requests, slots, chunk, short_on, lost_on, tuning
+):
+    """Shortages and the loss of the device at any call, copies of prefixes among them: no token is lost or doubled,
+    and each shortage costs one request at most.
     """
     runner = FaultyRunner(slots, 64)
     runner.short_on, runner.lost_on = short_on, lost_on
-    engine = Engine(runner, Scheduler(slots, 100, chunk), reopen=lambda: FakeRunner(slots, 64), tell=lambda line: None)
+    engine = Engine(
+        runner,
+        Scheduler(slots, 100, chunk),
+        reopen=lambda: FakeRunner(slots, 64),
+        tell=lambda line: None,
+        tuning=tuning,
+        costs=Cheap,
+    )
     sinks = submit(engine, *requests)
     engine.start()
     given_up = 0
@@ -75,7 +101,7 @@ def test_whoever_is_not_given_up_has_the_answer_of_an_engine_without_faults(requ
         else:
             assert isinstance(sink.failure, OutOfMemory) and sink.tokens == whole[: len(sink.tokens)]
             given_up += 1
-        assert sum(d.tokens for d in sink.deltas) == len(sink.tokens)
+        assert len(sink.deltas) == len(sink.tokens)
     assert given_up <= len(short_on)
     load = engine.load()
     assert (load.device, load.fallback) == (("cpu", True) if runner.calls >= lost_on else ("cuda", False))
@@ -191,3 +217,35 @@ def test_a_device_that_is_lost_with_nowhere_to_go_is_an_error_of_its_step(make_e
     (sink,) = submit(engine, ([1], 5))
     assert sink.ended.wait(5) and isinstance(sink.failure, Internal) and not isinstance(sink.failure, DeviceLost)
     assert engine.load().device == "cuda"
+
+
+def test_prefixes_of_a_lost_device_are_not_reused(make_engine: Make) -> None:
+    """What was kept went with the device: on the CPU a known prompt is computed, and then kept anew."""
+    other = FakeRunner(1, MAX_LEN)
+    engine, runner, _ = make_engine(slots=1, reopen=lambda: other, tuning=EVERYTHING)
+    engine.start()
+    (first,) = submit(engine, (SHARED, 3))
+    assert first.ended.wait(5)
+    runner.lost_on = runner.calls + 2
+    for _ in range(3):
+        (sink,) = submit(engine, (SHARED, 3))
+        assert sink.ended.wait(5) and sink.tokens == expected(SHARED, 3)
+    # The second one's 48 positions came from the store before its device was lost, so did the third's, from another.
+    assert engine.counters.cached_tokens == 2 * 48 and engine.load().fallback
+    assert (other.cache[0, : len(SHARED)] == SHARED).all()
+
+
+@pytest.mark.parametrize("what", ["save", "load"])
+def test_a_prefix_that_cannot_be_copied_costs_nobody_an_answer(make_engine: Make, what: str) -> None:
+    """An error of a copy is told, what was kept is forgotten, and the prompt is computed."""
+    engine, runner, log = make_engine(slots=1, tuning=EVERYTHING)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory for a copy")
+
+    setattr(runner, what, fail)
+    engine.start()
+    for _ in range(3):
+        (sink,) = submit(engine, (SHARED, 3))
+        assert sink.ended.wait(5) and sink.tokens == expected(SHARED, 3)
+    assert engine.counters.cached_tokens == 0 and "no memory for a copy" in log[0]

@@ -187,7 +187,7 @@ def test_stop_strings_end_the_answer_and_do_not_leak(stack: Stack):
     assert "".join(e["text_output"] for e in events) == "two three " and events[-1]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("name", ["foo", "top_n"])
+@pytest.mark.parametrize("name", ["foo", "max_token"])
 def test_unknown_parameters_are_refused_by_name(stack: Stack, name):
     """A misspelt parameter is an error, not silence."""
     status, events = generate(stack, **{name: 1})
