@@ -133,7 +133,7 @@ class Calibration:
                 "position_ids": np.arange(count, dtype=np.int64)[None],
                 "seqlens_k": np.asarray([count - 1], np.int32),
                 "total_sequence_length": np.asarray(count, np.int32),
-                "last_index": np.asarray([count - 1], np.int64),
+                "last_index": np.asarray([[count - 1]], np.int64),
             }
             for name, value in zip(sums, session.run(list(sums), {**step, **empty}), strict=True):
                 rows = value.reshape(-1, value.shape[-1])
@@ -144,6 +144,8 @@ class Calibration:
 def _before_gather(source: ir.Value) -> ir.Value:
     # The output embeddings see one position a row; before the gather there are all of them.
     node = source.producer()
+    if node is not None and node.op_type == "Reshape" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
     if node is not None and node.op_type == "GatherElements" and node.inputs[0] is not None:
         return node.inputs[0]
     return source

@@ -30,8 +30,12 @@ class Converted:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def check_options(precision: str, calibrate: Path | None, allow_drift: float | None) -> None:
+def check_options(
+    precision: str, calibrate: Path | None, allow_drift: float | None, batch_invariant: bool = False
+) -> None:
     """Raise `ExportError` for an option that the precision has no use for."""
+    if batch_invariant and precision != "int8":
+        raise ExportError(f"--batch-invariant is for int8; {precision} is so by itself or cannot be.", "Leave it out.")
     if calibrate is not None and precision not in CALIBRATED:
         raise ExportError(
             f"--calibrate is for int8 and int4; {precision} rounds nothing that a text could improve.", "Leave it out."
@@ -63,6 +67,7 @@ def convert(
     exercise: Callable[[SlotRuntime], None],
     device: str = "cpu",
     text: CalibrationText | None = None,
+    batch_invariant: bool = False,
     progress: Callable[[float | str], None] = lambda state: None,
 ) -> Converted:
     """Convert the optimised fp32 graph, in place where that can be.
@@ -82,8 +87,11 @@ def convert(
     calibration = None if text is None else Calibration(text, folder / "calibrate")
     facts: dict[str, Any] = {"calibration": None if text is None else text.manifest()}
     if precision == "int8":
-        quantize_int8(graph, calibration, progress)
-        return Converted(graph, {"quantization": {"bits": 8, "activations": "dynamic int8", **facts}})
+        quantize_int8(graph, calibration, progress, batch_invariant)
+        scales = "row" if batch_invariant else "batch"
+        return Converted(
+            graph, {"quantization": {"bits": 8, "activations": "dynamic int8", "activation_scale": scales, **facts}}
+        )
     int4.quantize_int4(graph, calibration, progress)
     layout = {"bits": 4, "block_size": int4.BLOCK, "head_bits": int4.HEAD_BITS}
     return Converted(graph, {"quantization": layout | facts})

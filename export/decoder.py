@@ -2,14 +2,15 @@
 
 The model's own forward is traced, untouched. Only two things are put in from outside: the attention (through
 ``transformers.AttentionInterface``), which becomes ONNX Runtime's GroupQueryAttention reading and writing the slots
-(or, for the target tensorrt, standard operators that do the same), and a gather of each row's last live position right
-in front of the output embeddings, so that logits are computed once a row and whatever the model does after them
-(scaling, soft-capping) is kept.
+(or, for the target tensorrt, standard operators that do the same), and a gather of the wanted positions right in front
+of the output embeddings, so that logits are computed for them only and whatever the model does after them (scaling,
+soft-capping) is kept. Mostly that is each row's last live position; a draft to be verified wants all of its own.
 
 Inputs:   input_ids int64 [rows, seq] · position_ids int64 [rows, seq] · seqlens_k int32 [rows] (total length − 1) ·
-          total_sequence_length int32 [] (maximum over the rows) · last_index int64 [rows] ·
+          total_sequence_length int32 [] (maximum over the rows) · last_index int64 [rows, picks] (positions of this
+          call whose logits are wanted, the row's last live one at the end) ·
           past_key_{i}, past_value_{i} float32 [rows, kv_heads, max_len, head_dim] (of layer i)
-Outputs:  logits float32 [rows, vocab] · present_key_{i}, present_value_{i} (to be bound to the past's memory)
+Outputs:  logits float32 [rows × picks, vocab] · present_key_{i}, present_value_{i} (to be bound to the past's memory)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from export.errors import HINT, UnsupportedModel
+from export.packing import pack
 from export.probe import ALIBI_DIMS, AttentionLayer, Layout, architecture, attention
 from export.rewrites import rewrite
 from export.slot_attention import TRANSLATION, slot_attention
@@ -56,7 +58,7 @@ class SlotDecoder(nn.Module):  # type: ignore[misc]  # mypy does not follow torc
         last_index: torch.Tensor,
         past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """Logits float32 [rows, vocab] and the presents, in the order of ``past`` (key 0, value 0, key 1, …)."""
+        """Logits float32 [rows × picks, vocab]; the presents, in the order of ``past`` (key 0, value 0, key 1, …)."""
         present: list[torch.Tensor | None] = [None] * len(past)
         calls = 0
 
@@ -81,7 +83,7 @@ class SlotDecoder(nn.Module):  # type: ignore[misc]  # mypy does not follow torc
             sinks = None if s_aux is None else s_aux.reshape(heads).float()
             if self.standard_operators:
                 output, present[where], present[where + 1] = standard_attention(
-                    query, key, value, past[where], past[where + 1], (seqlens_k - last_index).long(), sinks,
+                    query, key, value, past[where], past[where + 1], (seqlens_k - last_index[:, -1]).long(), sinks,
                     layer.scale, layer.softcap, layer.sliding_window,
                 )  # fmt: skip
                 return output[..., : layer.value_dim], None
@@ -103,12 +105,13 @@ class SlotDecoder(nn.Module):  # type: ignore[misc]  # mypy does not follow torc
             output = output.view(rows, seq, heads, layer.cache_dim)
             return output if layer.value_dim == layer.cache_dim else output[..., : layer.value_dim], None
 
-        def last_live_position(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        def wanted_positions(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             hidden = arguments[0]
-            where = last_index[:, None, None].expand(-1, -1, hidden.shape[-1])
-            return (hidden.gather(1, where), *arguments[1:])
+            where = last_index[:, :, None].expand(-1, -1, hidden.shape[-1])
+            # Two dimensions, so that the product writes the graph's output where it is to lie.
+            return (hidden.gather(1, where).flatten(0, 1), *arguments[1:])
 
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(last_live_position)
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(wanted_positions)
         try:
             with attention(self.model, SLOTS, attend):
                 positions = {"position_ids": position_ids} if self.layout.takes_positions else {}
@@ -119,7 +122,7 @@ class SlotDecoder(nn.Module):  # type: ignore[misc]  # mypy does not follow torc
             raise UnsupportedModel(
                 f"{architecture(self.model)} did not call its attention once a layer while tracing.", HINT
             )
-        return (logits.squeeze(1).float(), *(tensor for tensor in present if tensor is not None))
+        return (logits.float(), *(tensor for tensor in present if tensor is not None))
 
 
 def with_positions(
@@ -170,11 +173,13 @@ def trace(model: PreTrainedModel, layout: Layout, max_len: int, standard_operato
         torch.arange(3).expand(2, 3).contiguous(),
         torch.full((2,), 2, dtype=torch.int32),
         torch.tensor(3, dtype=torch.int32),
-        torch.full((2,), 2, dtype=torch.long),
+        torch.tensor([[1, 2], [1, 2]]),
         past,
     )
     rows, seq = torch.export.Dim("rows", min=1), torch.export.Dim("seq", min=1, max=max_len)
-    dynamic: Any = ({0: rows, 1: seq}, {0: rows, 1: seq}, {0: rows}, {}, {0: rows}, [{0: rows}] * (2 * count))
+    picks = torch.export.Dim("picks", min=1, max=max_len)
+    last: Any = {0: rows, 1: picks}
+    dynamic: Any = ({0: rows, 1: seq}, {0: rows, 1: seq}, {0: rows}, {}, last, [{0: rows}] * (2 * count))
     kinds = [f"{kind}_{index}" for index in range(count) for kind in ("key", "value")]
     try:
         with torch.no_grad(), quiet():
@@ -207,6 +212,7 @@ def trace(model: PreTrainedModel, layout: Layout, max_len: int, standard_operato
         raise UnsupportedModel(
             f"{architecture(model)}: the graph has {nodes} cached attentions for {count} layers.", HINT
         )
+    pack(graph)
     return graph
 
 

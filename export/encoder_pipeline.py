@@ -169,8 +169,10 @@ def check_options(options: ExportOptions) -> None:
     for key in (*template, *(key for key in options.given if key in kept.DECODER)):
         option = f"--{key.replace('_', '-')}"
         raise ExportError(f"{option} is for text generation models; this is an encoder.", "Leave it out.")
-    if options.calibrate is not None or options.allow_drift is not None:
-        raise ExportError("--calibrate and --allow-drift are for text generation models.", "Leave them out.")
+    if options.calibrate is not None or options.allow_drift is not None or options.batch_invariant:
+        raise ExportError(
+            "--calibrate, --allow-drift and --batch-invariant are for text generation models.", "Leave them out."
+        )
     if options.target == "tensorrt":
         if options.serve_with != "native":
             raise ExportError(

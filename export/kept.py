@@ -16,7 +16,8 @@ from export.encoder_config import INSTANCES, MAX_TEXTS, NATIVE_INSTANCES, Encode
 from export.manifest import Serving
 from export.repository import CONFIG
 
-DECODER = {"slots": (1, 1024), "prefill_chunk": (1, 8192), "threads": (0, 1024)}
+DECODER = {"slots": (1, 1024), "prefill_chunk": (1, 8192), "threads": (0, 1024),
+           "prefix_cache_mb": (0, 1 << 20), "token_target_ms": (0, 60_000)}  # fmt: skip
 ENCODER = {"max_tokens_per_batch": (64, 1_000_000), "threads": (0, 1024), "instances": (1, 1024),
            "queue_delay_us": (0, 60_000_000), "max_texts": (1, 4096)}  # fmt: skip
 

@@ -25,6 +25,7 @@ _INPUTS = (
     ("return_logprobs", "TYPE_BOOL", 1, True),
     ("return_num_input_tokens", "TYPE_BOOL", 1, True),
     ("return_num_output_tokens", "TYPE_BOOL", 1, True),
+    ("return_num_cached_tokens", "TYPE_BOOL", 1, True),
 )
 _OUTPUTS = (
     ("text_output", "TYPE_STRING", -1),
@@ -32,19 +33,24 @@ _OUTPUTS = (
     ("logprobs", "TYPE_STRING", -1),
     ("num_input_tokens", "TYPE_UINT32", 1),
     ("num_output_tokens", "TYPE_UINT32", -1),
+    ("num_cached_tokens", "TYPE_UINT32", 1),
 )
 
 
 @dataclass(frozen=True)
 class Serving:
     """How the backend shall run the model: concurrent sequences, tokens a prefill step, queued requests, threads (0: as
-    many as there are cores).
+    many as there are cores), memory for prefixes that prompts share, milliseconds that a token of a running answer
+    should take at most while prompts are read (0: no target), and whether answers may be guessed ahead (auto or off).
     """
 
     slots: int = 16
     prefill_chunk: int = 128
     max_queue: int = 256
     threads: int = 0
+    prefix_cache_mb: int = 256
+    token_target_ms: int = 0
+    speculation: str = "auto"
 
 
 def config_pbtxt(
@@ -61,6 +67,10 @@ def config_pbtxt(
         "max_queue": str(serving.max_queue),
         "threads": str(serving.threads),
         "device": device,
+        "prefix_reuse": str(serving.prefix_cache_mb > 0).lower(),
+        "prefix_cache_mb": str(serving.prefix_cache_mb),
+        "token_target_ms": str(serving.token_target_ms),
+        "speculation": serving.speculation,
         "default_max_tokens": "",
     }
     inputs = [

@@ -121,6 +121,9 @@ def weight_bytes(model: ir.Model) -> int:
 def _name_dimensions(model: ir.Model) -> None:
     ids = next(value for value in model.graph.inputs if value.name == "input_ids")
     names = {str(ids.shape[0]): "rows", str(ids.shape[1]): "seq"}
+    names |= {str(value.shape[1]): "picks" for value in model.graph.inputs if value.name == "last_index"}
+    pairs = [(one, other) for one in names for other in names]
+    names |= {f"{a}*{b}": "rows*picks" for a, b in pairs if {names[a], names[b]} == {"rows", "picks"}}
     values = {*model.graph.inputs, *(output for node in model.graph for output in node.outputs)}
     for value in values:
         if value.shape is not None:

@@ -45,7 +45,8 @@ class ExportOptions:
     is then the engine's.
     ``serving`` is for decoders, ``serve_with`` ("backend" | "native") and ``encoder_serving`` for encoders.
     ``device`` (auto, cpu, cuda) is what the entry is for, ``calibrate`` a text for int8 and int4, ``allow_drift`` the
-    share of the logits' spread that int4 may move them by. ``given`` names those of ``serving`` and
+    share of the logits' spread that int4 may move them by,
+    ``batch_invariant`` has int8 scale each row by itself. ``given`` names those of ``serving`` and
     ``encoder_serving`` that were asked for and are not just the defaults.
     """
 
@@ -60,6 +61,7 @@ class ExportOptions:
     device: str = "auto"
     calibrate: Path | None = None
     allow_drift: float | None = None
+    batch_invariant: bool = False
     trust: Trust = field(default_factory=Trust)
     serving: Serving = field(default_factory=Serving)
     given: tuple[str, ...] = ()
@@ -105,7 +107,7 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     """
     name = check_name(options.name if options.name is not None else default_name(options.model))
     tensorrt.check_precision(options.target, options.precision)
-    check_options(options.precision, options.calibrate, options.allow_drift)
+    check_options(options.precision, options.calibrate, options.allow_drift, options.batch_invariant)
     check_task(options, None if options.task == TASK else options.task)
     progress("load", 0.0)
     repository = Repository(options.repository.expanduser().absolute())
@@ -234,6 +236,7 @@ def build(
                 lambda runtime: exercise(runtime, references, chunk),
                 device,
                 calibration,
+                options.batch_invariant,
                 lambda state: progress("quantise", state),
             )
         save(converted.graph, staging.folder)

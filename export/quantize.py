@@ -2,7 +2,9 @@
 
 Weights are symmetric, one scale for each output column. There is no zero point, which keeps ONNX Runtime on its fast
 path (a zero point for each column, even of zeros, is slower by a sixth). Activations get one scale for the whole batch,
-so an int8 row's logits depend a little on its neighbours: `export.verify` measures by how much.
+so an int8 row's logits depend a little on its neighbours: `export.verify` measures by how much. With ``per_row`` each
+row of activations is divided by its own largest value and rounded on one constant scale: sums of integers are exact, so
+what a row's product is does not depend on its neighbours any more.
 
 The nodes are those that ONNX Runtime's own dynamic quantiser writes, and it fuses them when it opens the file:
 ``DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul``. Source: https://onnxruntime.ai/docs/performance/quantization.html
@@ -11,6 +13,7 @@ The nodes are those that ONNX Runtime's own dynamic quantiser writes, and it fus
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +27,20 @@ from export.rounding import INT8, rounded
 
 
 def quantize_int8(
-    model: ir.Model, calibration: Calibration | None = None, progress: Callable[[float], None] = lambda fraction: None
+    model: ir.Model,
+    calibration: Calibration | None = None,
+    progress: Callable[[float], None] = lambda fraction: None,
+    per_row: bool = False,
 ) -> int:
     """Replace every ``MatMul`` with a constant matrix in place; returns how many there were.
+
+    ``per_row``: a scale for each row of activations instead of one for all.
 
     Raises:
         UnsupportedModel: there is nothing to quantise.
     """
-    activations: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+    activations: dict[ir.Value, tuple[ir.Value, ...]] = {}
+    row_scales = _RowScales(model)
     weights: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def replace(product: Product, moments: npt.NDArray[np.float32] | None) -> None:
@@ -41,7 +50,10 @@ def quantize_int8(
                 add_weight(model, f"{product.weight.name}.int8", matrix),
                 add_weight(model, f"{product.weight.name}.scale", scales),
             )
-        _replace(product, activations, *weights[product.weight])
+        if per_row:
+            row_scales.replace(product, *weights[product.weight])
+        else:
+            _replace(product, activations, *weights[product.weight])
 
     return each_product(model, "int8", replace, calibration, progress)
 
@@ -59,7 +71,7 @@ def int8_matrix(
 
 def _replace(
     product: Product,
-    activations: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]],
+    activations: dict[ir.Value, tuple[ir.Value, ...]],
     matrix: ir.Value,
     scales: ir.Value,
 ) -> None:
@@ -80,3 +92,39 @@ def _replace(
     (factor,) = add("Mul", [scale, scales])
     (output,) = add("Mul", [real, factor])
     product.replace(nodes, output)
+
+
+class _RowScales:
+    """Activations on a scale for each row: x / max|x| of the row, as uint8 around 128 in steps of 1/127."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._constants: dict[str, ir.Value] = {}
+
+    def replace(self, product: Product, matrix: ir.Value, scales: ir.Value) -> None:
+        nodes: list[ir.Node] = []
+
+        def add(op_type: str, *inputs: ir.Value, domain: str = "", **attributes: int) -> ir.Value:
+            nodes.append(ir.node(op_type, inputs=inputs, attributes=attributes or None, domain=domain))
+            return nodes[-1].outputs[0]
+
+        step = self._constant("step", np.asarray(1 / 127, np.float32))
+        middle = self._constant("middle", np.asarray(128, np.uint8))
+        if product.source not in self._rounded:
+            sizes = add("Abs", product.source)
+            largest = add("ReduceMax", sizes, self._constant("last", np.asarray([-1], np.int64)), keepdims=1)
+            # A row of zeros stays one.
+            largest = add("Max", largest, self._constant("least", np.asarray(1e-30, np.float32)))
+            self._rounded[product.source] = add(
+                "QuantizeLinear", add("Div", product.source, largest), step, middle
+            ), largest
+        whole, largest = self._rounded[product.source]
+        real = add("MatMulIntegerToFloat", whole, matrix, step, scales, middle, domain="com.microsoft")
+        product.replace(nodes, add("Mul", real, largest))
+        self._model.graph.opset_imports.setdefault("com.microsoft", 1)
+
+    def _constant(self, name: str, value: npt.NDArray[Any]) -> ir.Value:
+        if name not in self._constants:
+            self._constants[name] = add_weight(self._model, f"activations.{name}", value)
+        return self._constants[name]

@@ -100,7 +100,7 @@ class SlotRuntime:
             "position_ids": positions,
             "seqlens_k": (lengths - 1).astype(np.int32),
             "total_sequence_length": np.asarray(lengths.max(), np.int32),
-            "last_index": last.astype(np.int64),
+            "last_index": last.astype(np.int64)[:, None],
         }
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)

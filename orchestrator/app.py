@@ -28,10 +28,11 @@ from orchestrator.api.probes import Probes
 from orchestrator.auth import Auth
 from orchestrator.breaker import Breakers
 from orchestrator.cache import DEFAULT_TTL_S
-from orchestrator.domain import Caller, Incident, Limits
+from orchestrator.domain import Caller, Limits
 from orchestrator.fleet import Control, Fleet, Times
 from orchestrator.flights import Flights
 from orchestrator.gateway import Gateway
+from orchestrator.incident import Incident
 from orchestrator.inspection import Inspector
 from orchestrator.limiter import Limiter
 from orchestrator.metrics import Metrics

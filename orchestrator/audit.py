@@ -17,8 +17,9 @@ from collections.abc import Callable
 from orchestrator.auditevents import Flood, Minute, event_of, of_incident, of_request
 from orchestrator.auditlog import CURRENT, AuditLogError, check_key, encode, folder_of, rotated, stamp
 from orchestrator.auditwriter import AuditLog
-from orchestrator.domain import Incident, Record
+from orchestrator.domain import Record
 from orchestrator.fingerprint import AuditKeyError, Fingerprint, load_key
+from orchestrator.incident import Incident
 from orchestrator.settings import Settings
 
 __all__ = ["Audit", "AuditKeyError", "AuditLogError", "check", "fingerprint_of", "off", "start"]

@@ -12,9 +12,10 @@ from json.encoder import encode_basestring_ascii as quoted
 from operator import attrgetter
 
 from orchestrator.auditlog import encode, stamp
-from orchestrator.domain import Incident, Record
+from orchestrator.domain import Record
 from orchestrator.errors import SUSPECT
 from orchestrator.fingerprint import Fingerprint
+from orchestrator.incident import Incident
 from orchestrator.keys import subject_of
 from orchestrator.masking import masked
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from orchestrator.domain import CachePolicy, Caller, Chunk, EncodeRequest, GenerateRequest, Model
+from orchestrator.choices import Choice, merged, of_row
+from orchestrator.domain import CachePolicy, Caller, Chunk, EncodeRequest, GenerateRequest, Model, Usage
 from orchestrator.store import Script, answer_key, flight_key, stats_key
 
 DEFAULT_TTL_S = {
@@ -103,17 +105,33 @@ return holder
 
 @dataclass(slots=True)
 class Answer:
-    """A complete answer. `created` is when it was stored, Unix time in seconds."""
+    """A complete answer. `created` is when it was stored, Unix time in seconds; `choices` as in a Chunk."""
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
     created: float = 0.0
+    choices: tuple[Choice, ...] = ()
 
     def chunk(self) -> Chunk:
         """The whole answer as a stream of one chunk."""
+        if self.choices:
+            return Chunk(
+                self.text, self.completion_tokens, self.prompt_tokens, self.finish_reason, choices=self.choices
+            )  # fmt: skip
         return Chunk(self.text, self.completion_tokens, self.prompt_tokens, self.finish_reason)
+
+
+def answer_of(chunks: Sequence[Chunk]) -> Answer:
+    """The answer that these chunks are, all of them."""
+    usage = Usage()
+    for chunk in chunks:
+        usage.add(chunk)
+    choices = merged(choice for chunk in chunks for choice in chunk.choices)
+    text = "".join(choice.text for choice in choices) if choices else "".join(chunk.text for chunk in chunks)
+    reason = chunks[-1].finish_reason or ""
+    return Answer(text, reason, usage.prompt_tokens, usage.completion_tokens, choices=choices)
 
 
 @dataclass(slots=True)
@@ -163,14 +181,15 @@ class Lookup:
 def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = "") -> Ticket:
     """The key is the SHA-256 of everything that may change the answer, in a serialisation that reads one way only.
 
-    Not part of it: who asked within the tenant, ids, protocol, streaming or not, and time-outs. `rules` are the
-    settings that make an answer longer or shorter.
+    Not part of it: who asked within the tenant, ids, protocol, streaming or not, time-outs, priority, echo, and what is
+    at its default. `rules` are the settings that make an answer longer or shorter.
     """
     task, memo = request.task or model.task, request.memo
     of = ("key", rules, caller.tenant, model.digest, model.version, task)
     known = None if memo is None else memo.get(of)
     if known is not None:
         return Ticket(known, caller.tenant, model.name, task, request.cache, model.version)
+    more = () if request.plain else ([request.n, request.best_of, request.logprobs],)
     key = _key(
         [
             *_head(rules, caller, task, model),
@@ -183,6 +202,8 @@ def ticket(caller: Caller, model: Model, request: GenerateRequest, rules: str = 
             request.top_k,
             request.seed,
             request.stop,
+            *more,
+            *request.controls,
         ]
     )
     if memo is not None:
@@ -221,7 +242,10 @@ def lookup_of(reply: list[Any]) -> Lookup:
 
 def encode(answer: Answer, model: str, task: str) -> bytes:
     """The entry, without its time; LEAVE fills it in."""
-    fields = [answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens]
+    fields: list[object] = [answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens]
+    if answer.choices:  # their texts are the whole's
+        fields[0] = ""
+        fields.append([choice.row() for choice in answer.choices])
     body, form = orjson.dumps(fields), "p"
     if len(body) > _COMPRESS_OVER_BYTES and task != "embeddings":  # vectors hardly get smaller
         body, form = zlib.compress(body, 1), "z"
@@ -240,14 +264,16 @@ def decode(entry: bytes) -> Answer | None:
             body = inflater.decompress(body, _TEXT_MAX_BYTES)
             if not inflater.eof:
                 return None
-        text, finish_reason, prompt_tokens, completion_tokens = orjson.loads(body)
+        text, finish_reason, prompt_tokens, completion_tokens, *more = orjson.loads(body)
+        choices = tuple(map(of_row, more[0])) if more else ()
     except (ValueError, TypeError, RecursionError, zlib.error):
         return None
     if not (isinstance(text, str) and isinstance(finish_reason, str)):
         return None
     if not (isinstance(prompt_tokens, int) and isinstance(completion_tokens, int)):
         return None
-    return Answer(text, finish_reason, prompt_tokens, completion_tokens, head.created)
+    text = "".join(choice.text for choice in choices) or text
+    return Answer(text, finish_reason, prompt_tokens, completion_tokens, head.created, choices)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""What a request, its answer and its record are, free of any wire format. Nothing of ours is imported here."""
+"""What a request, its answer and its record are, free of any wire format. Little of ours is imported here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
+
+from orchestrator.choices import Choice
 
 _T = TypeVar("_T")
 
@@ -68,6 +70,7 @@ class Notes:
 
     `edge` is the protocol that the request came by: openai, kserve or grpc; `route` what that calls the operation: a
     method and a path's template, or a gRPC service and method, SERVICE/METHOD. `recorded`: a Record was made.
+    `prompt` is the text that the model reads, where it was asked for.
     """
 
     edge: str = ""
@@ -79,6 +82,7 @@ class Notes:
     cache: str | None = None  # hit, miss or bypass
     fallback: str | None = None  # "text", or "model=NAME"
     sanitized: tuple[str, ...] = ()  # what was changed in the input
+    prompt: str = field(default="", repr=False)
 
     def add(self, other: Notes) -> None:
         """Take in those of another request that is answered together with this one, and was let in after it."""
@@ -105,6 +109,11 @@ class GenerateRequest:
     `max_tokens` None lets the gateway choose; `top_k` 0 and `top_p` 1 are off; `temperature` 0 is greedy; `accepted_at`
     is `time.monotonic()` of the moment the request was accepted, in seconds; an empty `task` is the model's own. `memo`
     belongs to a body that came before: whoever derives something from the prompt alone keeps it there, a few things.
+
+    `n` answers are wanted, of `best_of` that are made where that is more; `logprobs` is how many of the likeliest
+    tokens are told with their log-probabilities beside the chosen ones', None for none at all. `controls` are the
+    parameters that only the model reads, by their names on its wire, in one order, those at their default left out.
+    `echo`: the prompt's text is wanted as well, in Notes. `priority`: lower goes first in the model's queue.
     """
 
     id: str
@@ -119,12 +128,28 @@ class GenerateRequest:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = field(default=(), repr=False)
+    n: int = 1
+    best_of: int = 1
+    logprobs: int | None = None
+    controls: tuple[tuple[str, Any], ...] = ()
+    echo: bool = False
+    priority: int = 0
     stream: bool = False
     timeout_s: float | None = None
     task: str = ""
     cache: CachePolicy = CachePolicy()
     traceparent: str | None = None
     memo: dict[object, Any] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def answers(self) -> int:
+        """How many the model makes."""
+        return max(self.n, self.best_of)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the answer is one text and nothing beside it; else its chunks have choices."""
+        return self.n == 1 and self.logprobs is None and self.best_of == 1
 
 
 def made(kind: type[_T], **fields: object) -> _T:
@@ -150,6 +175,10 @@ class Chunk:
     `queue_s`, of the first chunk only: seconds that the request waited in the model's queue, None where nobody knows.
     `version` of the model that wrote it, empty where nobody says. `encoded`, of an encoder's answer: what the text
     says, for those who read it in the process that made it.
+
+    `choices`, of a request that is not plain: what is new of each of its answers. `text` and `tokens` are then those of
+    all together, and the finish reason comes when all have ended. `cached_tokens` of the prompt came from the engine's
+    prefix cache, None where nobody says.
     """
 
     text: str = field(repr=False)
@@ -159,18 +188,23 @@ class Chunk:
     queue_s: float | None = field(default=None, compare=False)
     version: str = field(default="", compare=False)
     encoded: Encoded | None = field(default=None, compare=False, repr=False)
+    choices: tuple[Choice, ...] = ()
+    cached_tokens: int | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of a request and its answer."""
+    """Tokens of a request and its answer; `cached_tokens` is as in Chunk."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int | None = None
 
     def add(self, chunk: Chunk) -> None:
         self.prompt_tokens = self.prompt_tokens or chunk.prompt_tokens
         self.completion_tokens += chunk.tokens
+        if chunk.cached_tokens is not None:
+            self.cached_tokens = chunk.cached_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +277,8 @@ class Abilities:
     """What an entry says of its model. `max_len` counts tokens; None when the entry does not say.
 
     `operation`, of ENDPOINTS, is what it is for: ours generate, embed or classify, any other is only inferred with.
-    `prefix_reuse`: what it has read of one prompt it need not read again of another that begins alike.
+    `prefix_reuse`: what it has read of one prompt it need not read again of another that begins alike; `tells_cached`:
+    it says of how many tokens that was so.
     Encoders make vectors of `dim` elements, of length 1 if `normalized`, or a score for each of `labels`, of
     `max_batch` texts at once.
     """
@@ -251,6 +286,7 @@ class Abilities:
     task: str = "text_generation"
     chat: bool = False
     prefix_reuse: bool = False
+    tells_cached: bool = False
     max_len: int | None = None
     operation: str = "generate"
     dim: int | None = None
@@ -359,24 +395,3 @@ class Record:
     queue_s: float | None = None
     stages: tuple[tuple[str, float], ...] = ()
     trace: Trace | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Incident:
-    """Something that an edge did by itself, before or beside the path, and that an auditor wants to see.
-
-    `kind` is that of the error where it refused something, or `admin` for what an administrator has done: a call that
-    was let in, or a command. `operation` is the route's template, the RPC's or the command's name, `caller` empty where
-    nobody is known, `at` Unix time. `subject` is the caller whom it was done to, `detail` what was given: no secrets.
-    """
-
-    kind: str
-    id: str
-    edge: str
-    operation: str
-    caller: str
-    address: str
-    at: float
-    traceparent: str | None = None
-    subject: str = ""
-    detail: str = ""

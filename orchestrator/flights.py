@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any
 
 from orchestrator.broadcast import Broadcast, Outcome, Put
-from orchestrator.cache import ENTER, LEAVE, RENEW, Answer, Lookup, Ticket, encode, lookup_of
-from orchestrator.domain import Chunk, Usage
+from orchestrator.cache import ENTER, LEAVE, RENEW, Lookup, Ticket, answer_of, encode, lookup_of
+from orchestrator.domain import Chunk
 from orchestrator.errors import Draining, InternalError, TruthGPTError
 from orchestrator.relay import Followed, Relay, Times
 from orchestrator.store import Argument, Script, Store, StoreAway, StoreError
@@ -30,6 +30,7 @@ Start = Callable[[Outcome, Put], Awaitable[None]]  # makes the whole answer, chu
 
 _LOOKUPS = 6  # of a caller whose leader comes and goes, before it asks the upstream by itself
 _STORING_S = 0.005
+_DEFLATES = 16  # times smaller than they are log-probabilities never get, and a thousandth of a second each MB
 _GONE_WAIT_S = 0.02  # doubled with each of them
 
 
@@ -256,13 +257,11 @@ class Flights:
             return None
         if any(chunk.version not in ("", ticket.version) for chunk in cast.chunks):
             return None  # the model was reloaded after the request had been looked up
-        usage = Usage()
-        for chunk in cast.chunks:
-            usage.add(chunk)
-        text = "".join(chunk.text for chunk in cast.chunks)
-        if ticket.task == "embeddings" and len(text) > self._limit_bytes:
+        answer = answer_of(cast.chunks)
+        if ticket.task == "embeddings" and len(answer.text) > self._limit_bytes:
             return b""  # vectors are stored as they are: it need not be written out to be found too large
-        answer = Answer(text, cast.chunks[-1].finish_reason or "", usage.prompt_tokens, usage.completion_tokens)
+        if sum(len(choice.logprobs) for choice in answer.choices) > _DEFLATES * self._limit_bytes:
+            return b""
         entry = encode(answer, ticket.model, ticket.task)
         return entry if len(entry) <= self._limit_bytes else b""
 

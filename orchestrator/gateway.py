@@ -29,7 +29,7 @@ from orchestrator.domain import (
     changed,
 )
 from orchestrator.encoding import encoded
-from orchestrator.errors import Draining, InternalError, TruthGPTError, UpstreamError
+from orchestrator.errors import Draining, InternalError, PermissionDenied, Text, TruthGPTError, UpstreamError
 from orchestrator.fleet import Fleet
 from orchestrator.flights import Flights, alone
 from orchestrator.generation import Generation, Ready, Source
@@ -45,9 +45,19 @@ log = logging.getLogger(__name__)
 
 RECORD_S = 0.005  # after a request's end, at the latest
 TOGETHER = 32  # requests that are recorded in one go
+NO_PRIORITY = Text(
+    "priority: only a key with the scope admin may go in front of others (below 0); use 0 to 1000.",
+    "priority: solo una clave con el alcance admin puede adelantarse a otras (por debajo de 0); use de 0 a 1000.",
+)
 
 
 Result = TypeVar("Result")
+
+
+def _not_in_front() -> PermissionDenied:
+    error = PermissionDenied(NO_PRIORITY)
+    error.param = "priority"
+    return error
 
 
 class Gateway:
@@ -82,7 +92,11 @@ class Gateway:
             if not model.generates:
                 raise mismatch(model, "generate", self.models)
             asked = request if request.task else changed(request, task=model.task)
+            if request.priority < 0 and caller.scope != "admin":
+                raise _not_in_front()
             prepared.request, notes.sanitized = await self._screen.generate(asked)
+            if request.echo:
+                notes.prompt = await self._screen.text(prepared.request)
             prepared.tokens = self._tokens.fit(model, prepared.request, caller.limits)
             if prepared.tokens:
                 prepared.recount = partial(self._tokens.exact, model, prepared.request)
@@ -238,12 +252,13 @@ class Gateway:
         return flight if deadline is None else within(flight, deadline), note_flight
 
     async def generate_all(
-        self, caller: Caller, requests: Sequence[GenerateRequest], at_once: int, notes: Notes
+        self, caller: Caller, requests: Sequence[GenerateRequest], at_once: int, notes: Notes, each: Sequence[Notes]
     ) -> AsyncGenerator[tuple[int, Chunk], None]:
         """The answers to several requests, `at_once` of them at a time: a request's index and its chunk, as they come.
 
         Each request is one `generate()`. The first that fails ends the others and is raised; closing the iterator
-        cancels them all. `notes` are those of all requests that have been heard of, the limits of the last one.
+        cancels them all. `notes` are those of all requests that have been heard of, the limits of the last one; `each`
+        are the requests' own.
         """
         arrived: asyncio.Queue[tuple[int, Chunk] | asyncio.Task[None]] = asyncio.Queue()
         room = asyncio.Semaphore(at_once)  # chunks that may wait for the reader; a worker's end never has to wait
@@ -251,7 +266,7 @@ class Gateway:
 
         async def work() -> None:
             for index, request in rest:  # shared: whoever is free takes the next one
-                own, heard = Notes(edge=notes.edge, route=notes.route), False
+                own, heard = each[index], False
                 try:
                     async with aclosing(self.generate(caller, request, own)) as chunks:
                         async for chunk in chunks:

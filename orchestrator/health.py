@@ -74,7 +74,7 @@ class Attending:
     __slots__ = ("_served", "_attendance")
 
     def __init__(self, served: Served) -> None:
-        self._served, self._attendance = served, Attendance()
+        self._served, self._attendance = served, Attendance(served.model.tells_cached)
 
     def __enter__(self) -> Attendance:
         self._served.attending.add(self._attendance)

@@ -10,8 +10,9 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 
-from orchestrator.domain import Incident, Record
+from orchestrator.domain import Record
 from orchestrator.errors import CALLERS_FAULT as REFUSALS
+from orchestrator.incident import Incident
 from orchestrator.metrics_table import TABLE
 
 log = logging.getLogger(__name__)

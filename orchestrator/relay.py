@@ -18,6 +18,7 @@ from enum import Enum
 from typing import Any
 
 from orchestrator.broadcast import Broadcast
+from orchestrator.choices import of_row
 from orchestrator.domain import Chunk
 from orchestrator.errors import InternalError, Text, TruthGPTError, UpstreamUnavailable
 from orchestrator.store import Store, worker_channel
@@ -119,8 +120,9 @@ class Relay:
         cast.outcome.fallback = message["fallback"]
         new = message["chunks"][max(0, len(cast.chunks) - message["start"]) :]
         if message["start"] <= len(cast.chunks):  # else a part before it was lost: the next beat asks for it
-            for text, tokens, prompt_tokens, finish_reason in new:
-                cast.add(Chunk(text, tokens, prompt_tokens, finish_reason))
+            for text, tokens, prompt_tokens, finish_reason, *rows in new:
+                choices = tuple(map(of_row, rows))
+                cast.add(Chunk(text, tokens, prompt_tokens, finish_reason, choices=choices))
         if not message["ended"] or len(cast.chunks) < message["start"] + len(message["chunks"]):
             return False
         if message["error"] is not None:
@@ -233,12 +235,17 @@ class _Follower:
             self._timer = None
 
 
-def _part(chunks: list[Chunk], start: int) -> list[tuple[str, int, int, str | None]]:
-    """The chunks from `start`, as many as one message may hold, at least one if there is one."""
-    part, chars = [], 0
+def _part(chunks: list[Chunk], start: int) -> list[tuple[object, ...]]:
+    """The chunks from `start`, as many as one message may hold, at least one if there is one.
+
+    Each is text, tokens, tokens of the prompt and the finish reason, and the rows of its choices if it has any.
+    """
+    part: list[tuple[object, ...]] = []
+    chars = 0
     for chunk in chunks[start : start + _PART_CHUNKS]:
-        part.append((chunk.text, chunk.tokens, chunk.prompt_tokens, chunk.finish_reason))
-        chars += len(chunk.text)
+        rows = [choice.row() for choice in chunk.choices]
+        part.append((chunk.text, chunk.tokens, chunk.prompt_tokens, chunk.finish_reason, *rows))
+        chars += len(chunk.text) + sum(len(choice.logprobs) for choice in chunk.choices)
         if chars >= _PART_CHARS:
             break
     return part

@@ -52,6 +52,12 @@ class Screen:
             memo[_CLEAN] = True
         return request, ()
 
+    async def text(self, request: GenerateRequest) -> str:
+        """The prompt as the model reads it, which of token ids its tokenizer says; a conversation has none."""
+        if request.token_ids is not None:
+            return (await self._inspect(request)).text or ""
+        return request.text or ""
+
     async def encode(self, request: EncodeRequest) -> tuple[EncodeRequest, tuple[str, ...]]:
         """Each text by itself, under a limit of its own: the size of a body bounds them together."""
         texts: list[str] = []

@@ -56,8 +56,11 @@ class Tokens:
             return self._most(model, request, _bound(request))
 
     def _most(self, model: Model, request: GenerateRequest, prompt: int) -> int:
-        most = prompt + (request.max_tokens or self._default)
-        return most if model.max_len is None else min(most, model.max_len)
+        answer = request.max_tokens or self._default
+        most, room = prompt + answer, model.max_len
+        if room is not None:
+            most, answer = min(most, room), min(answer, room)
+        return most + (request.answers - 1) * answer
 
 
 def _bound(request: GenerateRequest) -> int:

@@ -12,6 +12,7 @@ from typing import TypeVar
 from orchestrator import encoding
 from orchestrator.breaker import Breakers, Guard
 from orchestrator.broadcast import Outcome, Put
+from orchestrator.choices import Choice
 from orchestrator.domain import Chunk, EncodeRequest, GenerateRequest, InferRequest, InferResult, changed
 from orchestrator.errors import (
     DeadlineExceeded,
@@ -25,7 +26,7 @@ from orchestrator.errors import (
 )
 from orchestrator.errors import UpstreamUnavailable as Away
 from orchestrator.fleet import Fleet, Member, Visit
-from orchestrator.output import OutputGuard
+from orchestrator.output import ChoicesGuard, OutputGuard
 from orchestrator.retries import RetryBudget
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Fallback:
 class _Tap:
     """Through which the chunks of one answer go: they are checked, and the breaker hears of them."""
 
-    def __init__(self, output: OutputGuard, put: Put) -> None:
+    def __init__(self, output: OutputGuard | ChoicesGuard, put: Put) -> None:
         self.output, self._put = output, put
         self.started = False
         self.guard: Guard
@@ -57,7 +58,7 @@ class _Tap:
         chunk = self.output.feed(given)
         ended = self.output.ended
         self.guard.chunk(ended)
-        if not ended or not self.output.empty:
+        if not (self.output.empty if ended else self.output.holds):
             self._put(chunk)
         return ended
 
@@ -81,7 +82,8 @@ class Upstream:
 
         `outcome.fallback` is set before the first chunk where not the model itself answers. Raises TruthGPTError.
         """
-        tap = _Tap(OutputGuard(self._max_output_chars), put)
+        most = self._max_output_chars
+        tap = _Tap(OutputGuard(most) if request.plain else ChoicesGuard(request, most), put)
         if self._fallback == Fallback():
             return await self._ask(request, tap)
         try:
@@ -103,7 +105,9 @@ class Upstream:
         if self._fallback.text is None:
             raise failure.again()
         outcome.fallback = "text"
-        put(Chunk(self._fallback.text, finish_reason="stop"))
+        text = self._fallback.text
+        choices = () if request.plain else tuple(Choice(at, text, finish_reason="stop") for at in range(request.n))
+        put(Chunk(text, finish_reason="stop", choices=choices))
 
     async def _ask(self, request: GenerateRequest, tap: _Tap) -> None:
         """However often it is tried, a request is one success or one failure of its model's breaker."""

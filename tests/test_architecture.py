@@ -14,7 +14,7 @@ PACKAGES = ("export", "orchestrator", "backends")
 MAX_LINES = 400
 
 # Rooms of orchestrator/ -> the rooms they may import (always their own). `app` and `cli` stand on top of everything.
-BASE = {"settings", "errors", "domain"}
+BASE = {"settings", "errors", "domain", "choices"}
 ROOMS: dict[str, set[str]] = {
     "spec": set(),
     "settings_operations": {"spec"},
@@ -23,7 +23,9 @@ ROOMS: dict[str, set[str]] = {
     "secretfiles": set(),
     "settings": {"masking", "profiles", "secretfiles", "settings_operations", "settings_servers", "spec"},
     "errors": set(),
-    "domain": set(),
+    "choices": set(),
+    "domain": {"choices"},
+    "incident": set(),
     "context": set(),
     "masking": set(),
     "ownership": set(),
@@ -52,22 +54,22 @@ ROOMS: dict[str, set[str]] = {
     "admission": {"errors"},
     "unsafe": set(),
     "sanitize": {"errors", "unsafe"},
-    "output": {"domain", "errors"},
+    "output": {"choices", "domain", "errors"},
     "retries": set(),
     "breaker": {"errors", "store"},
     "limits_lua": set(),
     "limits": {"domain", "limits_lua", "store"},
     "limits_local": {"domain", "limits"},
-    "cache": {"domain", "store"},
+    "cache": {"choices", "domain", "store"},
     "broadcast": {"domain", "errors"},
-    "relay": {"domain", "errors", "broadcast", "store"},
+    "relay": {"choices", "domain", "errors", "broadcast", "store"},
     "flights": {"domain", "errors", "broadcast", "cache", "relay", "store"},
     "keys": {"domain"},
     "fingerprint": {"domain", "ownership"},
     "auditlog": {"fingerprint"},
     "auditwriter": {"auditlog", "fingerprint", "ownership"},
-    "auditevents": {"domain", "errors", "auditlog", "fingerprint", "keys", "masking"},
-    "audit": {"domain", "settings", "auditevents", "auditlog", "auditwriter", "fingerprint"},
+    "auditevents": {"domain", "errors", "incident", "auditlog", "fingerprint", "keys", "masking"},
+    "audit": {"domain", "incident", "settings", "auditevents", "auditlog", "auditwriter", "fingerprint"},
     "registry": {"keys", "store"},
     "auth": {"domain", "errors", "keys", "registry"},
     "inspection": {"domain", "errors", "fleet", "triton"},
@@ -76,7 +78,7 @@ ROOMS: dict[str, set[str]] = {
     "operations": {"domain", "errors"},
     "encoding": {"domain", "errors", "tensors"},
     "limiter": {"domain", "errors", "cache", "limits", "limits_local", "store"},
-    "upstream": {"domain", "errors", "breaker", "broadcast", "encoding", "fleet", "output", "retries"},
+    "upstream": {"choices", "domain", "errors", "breaker", "broadcast", "encoding", "fleet", "output", "retries"},
     "ids": set(),
     "passage": {"domain", "errors", "admission", "cache", "flights", "ids", "limiter"},
     "generation": {"domain", "passage"},
@@ -85,10 +87,13 @@ ROOMS: dict[str, set[str]] = {
         "context", "domain", "errors", "admission", "breaker", "broadcast", "cache", "encoding", "fleet", "flights",
         "health", "limiter", "operations", "passage", "generation", "screening", "tokens", "upstream",
     },
-    "api": {"ids", "context", "domain", "encoding", "errors", "sse", "gateway", "openfiles", "tensors"},
+    "api": {
+        "ids", "choices", "context", "domain", "encoding", "errors", "incident", "sse", "gateway", "openfiles",
+        "tensors",
+    },
     # what is counted
     "metrics_table": set(),
-    "metrics": {"domain", "errors", "metrics_table"},
+    "metrics": {"domain", "errors", "incident", "metrics_table"},
     "metrics_readings": {"audit", "breaker", "gateway", "limiter", "metrics", "store"},
     "scrape": {"metrics", "metrics_table"},
     # operating: `monitor` watches and tells, `jobs` says when what is due; what is done about it is in `ops`
@@ -107,7 +112,7 @@ ROOMS: dict[str, set[str]] = {
     "ops": {
         "settings", "errors", "domain", "triton", "store", "models", "engines", "pbtxt", "client", "local", "sse",
         "keys", "cache", "limits", "audit", "auditevents", "auditlog", "auditwriter", "fingerprint", "jobs", "monitor",
-        "rotation", "breaker", "masking", "flights", "fleet", "limiter", "resolving", "sanitize", "bench",
+        "incident", "rotation", "breaker", "masking", "flights", "fleet", "limiter", "resolving", "sanitize", "bench",
     },
 }  # fmt: skip
 ROOMS["app"] = set(ROOMS) - {

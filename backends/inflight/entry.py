@@ -13,6 +13,7 @@ from typing import Any
 
 FORMAT = 1
 DEVICES = ("auto", "cpu", "cuda")
+SPECULATION = ("off", "auto")
 
 
 class EntryError(Exception):
@@ -48,6 +49,10 @@ class Entry:
     default_max_tokens: int | None
     step_delay_s: float
     device: str  # auto, cpu or cuda
+    precision: str
+    prefix_cache_bytes: int  # 0: prefixes are not reused
+    token_target_s: float  # 0: none
+    speculation: bool
     gpu_memory_limit_mb: int  # of the session's arena, without the slots; 0: no limit
 
 
@@ -75,6 +80,10 @@ def load(folder: Path, parameters: Mapping[str, str]) -> Entry:
             default_max_tokens=default or None,
             step_delay_s=integer(parameters, "step_delay_ms", 0, 60_000, 0) / 1000,
             device=_choice(parameters, "device", DEVICES),
+            precision=str(manifest.get("precision") or ""),
+            prefix_cache_bytes=_prefix_cache_mb(parameters) << 20,
+            token_target_s=integer(parameters, "token_target_ms", 0, 60_000, 0) / 1000,
+            speculation=_choice(parameters, "speculation", SPECULATION) == "auto",
             gpu_memory_limit_mb=integer(parameters, "gpu_memory_limit_mb", 0, 1 << 24, 0),
         )
     except (KeyError, TypeError, ValueError, OSError) as error:
@@ -120,6 +129,11 @@ def integer(parameters: Mapping[str, str], name: str, low: int, high: int, defau
     if not low <= value <= high:
         raise EntryError(f"config.pbtxt: parameter {name} must be an integer from {low} to {high}, not {raw!r}")
     return value
+
+
+def _prefix_cache_mb(parameters: Mapping[str, str]) -> int:
+    size = integer(parameters, "prefix_cache_mb", 0, 1 << 20, 0)
+    return size if _choice(parameters, "prefix_reuse", ("false", "true")) == "true" else 0
 
 
 def _choice(parameters: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:

@@ -28,6 +28,7 @@ from . import entry as entries
 from .answer import Answer, Part
 from .engine import Engine
 from .errors import EngineError, Internal, InvalidArgument, ResourceExhausted, Unavailable
+from .metrics import Metrics, figures
 from .opening import open_model
 from .outbox import Outbox
 from .prompt import PromptCodec
@@ -69,8 +70,11 @@ class TritonPythonModel:
         # Reading a megabyte takes most of a second: in a thread of its own, heartbeats and others are not behind it.
         self._reader = ThreadPoolExecutor(1, "inflight-reader")
         self._unread = threading.BoundedSemaphore(self._entry.max_queue)
+        read = partial(figures, self._engine, self._entry.slots * self._entry.graph.max_len)
+        self._metrics = Metrics(pb_utils.MetricFamily, args["model_name"], args["model_version"], read)
         self._outbox.start()
         self._engine.start()
+        self._metrics.start()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -86,6 +90,7 @@ class TritonPythonModel:
         self._engine.close(DRAIN_S)  # from here on a prompt that is still being read is refused
         self._reader.shutdown()
         self._outbox.stop(DRAIN_S)
+        self._metrics.stop(DRAIN_S)
         gc.collect()  # response senders that a cycle still holds go before Triton's side of them does
 
     def _accept(self, request: Any, responder: Responder) -> None:

@@ -11,6 +11,7 @@ from .entry import Entry, EntryError
 from .errors import DeviceLost, OutOfMemory
 from .runner import Runner
 from .trt import TENSORRT, is_for_tensorrt, place_for_tensorrt, record_engine
+from .warmup import BUDGET_S, warm
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def open_model(entry: Entry, device_id: int, placing: Callable[..., Placement] =
         _tell(f"{name} runs on the {wanted.device}: {wanted.note}")
 
     def on_cpu() -> Runner:
-        return _runner(entry, ON_CPU)
+        return _runner(entry, ON_CPU, 0.0)  # requests are waiting for it
 
     try:
         return Opened(_runner(entry, wanted), None if wanted.device == CPU else on_cpu, False)
@@ -53,16 +54,16 @@ def open_model(entry: Entry, device_id: int, placing: Callable[..., Placement] =
         if entry.device != "auto":
             raise EntryError(f"{error}; or set device to auto or cpu in config.pbtxt") from error
         _tell(f"{error}; {name} is opened on the CPU")
-        return Opened(on_cpu(), None, True)
+        return Opened(_runner(entry, ON_CPU), None, True)
 
 
 def _tell(line: str) -> None:
     print(f"inflight: {line}", file=sys.stderr, flush=True)
 
 
-def _runner(entry: Entry, placement: Placement) -> Runner:
+def _runner(entry: Entry, placement: Placement, warm_s: float = BUDGET_S) -> Runner:
     runner = Runner(entry.folder / "model.onnx", entry.slots, entry.threads, placement)
-    runner.prefill(0, [0], 0)  # the first run allocates; a client should not wait for it
+    warm(runner, entry.slots, entry.prefill_chunk, entry.graph.max_len, warm_s)
     if placement.device == TENSORRT:
         record_engine(entry.folder, placement.device_id)
     return runner

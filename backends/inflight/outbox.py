@@ -31,7 +31,7 @@ from .stream import Responder, Stream
 
 KEEP_ALIVE_S = 0.2  # promised: at least one response every 0.25 s
 CANCEL_POLL_S = 0.1
-SHARE = 0.04  # of the time; Triton and the kernel spend about twice as much on a response
+SHARE = 0.08  # of the time; Triton and the kernel spend about twice as much on a response
 PAUSE_S = 0.08
 FIRST_COST_S = 0.0002  # a response's, before any was measured
 

@@ -220,7 +220,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _shapes(caches: Mapping[str, Sequence[int]], rows: int, seq: int) -> str:
-    shapes = {"input_ids": (rows, seq), "position_ids": (rows, seq), "seqlens_k": (rows,), "last_index": (rows,)}
+    shapes = {"input_ids": (rows, seq), "position_ids": (rows, seq), "seqlens_k": (rows,), "last_index": (rows, 1)}
     shapes |= {name: (rows, *shape) for name, shape in caches.items()}
     return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from orchestrator.api.http import SLOW_READER_S, Exchange
 from orchestrator.api.middleware import Routes
-from orchestrator.domain import Incident
+from orchestrator.incident import Incident
 
 # What only an administrator may call: path -> methods (Triton's model repository, trace, logging and shared-memory
 # extensions).

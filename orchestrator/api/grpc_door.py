@@ -22,8 +22,9 @@ from orchestrator.api.headers import language_of, request_id, traceparent_of
 from orchestrator.api.middleware import NOBODY, Identify
 from orchestrator.api.notes import note_headers
 from orchestrator.context import handling
-from orchestrator.domain import Caller, Incident, Notes
+from orchestrator.domain import Caller, Notes
 from orchestrator.errors import DeadlineExceeded, InternalError, InvalidRequest, TruthGPTError
+from orchestrator.incident import Incident
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 from orchestrator.api import grpc_tensors, kserve_path
@@ -112,16 +111,15 @@ class Inference:
         await write(response)
 
     async def _chunks(self, rpc: Rpc, call: Call, response: Any, write: Write) -> None:
-        """A response a chunk; the prompt, where it was asked for, stands in front of the first text."""
-        answer, prefix, prompt_tokens, reason = response.infer_response, call.prefix, 0, None
+        """A response a chunk."""
+        answer, shown, reason = response.infer_response, kserve_path.Shown(call), None
         final = answer.parameters[FINAL]
         async with aclosing(self._gateway.generate(rpc.caller, call.request, rpc.notes)) as chunks:
             async for chunk in chunks:
-                prompt_tokens, reason = prompt_tokens or chunk.prompt_tokens, chunk.finish_reason
-                shown = replace(chunk, text=prefix + chunk.text, prompt_tokens=prompt_tokens)
+                reason = chunk.finish_reason
                 del answer.outputs[:], answer.raw_output_contents[:]
-                grpc_tensors.fill(answer, kserve_path.tensors(call.outputs, shown))
-                final.bool_param, prefix = reason is not None, ""
+                grpc_tensors.fill(answer, shown.tensors(chunk))
+                final.bool_param = reason is not None
                 await write(response)
         if reason is None:
             raise UpstreamError("the answer has no end")

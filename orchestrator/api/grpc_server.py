@@ -17,8 +17,8 @@ from orchestrator.api.grpc_messages import SERVICE
 from orchestrator.api.grpc_reflection import methods as reflection
 from orchestrator.api.kserve import Describe
 from orchestrator.api.middleware import MAX_HEADER_BYTES, Identify
-from orchestrator.domain import Incident
 from orchestrator.gateway import Gateway
+from orchestrator.incident import Incident
 from orchestrator.openfiles import connections
 
 END_S = 1.0  # for the last answers to be written once the drain is over

@@ -156,24 +156,16 @@ class _Answer:
     """Renders chunks as Triton's `generate` does: only the fields that were asked for, sorted by name."""
 
     def __init__(self, call: Call, model: Model) -> None:
-        self._asked, self._prefix, self._prompt_tokens = call.outputs, call.prefix, 0
+        self._shown = kserve_path.Shown(call)
         self._fixed: dict[str, object] = {"model_name": model.name, "model_version": model.version}
         if call.id is not None:
             self._fixed["id"] = call.id
 
     def body(self, chunk: Chunk) -> bytes:
-        """The next chunk as JSON; the prompt, where it was asked for, stands in front of the first text."""
-        self._prompt_tokens = self._prompt_tokens or chunk.prompt_tokens
-        asked, fields = self._asked, self._fixed.copy()
-        if "text_output" in asked:
-            fields["text_output"] = self._prefix + chunk.text
-        if "finish_reason" in asked:
-            fields["finish_reason"] = chunk.finish_reason or ""
-        if "num_input_tokens" in asked:
-            fields["num_input_tokens"] = self._prompt_tokens
-        if "num_output_tokens" in asked:
-            fields["num_output_tokens"] = chunk.tokens
-        self._prefix = ""
+        """The next chunk as JSON. As Triton does, an element that is alone is written as a plain value."""
+        fields = self._fixed | {
+            name: values[0] if len(values) == 1 else values for name, values in self._shown.outputs(chunk).items()
+        }
         return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
 
 

@@ -6,11 +6,13 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 from orchestrator.api import kserve_encode, kserve_request, policy
 from orchestrator.api.fields import Defaults
 from orchestrator.api.kserve_request import Asked, Call
 from orchestrator.api.kserve_tensors import InferBody
+from orchestrator.choices import Choice, merged
 from orchestrator.domain import Chunk, InferRequest, InferResult, Model, Tensor, Usage
 from orchestrator.errors import ModelNotFound, Text, UpstreamError
 from orchestrator.gateway import Gateway
@@ -25,6 +27,7 @@ ADMIN_ONLY = Text(
     "administración, con una clave de administrador.",
 )
 _UINT32 = struct.Struct("<I").pack
+NUMBERS = ("num_input_tokens", "num_output_tokens", "num_cached_tokens")
 
 
 async def find(gateway: Gateway, name: str, version: str | None) -> Model:
@@ -61,8 +64,7 @@ async def infer(
         return kserve_encode.result(await gateway.encode(asked.caller, request, asked.notes), body)
     if call is not None:
         whole = await collect(gateway, asked, call)
-        whole = replace(whole, text=call.prefix + whole.text)
-        return InferResult(model.name, model.version, tuple(tensors(call.outputs, whole)))
+        return InferResult(model.name, model.version, tuple(Shown(call).tensors(whole)))
     plain = InferRequest(
         id=asked.id,
         model=model.name,
@@ -90,22 +92,68 @@ async def collect(gateway: Gateway, asked: Asked, call: Call) -> Chunk:
 
 async def joined(chunks: AsyncIterator[Chunk]) -> Chunk:
     """All of an answer's chunks as one."""
-    parts, usage, reason = [], Usage(), None
+    parts, pieces, usage, reason = [], list[Choice](), Usage(), None
     async for chunk in chunks:
         parts.append(chunk.text)
+        pieces += chunk.choices
         usage.add(chunk)
         reason = chunk.finish_reason
         if reason is not None:
-            return Chunk("".join(parts), usage.completion_tokens, usage.prompt_tokens, reason)
+            return Chunk(
+                "".join(parts), usage.completion_tokens, usage.prompt_tokens, reason, choices=merged(pieces),
+                cached_tokens=usage.cached_tokens,
+            )  # fmt: skip
     raise UpstreamError("the answer has no end")
 
 
-def tensors(outputs: frozenset[str], chunk: Chunk) -> list[Tensor]:
-    """The outputs that were asked for, each of one element."""
-    every = (
-        Tensor("text_output", "BYTES", (1,), elements=(chunk.text.encode(),)),
-        Tensor("finish_reason", "BYTES", (1,), elements=((chunk.finish_reason or "").encode(),)),
-        Tensor("num_input_tokens", "UINT32", (1,), _UINT32(chunk.prompt_tokens)),
-        Tensor("num_output_tokens", "UINT32", (1,), _UINT32(chunk.tokens)),
-    )
-    return [tensor for tensor in every if tensor.name in outputs]
+class Shown:
+    """One answer's chunks as Triton has them: an element of each output for each of the answers that are wanted."""
+
+    def __init__(self, call: Call) -> None:
+        self._asked, self._n = call.outputs, call.request.n
+        self._plain = call.request.plain
+        self._prompt_tokens = self._cached_tokens = 0
+        self._prefixes = dict.fromkeys(range(self._n), call.prefix) if call.prefix else {}
+
+    def outputs(self, chunk: Chunk) -> dict[str, list[Any]]:
+        """The elements of each output that was asked for, of the next chunk. The prompt, where it was asked for, stands
+        in front of each answer's first text; what was told of it once is told again.
+        """
+        self._prompt_tokens = self._prompt_tokens or chunk.prompt_tokens
+        self._cached_tokens = chunk.cached_tokens or self._cached_tokens
+        asked = self._asked
+        if self._plain:
+            given = [Choice(0, chunk.text, chunk.tokens, chunk.finish_reason)]
+        else:
+            given = [Choice(index, "") for index in range(self._n)]
+            for choice in chunk.choices:
+                given[choice.index] = choice
+        found: dict[str, list[Any]] = {}
+        if "text_output" in asked:
+            found["text_output"] = [self._text(choice) for choice in given]
+        if "finish_reason" in asked:
+            found["finish_reason"] = [choice.finish_reason or "" for choice in given]
+        if "logprobs" in asked:
+            found["logprobs"] = [choice.logprobs or "[]" for choice in given]
+        if "num_input_tokens" in asked:
+            found["num_input_tokens"] = [self._prompt_tokens]
+        if "num_output_tokens" in asked:
+            found["num_output_tokens"] = [choice.tokens for choice in given]
+        if "num_cached_tokens" in asked:
+            found["num_cached_tokens"] = [self._cached_tokens]
+        return found
+
+    def tensors(self, chunk: Chunk) -> list[Tensor]:
+        """The same as tensors."""
+        return [_tensor(name, values) for name, values in self.outputs(chunk).items()]
+
+    def _text(self, choice: Choice) -> str:
+        if self._prefixes and (choice.text or choice.finish_reason):
+            return self._prefixes.pop(choice.index, "") + choice.text
+        return choice.text
+
+
+def _tensor(name: str, values: list[Any]) -> Tensor:
+    if name in NUMBERS:
+        return Tensor(name, "UINT32", (len(values),), b"".join(map(_UINT32, values)))
+    return Tensor(name, "BYTES", (len(values),), elements=tuple(value.encode() for value in values))

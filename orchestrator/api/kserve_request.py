@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from orchestrator.api import policy
+from orchestrator.api import controls, policy
 from orchestrator.api.bodies import json_value
 from orchestrator.api.fields import (
     Defaults,
@@ -30,13 +30,15 @@ from orchestrator.errors import InvalidRequest, Text
 TEXTS = ("text_input", "sampling_parameters")
 FLAGS = (
     "stream", "exclude_input_in_output", "return_finish_reason", "return_logprobs", "return_num_input_tokens",
-    "return_num_output_tokens",
+    "return_num_output_tokens", "return_num_cached_tokens",
 )  # fmt: skip
-OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
-# Clients that ask for all that a model's metadata declares ask for these too. As with Triton, no answer has them.
-NEVER_SENT = ("logprobs",)
-SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "timeout_s")
-PROMPTS = ("messages", "prompt_token_ids")  # in sampling_parameters alone
+OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens", "num_cached_tokens", "logprobs")
+SAMPLING = (
+    "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "timeout_s", *sorted(controls.NAMES - {"priority"}),
+)  # fmt: skip
+# In sampling_parameters alone; a field of the name priority is KServe's own.
+PROMPTS = ("messages", "prompt_token_ids")
+APART = (*PROMPTS, "priority")
 # Fields of KServe's own. Only `timeout`, microseconds, means something to a generation model.
 KSERVE = ("timeout", "priority", "sequence_id", "sequence_start", "sequence_end", "binary_data_output")
 # What numbers may be, both ends included.
@@ -96,14 +98,10 @@ def generate(body: dict[str, Any], asked: Asked, model: Model, defaults: Default
     if not isinstance(given, dict):
         raise wrong("sampling_parameters", "a JSON object", "un objeto JSON")
     for name in given:
-        if name not in SAMPLING and name not in PROMPTS:
-            raise unknown(name, (*SAMPLING, *PROMPTS))
+        if name not in SAMPLING and name not in APART:
+            raise unknown(name, (*SAMPLING, *APART))
+    fields.pop("priority", None)
     fields |= {name: value for name, value in given.items() if value is not None}
-    if boolean(fields, "return_logprobs"):
-        raise InvalidRequest(
-            Text("return_logprobs is not supported here.", "return_logprobs no está disponible aquí."),
-            "return_logprobs",
-        )
     id = body.get("id")
     if id is not None and not isinstance(id, str):
         raise wrong("id", "a string", "un texto")
@@ -111,17 +109,22 @@ def generate(body: dict[str, Any], asked: Asked, model: Model, defaults: Default
     for flag, output in _RETURNED.items():
         if flag in fields and boolean(fields, flag):
             returned.add(output)
+    logprobs = integer(fields, "logprobs", *controls.LOGPROBS)
+    if logprobs is None and "logprobs" in returned:
+        logprobs = 0
+    if logprobs is not None:
+        returned.add("logprobs")
     echo = "exclude_input_in_output" in fields and not boolean(fields, "exclude_input_in_output")
     values: dict[str, Any] = {
         "id": asked.id, "model": model.name, "accepted_at": asked.accepted_at, "temperature": defaults.temperature,
         "task": policy.task(asked.headers, model.task), "cache": policy.cache_policy(asked.headers),
-        "traceparent": asked.traceparent,
+        "traceparent": asked.traceparent, "logprobs": logprobs, "stream": boolean(fields, "stream"),
     }  # fmt: skip
     for name, read in _READ.items():
         if name in fields:
             values[name] = read(fields)
-    stream, within_s = boolean(fields, "stream"), timeout_s(fields)
-    request = made(GenerateRequest, **values, stream=stream, timeout_s=within_s, **_prompt(fields))
+    controls.control(fields, values)
+    request = made(GenerateRequest, **values, timeout_s=timeout_s(fields), **_prompt(fields))
     return Call(request, id, frozenset(returned), request.text or "" if echo else "")
 
 
@@ -134,7 +137,7 @@ def infer(body: InferBody, asked: Asked, model: Model, defaults: Defaults) -> Ca
         raise required("text_input")
     names = {wanted.name for wanted in body.outputs}
     for wanted in body.outputs:
-        if wanted.name not in (*OUTPUTS, *NEVER_SENT) or wanted.classes:
+        if wanted.name not in OUTPUTS or wanted.classes:
             shown = wanted.name[:100]
             raise InvalidRequest(
                 Text(
@@ -144,6 +147,10 @@ def infer(body: InferBody, asked: Asked, model: Model, defaults: Defaults) -> Ca
                 "outputs",
             )
     call = generate(fields, asked, model, defaults)
+    if names and call.request.logprobs is None:
+        # Who asks for all that a model's metadata declares asks for them too. As with Triton, no answer has them then.
+        names.discard("logprobs")
+        return Call(call.request, call.id, frozenset(names), call.prefix)
     return Call(call.request, call.id, frozenset(names) or call.outputs, call.prefix)
 
 

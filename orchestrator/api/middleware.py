@@ -13,8 +13,9 @@ from orchestrator.api.headers import language_of, request_id, traceparent_of
 from orchestrator.api.http import Exchange, HangUp, Receive, Refused, Scope, Send
 from orchestrator.api.routing import Router
 from orchestrator.context import handling
-from orchestrator.domain import Caller, Incident
+from orchestrator.domain import Caller
 from orchestrator.errors import InternalError, TruthGPTError
+from orchestrator.incident import Incident
 
 log = logging.getLogger(__name__)
 

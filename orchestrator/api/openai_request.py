@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from orchestrator.api import controls
 from orchestrator.api.fields import (
     MAX_TOKENS,
     Defaults,
@@ -27,9 +28,12 @@ MAX_PROMPTS = 64
 # What numbers may be, both ends included.
 TEMPERATURE = (0.0, 2.0)
 SEED = (-(2**63), 2**63 - 1)
-SAMPLING = {"model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options"}
-COMPLETION = SAMPLING | {"prompt"}
-CHAT = SAMPLING | {"messages", "max_completion_tokens"}
+SAMPLING = {
+    "model", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options",
+    *(controls.NAMES - {"best_of"}),
+}  # fmt: skip
+COMPLETION = SAMPLING | {"prompt", "best_of", "echo"}
+CHAT = SAMPLING | {"messages", "max_completion_tokens", "top_logprobs"}
 STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # the second only pads events, which ours do not need
 # Taken and without effect: they describe the caller or where the answer is kept, not the answer.
 IGNORED = {
@@ -37,16 +41,11 @@ IGNORED = {
     "parallel_tool_calls",
 }  # fmt: skip
 # Not supported: only the values that ask for nothing are taken (null always is).
-NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "n": (1,), "logit_bias": ({},), "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0),
-}  # fmt: skip
-NEUTRAL_COMPLETION: Mapping[str, tuple[object, ...]] = {
-    **NEUTRAL, "best_of": (1,), "echo": (False,), "suffix": (), "logprobs": (),
-}  # fmt: skip
+NEUTRAL_COMPLETION: Mapping[str, tuple[object, ...]] = {"suffix": ()}
 NEUTRAL_CHAT: Mapping[str, tuple[object, ...]] = {
-    **NEUTRAL, "logprobs": (False,), "top_logprobs": (), "response_format": ({"type": "text"},), "tools": ([],),
-    "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],),
-    "audio": (), "prediction": (), "reasoning_effort": (), "verbosity": (), "web_search_options": (),
+    "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": (),
+    "verbosity": (), "web_search_options": (),
 }  # fmt: skip
 
 
@@ -72,8 +71,9 @@ def completion(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> 
     value = fields.get("prompt")
     if value is None:
         raise required("prompt")
+    own = _completion_only(fields)
     if not isinstance(value, list) or not any(isinstance(item, (str, list)) for item in value):
-        return _call(fields, exchange, defaults, **prompt(value, "prompt"))
+        return _call(fields, exchange, defaults, **prompt(value, "prompt"), **own)
     if len({type(item) for item in value}) > 1:
         raise wrong(
             "prompt",
@@ -89,9 +89,17 @@ def completion(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> 
             "prompt",
         )
     if len(value) == 1:
-        return _call(fields, exchange, defaults, **prompt(value[0], "prompt"))
+        return _call(fields, exchange, defaults, **prompt(value[0], "prompt"), **own)
     prompts = [prompt(item, f"prompt[{index}]") for index, item in enumerate(value)]
-    call = _call(fields, exchange, defaults, **prompts[0])
+    call = _call(fields, exchange, defaults, **prompts[0], **own)
+    if len(value) * call.request.answers > MAX_PROMPTS:
+        raise InvalidRequest(
+            Text(
+                f"n, best_of: at most {MAX_PROMPTS} answers a request, those to all its prompts together.",
+                f"n, best_of: se admiten {MAX_PROMPTS} respuestas por petición como máximo, a todos sus textos juntos.",
+            ),
+            "n",
+        )
     requests = (replace(call.request, id=f"{exchange.id}-{index}", **item) for index, item in enumerate(prompts))
     return replace(call, requests=tuple(requests))
 
@@ -113,7 +121,35 @@ def chat(body: dict[str, Any], exchange: Exchange, defaults: Defaults) -> Call:
         )
     if new is not None:
         fields["max_tokens"] = integer(fields | {"max_completion_tokens": new}, "max_completion_tokens", *MAX_TOKENS)
-    return _call(fields, exchange, defaults, messages=turns)
+    own: dict[str, Any] = {}
+    if "logprobs" in fields or "top_logprobs" in fields:
+        top = integer(fields, "top_logprobs", *controls.LOGPROBS)
+        if boolean(fields, "logprobs"):
+            own["logprobs"] = top or 0
+        elif top:
+            raise InvalidRequest(
+                Text("top_logprobs is only allowed with logprobs.", "top_logprobs solo se admite con logprobs."),
+                "top_logprobs",
+            )
+    return _call(fields, exchange, defaults, messages=turns, **own)
+
+
+def _completion_only(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a completion has that a chat has not, as fields of GenerateRequest."""
+    own: dict[str, Any] = {}
+    if "logprobs" in fields:
+        own["logprobs"] = integer(fields, "logprobs", *controls.LOGPROBS)
+    if "echo" in fields:
+        own["echo"] = boolean(fields, "echo")
+        if own["echo"] and "logprobs" in own:
+            raise InvalidRequest(
+                Text(
+                    "echo is not supported together with logprobs: the prompt's tokens have none here.",
+                    "echo no está disponible junto con logprobs: los tokens del texto de entrada no los tienen aquí.",
+                ),
+                "echo",
+            )
+    return own
 
 
 def known(body: dict[str, Any], names: set[str], neutral: Mapping[str, tuple[object, ...]]) -> dict[str, Any]:
@@ -158,5 +194,6 @@ def _call(fields: dict[str, Any], exchange: Exchange, defaults: Defaults, **prom
     for name, read in _SAMPLING.items():
         if name in fields:
             values[name] = read(fields)
+    controls.control(fields, values)
     request = made(GenerateRequest, **values, **prompt)
     return Call((request,), wanted.get("include_usage", False))

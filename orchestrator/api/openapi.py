@@ -15,7 +15,8 @@ from orchestrator.api.bodies import CODINGS
 from orchestrator.api.fields import Defaults
 from orchestrator.api.http import Exchange
 from orchestrator.api.middleware import OPEN, Routes
-from orchestrator.api.openapi_schemas import COUNT, STRING, Schema, openai_error, ref, schemas
+from orchestrator.api.openapi_parts import COUNT, STRING, Schema, ref
+from orchestrator.api.openapi_schemas import openai_error, schemas
 from orchestrator.domain import TASKS
 from orchestrator.errors import TruthGPTError
 

@@ -23,6 +23,7 @@ Examples:
         "status": "orchestrator.cli.status:status",
         "top": "orchestrator.cli.top:top",
         "generate": "orchestrator.cli.generate:generate",
+        "chat": "orchestrator.cli.chat:chat",
         "batch": "orchestrator.cli.batch:batch",
         "bench": "orchestrator.cli.bench:bench",
         "keys": "orchestrator.cli.keys:keys",

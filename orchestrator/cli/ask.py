@@ -74,7 +74,13 @@ def encode(client: GatewayClient, model: str, operation: str, text: str) -> str:
 
 def ask(client: GatewayClient, question: Question, show: Callable[[str], None] | None = None) -> Answer:
     """Send the question; `show` gets the text as it comes. Raises GatewayError."""
-    path, body = question.request()
+    return send(client, *question.request(), show)
+
+
+def send(
+    client: GatewayClient, path: str, body: Mapping[str, Any], show: Callable[[str], None] | None = None
+) -> Answer:
+    """Send the body of a (chat) completion; `show` gets the text as it comes. Raises GatewayError."""
     began = time.monotonic()
     first_at: float | None = None
     parts: list[str] = []

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator import engines
+from orchestrator.cli.batching import Setting
 from orchestrator.models import Version
 
 
-def lines(version: Version, manifest: Mapping[str, Any], parameters: Mapping[str, str], state: str) -> list[str]:
+def lines(
+    version: Version,
+    manifest: Mapping[str, Any],
+    parameters: Mapping[str, str],
+    state: str,
+    settings: Sequence[Setting],
+) -> list[str]:
     """What `truthgpt models show` prints. What the manifest does not say is left out."""
     rows: list[tuple[str, str]] = [
         ("state", state),
@@ -28,7 +35,12 @@ def lines(version: Version, manifest: Mapping[str, Any], parameters: Mapping[str
         ("path", str(version.folder)),
     ]
     title = f"{version.name} version {version.number}"
-    return [title, *(f"  {name:<9} {text}" for name, text in rows if text)]
+    shown = []
+    for name, text in rows:
+        shown += [f"  {name:<9} {text}"] if text else []
+        if name == "batching":
+            shown += [f"  {'':<9} {each.name} {each.value or '(none)'}: {each.words}" for each in settings]
+    return [title, *shown]
 
 
 def _part(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -127,8 +139,14 @@ def _parity(parity: Mapping[str, Any]) -> str:
     if "greedy_agreement" in parity:
         parts.append(f"{float(parity['greedy_agreement']):.1%} of greedy tokens are the same")
     if "batch_effect" in parity:
-        parts.append(f"what else is in the batch moves them by {_number(parity['batch_effect'])}")
+        parts.append(_company(parity["batch_effect"]))
     return ", ".join(parts)
+
+
+def _company(effect: object) -> str:
+    if effect == 0:
+        return "what else is in the batch changes nothing"
+    return f"what else is in the batch moves them by up to {_number(effect)}"
 
 
 def _batching(manifest: Mapping[str, Any], parameters: Mapping[str, str]) -> str:
@@ -140,8 +158,8 @@ def _batching(manifest: Mapping[str, Any], parameters: Mapping[str, str]) -> str
     threads = parameters.get("threads") or "0"
     cores = "all cores" if threads == "0" else f"{threads} threads"
     return (
-        f"{slots} sequences at once, {queue} more may wait, prompts are read {chunk} tokens a step, on {cores} "
-        "(parameters of config.pbtxt)"
+        f"in flight, {slots} sequences at once, {queue} more may wait, prompts are read {chunk} tokens a step, on "
+        f"{cores}: each request joins at the next step and leaves at its own end (parameters of config.pbtxt)"
     )
 
 

@@ -22,6 +22,7 @@ Examples:
   echo "Tell me about TruthGPT" | truthgpt generate - --no-stream
   truthgpt generate "Once upon a time" --raw --max-tokens 40 --temperature 0
   truthgpt generate "¿Qué hora es?" --seed 7 --stop "." --json
+  truthgpt generate "Once upon a time" --raw --min-p 0.05 --repetition-penalty 1.2 --min-tokens 20
 """
 
 
@@ -32,6 +33,13 @@ Examples:
 @click.option("--temperature", type=click.FloatRange(0, 2), metavar="X", help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="X", help="Nucleus of this probability.")
 @click.option("--top-k", type=click.IntRange(min=-1), metavar="N", help="The N likeliest tokens; 0 is all.")
+@click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", help="Least part of the likeliest's probability.")
+@click.option("--typical-p", type=click.FloatRange(0, 1, min_open=True), metavar="X", help="Locally typical sampling.")
+@click.option("--repetition-penalty", type=click.FloatRange(0, 10, min_open=True), metavar="X",
+              help="Above 1: what was said is less likely.")  # fmt: skip
+@click.option("--presence-penalty", type=click.FloatRange(-2, 2), metavar="X", help="Off each token that was said.")
+@click.option("--frequency-penalty", type=click.FloatRange(-2, 2), metavar="X", help="Off it each time it was said.")
+@click.option("--min-tokens", type=click.IntRange(min=0), metavar="N", help="New tokens at least.")
 @click.option("--seed", type=int, metavar="N", help="The same seed gives the same answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--system", metavar="TEXT", help="System message of the chat.")
@@ -56,11 +64,9 @@ def generate(
     from orchestrator.cli import ask
 
     text = _read() if prompt == "-" else _checked(prompt)
-    client, model = _target(settings, url, model, timeout_s)
+    client, model = target(settings, url, model, timeout_s)
     kind = ask.kind_of(client, model)
-    if kind.operation != "generate":
-        what = {"embed": "makes embeddings", "classify": "classifies texts"}.get(kind.operation, "is of another kind")
-        raise CommandError(f"{model} does not generate text, it {what}", _instead(client, model, kind))
+    require_generation(client, model, kind)
     chat = not raw and kind.chat
     if system is not None and not chat:
         raise CommandError(f"{model} has no chat template, so --system means nothing to it", "leave --system out")
@@ -71,12 +77,12 @@ def generate(
     live = stream and not as_json
     answer = ask.ask(client, question, (lambda piece: click.echo(piece, nl=False)) if live else None)
     if as_json:
-        print_json(_document(answer, model))
+        print_json(document(answer, model))
     else:
         click.echo("" if live else answer.text)
 
 
-def _target(
+def target(
     settings: Settings, url: str | None, model: str | None, timeout_s: float | None
 ) -> tuple[GatewayClient, str]:
     """The gateway to ask and the model. Raises CommandError when nothing runs or nothing is served."""
@@ -94,6 +100,13 @@ def _target(
             raise CommandError(f"{url} serves no model", "`truthgpt models list` shows what could be served")
         model = served[0]
     return client, model
+
+
+def require_generation(client: GatewayClient, model: str, kind: Kind) -> None:
+    """Raise CommandError for a model that does not generate, with how it is asked."""
+    if kind.operation != "generate":
+        what = {"embed": "makes embeddings", "classify": "classifies texts"}.get(kind.operation, "is of another kind")
+        raise CommandError(f"{model} does not generate text, it {what}", _instead(client, model, kind))
 
 
 def _instead(client: GatewayClient, model: str, kind: Kind) -> str:
@@ -123,7 +136,8 @@ def _checked(prompt: str) -> str:
     return prompt
 
 
-def _document(answer: Answer, model: str) -> dict[str, object]:
+def document(answer: Answer, model: str) -> dict[str, object]:
+    """What --json prints of an answer."""
     facts = asdict(answer)
     usage = {name: facts.pop(name) for name in ("prompt_tokens", "completion_tokens")}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -77,24 +78,32 @@ Examples:
 @json_option
 @settings_options("model_repository", "home")
 def show(settings: Settings, name: str, number: int | None, as_json: bool) -> None:
-    """Explain a model: where it came from, how exact it is, how it batches."""
+    """Explain a model: where it came from, how exact it is, and what each of its batching settings does.
+
+    --json has the manifest and the parameters of config.pbtxt as they are, and in `batching` each setting's name, value
+    and words.
+    """
     from orchestrator import models as repository
-    from orchestrator.cli import describe
+    from orchestrator import pbtxt
+    from orchestrator.cli import batching, describe
 
     entry = repository.get(settings.model_repository, name)
     version = entry.newest if number is None else entry.version(number)
-    parameters = repository.parameters(entry.config())
+    config = entry.config()
+    parameters = repository.parameters(config)
+    explained = batching.settings(pbtxt.model_config(config), version.manifest or {}, parameters)
     state = _state(version, _served(settings))
     if as_json:
         print_json({
             "name": name, "version": str(version.number), "path": str(version.folder), "state": state,
             "manifest": version.manifest, "parameters": parameters,
+            "batching": [asdict(setting) for setting in explained],
         })  # fmt: skip
         return
     if version.manifest is None:
         path = version.folder / "manifest.json"
         raise CommandError(f"{path} cannot be read: {version.fault}", f"export {name} again")
-    click.echo("\n".join(describe.lines(version, version.manifest, parameters, state)))
+    click.echo("\n".join(describe.lines(version, version.manifest, parameters, state, explained)))
 
 
 for _command in (verify, load, reload, unload):

@@ -13,8 +13,8 @@ from orchestrator.audit import AuditKeyError, AuditLogError, fingerprint_of
 from orchestrator.auditevents import of_incident
 from orchestrator.auditlog import CURRENT, folder_of, rotated
 from orchestrator.auditwriter import AuditLog
-from orchestrator.domain import Incident
 from orchestrator.fingerprint import Fingerprint
+from orchestrator.incident import Incident
 from orchestrator.keys import is_address, subject_of
 from orchestrator.local import swap
 from orchestrator.settings import Settings

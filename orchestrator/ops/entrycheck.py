@@ -24,6 +24,10 @@ OUTPUTS = {
     "text_output": "TYPE_STRING", "finish_reason": "TYPE_STRING", "logprobs": "TYPE_STRING",
     "num_input_tokens": "TYPE_UINT32", "num_output_tokens": "TYPE_UINT32",
 }  # fmt: skip
+# Declared by entries whose engine keeps what it has read of prompts; both or neither.
+CACHED = ("return_num_cached_tokens", "num_cached_tokens")
+INPUTS_MAY = {CACHED[0]: "TYPE_BOOL"}
+OUTPUTS_MAY = {CACHED[1]: "TYPE_UINT32"}
 ENCODER = "encoder"  # the backend of models that embed or classify, whose texts Triton itself batches
 ENCODER_INPUTS = {"text_input": "TYPE_STRING"}
 NATIVE = ("onnxruntime", "tensorrt")  # Triton's own backends, which run an encoder's graph for the entry in front
@@ -34,7 +38,7 @@ ENCODER_OUTPUTS: dict[str | None, dict[str, str]] = {
 }
 _RANGES = {
     "slots": (1, 1024), "prefill_chunk": (1, 65_536), "max_queue": (1, 100_000), "threads": (0, 1024),
-    "gpu_memory_limit_mb": (0, 1 << 24),
+    "gpu_memory_limit_mb": (0, 1 << 24), "prefix_cache_mb": (0, 1 << 24),
 }  # fmt: skip
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -140,7 +144,10 @@ def _config(entry: Entry, config: pbtxt.Message, manifest: Mapping[str, Any]) ->
     policy = _last(config, "model_transaction_policy", {})
     if not isinstance(policy, dict) or _last(policy, "decoupled", False) is not True:
         found.append("model_transaction_policy must say decoupled: true")
-    found += [*_tensors(config, "input", INPUTS), *_tensors(config, "output", OUTPUTS)]
+    found += [*_tensors(config, "input", INPUTS, INPUTS_MAY), *_tensors(config, "output", OUTPUTS, OUTPUTS_MAY)]
+    has = [name in _names(config, field) for name, field in zip(CACHED, ("input", "output"), strict=True)]
+    if any(has) and not all(has):
+        found.append(f"input {CACHED[0]} and output {CACHED[1]} must be there both or neither")
     return found + _parameters(parameters(config), manifest)
 
 
@@ -161,11 +168,20 @@ def _encoder_config(entry: Entry, config: pbtxt.Message, manifest: Mapping[str, 
     return found + _parameters(given, manifest)
 
 
-def _tensors(config: pbtxt.Message, field: str, tensors: Mapping[str, str]) -> list[str]:
+def _tensors(
+    config: pbtxt.Message, field: str, tensors: Mapping[str, str], may: Mapping[str, str] | None = None
+) -> list[str]:  # fmt: skip
+    """What is wrong with the tensors of a field, of which some `may` be there and the others must."""
+    have = _names(config, field)
+    wanted = {**tensors, **{name: kind for name, kind in (may or {}).items() if name in have}}
+    found = [f"{field} {name} must be {kind}" for name, kind in wanted.items() if have.get(name) != kind]
+    return found + [f"{field} {name} is not known" for name in have if name not in wanted]
+
+
+def _names(config: pbtxt.Message, field: str) -> dict[str, str]:
+    """The data type of each tensor of a field, by its name."""
     rows = [row for row in config.get(field, []) if isinstance(row, dict)]
-    have = {str(_last(row, "name", "")): str(_last(row, "data_type", "")) for row in rows}
-    found = [f"{field} {name} must be {kind}" for name, kind in tensors.items() if have.get(name) != kind]
-    return found + [f"{field} {name} is not known" for name in have if name not in tensors]
+    return {str(_last(row, "name", "")): str(_last(row, "data_type", "")) for row in rows}
 
 
 def _parameters(given: Mapping[str, str], manifest: Mapping[str, Any]) -> list[str]:
@@ -176,6 +192,8 @@ def _parameters(given: Mapping[str, str], manifest: Mapping[str, Any]) -> list[s
             found.append(f"parameter {key} is {given[key]!r}, the manifest says {expected!r}")
     if given.get("device", "auto") not in DEVICES:
         found.append(f"parameter device is {given['device']!r} and must be one of {', '.join(DEVICES)}")
+    if given.get("prefix_reuse", "true") not in ("true", "false"):
+        found.append(f"parameter prefix_reuse is {given['prefix_reuse']!r} and must be true or false")
     graph = manifest.get("graph")
     length = graph.get("max_len") if isinstance(graph, dict) else None
     ranges = _RANGES | ({"max_len": (1, length)} if isinstance(length, int) else {})

@@ -26,9 +26,13 @@ class Deadlines:
 
 
 class Attendance:
-    """One stream's tie to its model: `fail()` ends the stream at once, wherever it waits, with the given error."""
+    """One stream's tie to its model: `fail()` ends the stream at once, wherever it waits, with the given error.
 
-    def __init__(self) -> None:
+    `tells_cached` is what that model does, as in domain.Abilities.
+    """
+
+    def __init__(self, tells_cached: bool = False) -> None:
+        self.tells_cached = tells_cached
         self.error: TruthGPTError | None = None
         self._heard_at = 0.0
         self._timer: asyncio.Timeout | None = None

@@ -18,17 +18,19 @@ import orjson
 
 from orchestrator.domain import TASKS, Abilities, GenerateRequest, InferRequest, InferResult
 from orchestrator.errors import DeadlineExceeded, InvalidRequest, ModelNotFound, UpstreamError, UpstreamUnavailable
+from orchestrator.triton.answers import Answers
 from orchestrator.triton.attendance import Attendance, Deadlines
 from orchestrator.triton.connection import Answer, Pool
 from orchestrator.triton.infer import describe, infer
 from orchestrator.triton.reading import Put, Reading
-from orchestrator.triton.wire import Reply, decode, error_of, payload, read_body, sampling, scalar
+from orchestrator.triton.wire import Reply, decode, error_of, payload, read_body, sampling, scalar, tells_logprobs
 
 _T = TypeVar("_T")
 OUR_BACKEND = "inflight"
 IN_PROCESSES = (OUR_BACKEND, "encoder", "python")  # backends each of whose instances is a process of its own
 # What an encoder is known by, whichever backend runs it: its task, and the outputs that it has.
 ENCODERS = {"embeddings": ("embed", "embedding"), "sentiment_analysis": ("classify", "scores")}
+CACHED_TOKENS = "num_cached_tokens"  # an output of a model that tells what its prefix cache had
 HEARTBEAT = "heartbeat"  # an output of a model that has one
 # To a model with batches the beat is a row like another, but in front of all that wait where there are priorities.
 _ENCODER_BEAT = {
@@ -120,12 +122,13 @@ class Triton:
         sent_at, first_at, _ = times
         if sent_at >= first_at:
             raise DeadlineExceeded
-        body = orjson.dumps(payload(request, request.max_tokens or default, whole_s))
+        body = orjson.dumps(payload(request, request.max_tokens or default, whole_s, attendance.tells_cached))
         headers = {"content-type": "application/json"}
         if request.traceparent:
             headers["traceparent"] = request.traceparent
         path = f"/{self._model_path(request.model, 'generate_stream')}"
-        reading = Reading(put, self._deadlines, *times)
+        read = None if request.plain else Answers(request.answers, tells_logprobs(request)).chunk
+        reading = Reading(put, self._deadlines, *times, read)
         answer = await self._send("POST", path, body, headers, whole_s)
         try:
             attendance.follow(answer)
@@ -231,6 +234,7 @@ class Triton:
                 task=_known_task(values.get("task", "")),
                 chat=values.get("chat") == "true",
                 prefix_reuse=values.get("prefix_reuse") == "true",
+                tells_cached=CACHED_TOKENS in outputs,
                 max_len=int(length) if length else None,
                 operation=operation,
                 beats=operation == "generate" or (operation != "infer" and HEARTBEAT in outputs),

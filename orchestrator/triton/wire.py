@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,10 @@ _UNKNOWN_MODEL = re.compile(r"unknown model|is not found|no such file|does not e
 _QUEUE_FULL = re.compile(r"exceeds maximum queue size", re.IGNORECASE)
 _QUEUE_LATE = re.compile(r"request timeout expired", re.IGNORECASE)
 _AWAY = re.compile(r"not healthy|not ready|no available versions|unavailable|shutting down", re.IGNORECASE)
-_PARAM = re.compile(r"(max_tokens|messages|prompt|stop|seed|top_k|top_p|temperature)(?:_token_ids)?\b")
+_PARAM = re.compile(
+    r"(stop_token_ids|logit_bias|(?:max|min)_tokens|messages|prompt|stop|seed|(?:min|typical|top)_p|top_k|temperature"
+    r"|(?:repetition|presence|frequency)_penalty|logprobs|n|ignore_eos|priority)(?:_token_ids)?\b"
+)
 BODY_LIMIT_BYTES = 8 << 20
 
 
@@ -56,8 +59,14 @@ def sampling(request: GenerateRequest) -> dict[str, object]:
     return {}
 
 
-def payload(request: GenerateRequest, max_tokens: int | None, timeout_s: float) -> dict[str, object]:
-    """The body of `generate_stream`."""
+def payload(
+    request: GenerateRequest, max_tokens: int | None, timeout_s: float, tells_cached: bool = False
+) -> dict[str, object]:  # fmt: skip
+    """The body of `generate_stream`. `tells_cached`: the model has an output that says what its prefix cache had.
+
+    All answers that are to be made are asked for, also where only the best of them are wanted: that way they can be
+    counted, and a hang-up is seen, which Triton does not while nothing is streamed.
+    """
     given: dict[str, object] = {
         "temperature": request.temperature,
         "top_p": request.top_p,
@@ -71,6 +80,16 @@ def payload(request: GenerateRequest, max_tokens: int | None, timeout_s: float) 
         given["seed"] = request.seed
     if request.stop:
         given["stop"] = list(request.stop)
+    given.update(request.controls)
+    if request.priority:
+        given["priority"] = request.priority
+    more: dict[str, object] = {"return_num_cached_tokens": True} if tells_cached else {}
+    if not request.plain:
+        if request.answers > 1:
+            given["n"] = request.answers
+        if tells_logprobs(request):
+            given["logprobs"] = request.logprobs or 0
+            more["return_logprobs"] = True
     return {
         "id": request.id,
         "text_input": request.text or "",
@@ -79,32 +98,54 @@ def payload(request: GenerateRequest, max_tokens: int | None, timeout_s: float) 
         "return_finish_reason": True,
         "return_num_input_tokens": True,
         "return_num_output_tokens": True,
+        **more,
     }
 
 
-def pieces(parser: EventParser, data: bytes) -> Iterator[Chunk]:
-    """The chunks that these bytes complete. Raises on an in-band error, on nonsense and on an end without an answer."""
+def tells_logprobs(request: GenerateRequest) -> bool:
+    """Whether they are needed of the model: to be shown, or to find the best answers."""
+    return request.logprobs is not None or request.best_of > 1
+
+
+Read = Callable[[Mapping[str, Any]], Chunk]  # an event's fields; raises ValueError, TypeError and KeyError
+
+
+def pieces(parser: EventParser, data: bytes, read: Read | None = None) -> Iterator[Chunk]:
+    """The chunks that these bytes complete. Raises on an in-band error, on nonsense and on an end without an answer.
+
+    `read` makes a chunk of an event of more than one plain answer.
+    """
     if not data:
         raise UpstreamUnavailable("the stream ended before the answer did")
     try:
         events = parser.feed(data)
     except ValueError as error:
         raise UpstreamError(str(error)) from error
-    return map(_chunk, events)
+    return map(_chunk, events) if read is None else (_chunk(event, read) for event in events)
 
 
-def _chunk(event: bytes) -> Chunk:
+def _chunk(event: bytes, read: Read | None = None) -> Chunk:
     fields = decode(event)
     if not isinstance(fields, dict) or "error" in fields:
         raise error_of(event, 200)
     try:
         given = fields.get
+        if read is not None:
+            chunk = read(fields)
+            chunk.prompt_tokens = int(scalar(given("num_input_tokens", 0)))
+            chunk.version = str(given("model_version", ""))
+            if (cached := given("num_cached_tokens")) is not None:
+                chunk.cached_tokens = int(scalar(cached))
+            return chunk
         reason = scalar(given("finish_reason", "")) or None
         if reason is not None and reason not in FINISH_REASONS:
             raise ValueError(f"finish_reason {reason!r}")
         tokens, prompt_tokens = scalar(given("num_output_tokens", 0)), scalar(given("num_input_tokens", 0))
         version = str(given("model_version", ""))
-        return Chunk(str(scalar(fields["text_output"])), int(tokens), int(prompt_tokens), reason, version=version)
+        chunk = Chunk(str(scalar(fields["text_output"])), int(tokens), int(prompt_tokens), reason, version=version)
+        if "num_cached_tokens" in fields:
+            chunk.cached_tokens = int(scalar(fields["num_cached_tokens"]))
+        return chunk
     except (KeyError, TypeError, ValueError) as error:
         raise UpstreamError("a chunk of Triton's stream makes no sense") from error
 

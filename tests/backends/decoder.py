@@ -14,17 +14,13 @@ WIDTH = 16
 _DTYPES = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 
-def write_decoder(
-    path: Path, element: int = TensorProto.FLOAT, several: bool = False, max_len: int = MAX_LEN, spread: float = 0.3
-) -> Path:
-    """Write the graph with weights and caches of `element` (a TensorProto type); `several`: it gives logits for several
-    positions of a row; the weights' standard deviation is `spread`.
-    """
+def write_decoder(path: Path, element: int = TensorProto.FLOAT) -> Path:
+    """Write the graph with weights and caches of `element` (a TensorProto type)."""
     random = np.random.default_rng(0)
     weights: list[onnx.TensorProto] = []
 
     def weight(name: str, *shape: int) -> str:
-        values = random.normal(size=shape, scale=spread).astype(np.float32)
+        values = random.normal(size=shape, scale=0.3).astype(np.float32)
         if element in _DTYPES:
             weights.append(numpy_helper.from_array(values.astype(_DTYPES[element]), name))
         else:
@@ -38,7 +34,7 @@ def write_decoder(
     node = helper.make_node
     nodes = [
         node("Gather", [weight("embedding", VOCAB, WIDTH), "input_ids"], ["tokens"]),
-        node("Gather", [weight("places", max_len, WIDTH), "position_ids"], ["where"]),
+        node("Gather", [weight("places", MAX_LEN, WIDTH), "position_ids"], ["where"]),
         node("Add", ["tokens", "where"], ["x0"]),
     ]
     caches = []
@@ -55,9 +51,9 @@ def write_decoder(
         )  # fmt: skip
         nodes.append(node("MatMul", [f"seen{i}", weight(f"wo{i}", 2 * size, WIDTH)], [f"o{i}"]))
         nodes.append(node("Add", [f"x{i}", f"o{i}"], [f"x{i + 1}"]))
-        caches += [(f"{kind}_{i}", ["rows", kv_heads, max_len, size]) for kind in ("key", "value")]
+        caches += [(f"{kind}_{i}", ["rows", kv_heads, MAX_LEN, size]) for kind in ("key", "value")]
     nodes += [
-        node("Unsqueeze", ["last_index", constant("axes", *([-1] if several else [1, 2]))], ["index"]),
+        node("Unsqueeze", ["last_index", constant("axes", 2)], ["index"]),
         node("Expand", ["index", constant("one_row", 1, 1, WIDTH)], ["spread"]),
         node("GatherElements", [f"x{len(LAYERS)}", "spread"], ["last"], axis=1),
         node("Reshape", ["last", constant("flat", -1, WIDTH)], ["row"]),
@@ -69,11 +65,11 @@ def write_decoder(
         *(value(name, TensorProto.INT64, ["rows", "seq"]) for name in ("input_ids", "position_ids")),
         value("seqlens_k", TensorProto.INT32, ["rows"]),
         value("total_sequence_length", TensorProto.INT32, []),
-        value("last_index", TensorProto.INT64, ["rows", "picks"] if several else ["rows"]),
+        value("last_index", TensorProto.INT64, ["rows", "picks"]),
         *(value(f"past_{name}", element, shape) for name, shape in caches),
     ]
     outputs = [
-        value("logits", TensorProto.FLOAT, ["picked", VOCAB]),
+        value("logits", TensorProto.FLOAT, ["rows*picks", VOCAB]),
         *(value(f"present_{name}", element, shape) for name, shape in caches),
     ]
     graph = helper.make_graph(nodes, "decoder", inputs, outputs, weights)

@@ -175,3 +175,48 @@ def test_a_provider_that_did_not_start_is_not_passed_over_in_silence(tmp_path: P
     placement = Placement(CUDA, CUDA, 0, ((CUDA_PROVIDER, {}), *ON_CPU.providers))
     with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(DeviceLost, match=CUDA_PROVIDER):
         Runner(write_decoder(tmp_path / "model.onnx"), 2, 1, placement)
+
+
+def test_positions_are_verified_as_decoding_them_one_by_one_computes_them(tmp_path: Path) -> None:
+    """Four drafted tokens fed at once give a row of logits each, those of four decode steps, and leave their caches."""
+    runner = runner_of(tmp_path)
+    runner.prefill(0, SEEN[:4], 0)
+    steps = [runner.decode([token], [4 + i]).copy()[0] for i, token in enumerate(SEEN[4:])]
+    runner.prefill(1, SEEN[:4], 0)
+    assert runner.can_verify
+    rows = runner.verify(1, SEEN[4:], 4).copy()
+    assert rows.shape == (4, VOCAB)
+    assert np.abs(rows - steps).max() < 1e-5
+    after = runner.prefill(1, [7], 8).copy()
+    assert np.abs(after - alone(runner, 2, [*SEEN, 7])).max() < 1e-5
+
+
+def test_fresh_prompts_of_several_lengths_go_in_one_call(tmp_path: Path) -> None:
+    """Prompts padded into one call, from any slot on, have the logits and the caches that each has alone."""
+    runner = runner_of(tmp_path)
+    prompts = [SEEN, SEEN[2:5], [7]]
+    together = runner.prefill_fresh(1, prompts).copy()
+    assert together.shape == (3, VOCAB)
+    for row, prompt in enumerate(prompts):
+        assert np.abs(together[row] - alone(runner, 0, prompt)).max() < 1e-5
+        ahead = runner.prefill(1 + row, [9, 9], len(prompt)).copy()
+        assert np.abs(ahead - alone(runner, 0, [*prompt, 9, 9])).max() < 1e-5
+
+
+@pytest.mark.parametrize(("element", "tolerance"), ELEMENTS)
+def test_a_saved_block_is_loaded_into_another_slot(tmp_path: Path, element: int, tolerance: float) -> None:
+    """Positions saved from one slot and loaded into another stand for the tokens that they came from, also once the
+    first slot holds something else.
+    """
+    runner = runner_of(tmp_path, element)
+    assert runner.can_save
+    whole = alone(runner, 0, SEEN)
+    blocks = [runner.save(0, 0, 3), runner.save(0, 3, 6)]
+    assert blocks[0].nbytes == sum(2 * heads * 3 * size for heads, size in LAYERS) * runner._cache[
+        "past_key_0"
+    ].array.itemsize
+    alone(runner, 0, [7] * 8)
+    alone(runner, 2, [5] * 8)
+    for start, block in zip((0, 3), blocks, strict=True):
+        runner.load(2, start, block)
+    assert np.abs(runner.prefill(2, SEEN[6:], 6)[0] - whole).max() < tolerance

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from backends.inflight import metrics as backend
 from orchestrator.metrics_table import TABLE
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -28,6 +29,7 @@ _TOKEN = re.compile(
 _GROUPING = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 _WORDS = {"and", "or", "unless", "bool", "offset"}
 SCRAPED = {"job", "instance"}  # the labels that Prometheus itself adds
+OF_BACKEND = {backend.PREFIX + series.name for series in backend.SERIES}  # at Triton's metrics port
 OF_PROMETHEUS = {"up": set[str](), "ALERTS": {"alertname", "alertstate", "severity"}}
 
 
@@ -83,6 +85,8 @@ def labels_of(series: str) -> set[str] | None:
     """The labels of a series of ours, with those that Prometheus adds; None where there is none of this name."""
     if series in OF_PROMETHEUS:
         return OF_PROMETHEUS[series] | SCRAPED
+    if series in OF_BACKEND:
+        return {*backend.LABELS} | SCRAPED
     if series in TABLE and TABLE[series].kind != "histogram":
         return {*TABLE[series].labels} | SCRAPED
     base, _, suffix = series.rpartition("_")

@@ -256,7 +256,7 @@ def test_the_dashboard_is_laid_out() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len({*ids}) == len(ids)
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert rows == ["Overview", "Models", "Cache and limits", "Machine", "Operating", "Triton"]
+    assert rows == ["Overview", "Models", "Cache and limits", "Machine", "Operating", "Triton", "Engine"]
 
 
 def test_the_dashboards_variables() -> None:

@@ -21,7 +21,8 @@ from .stack import Stack
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "clients.md"
 VARIABLES, *EVERY = examples(PAGE)
 ENCODERS = [each for each in EVERY if each.heading == "Embeddings and classes"]  # run by test_encoders.py
-EXAMPLES = [each for each in EVERY if each not in ENCODERS]
+ITSELF = [each for each in EVERY if each.heading.startswith("Triton with ")]  # Triton's own ports
+EXAMPLES = [each for each in EVERY if each not in ENCODERS + ITSELF]
 CURL, CURL_STREAM, CURL_ERROR = (each for each in EXAMPLES if each.heading == "curl")
 TRITON = {"tritonclient.http", "tritonclient.grpc", "tritonclient.grpc.aio"}
 NEEDS = {"console": "curl", "javascript": "node"}
@@ -35,6 +36,8 @@ def environ(stack: Stack, url: str | None = None, **changes: str) -> dict[str, s
     return {
         "GATEWAY": url or f"http://127.0.0.1:{stack.ports['HTTP']}",
         "GATEWAY_GRPC": f"127.0.0.1:{stack.ports['GRPC']}",
+        "TRITON": f"http://127.0.0.1:{stack.ports['TRITON_HTTP']}",
+        "TRITON_GRPC": f"127.0.0.1:{stack.ports['TRITON_GRPC']}",
         "TRUTHGPT_API_KEY": "any text will do",
         "MODEL": stack.model,
         **changes,
@@ -72,11 +75,16 @@ def check(example: Example, stack: Stack, expected: int, retries: bool) -> list[
 def test_every_example_is_run_by_a_test_here() -> None:
     """No heading is without an expectation, and the variables set at the top are those of the tests."""
     assert {each.heading for each in EXAMPLES} == {*RETRIED, *WHOLE, "curl"}
+    assert [each.heading.removeprefix("Triton with ") for each in ITSELF] == [
+        "curl", "curl", "tritonclient.grpc", "tritonclient.grpc.aio", "tritonclient.http",
+    ]  # fmt: skip
     assert [each.kind for each in ENCODERS] == ["console", "console", "python"]
     names = re.findall(r"^export (\w+)=(\S+)$", VARIABLES.code, re.MULTILINE)
     settings = Settings()
     assert dict(names) == {
         "GATEWAY": f"http://127.0.0.1:{settings.http_port}", "GATEWAY_GRPC": f"127.0.0.1:{settings.grpc_port}",
+        "TRITON": f"http://127.0.0.1:{settings.triton_http_port}",
+        "TRITON_GRPC": f"127.0.0.1:{settings.triton_grpc_port}",
         "TRUTHGPT_API_KEY": "tg_...", "MODEL": "demo", "EMBEDDER": "minilm", "CLASSIFIER": "sentiment",
     }  # fmt: skip
     assert {kind for kind in (each.kind for each in EXAMPLES)} == {"console", "python", "javascript"}
@@ -100,6 +108,35 @@ def test_triton_clients_are_answered(stack: Stack) -> None:
         chosen = [each for each in EXAMPLES if each.heading in TRITON]
         work = [pool.submit(check, each, stack, WHOLE[each.heading], False) for each in chosen]
         assert [problem for each in work for problem in each.result()] == []
+
+
+def test_triton_itself_answers_once_or_streams(stack: Stack) -> None:
+    """`generate` prints exactly one response with the whole answer, `generate_stream` one for each piece of it."""
+    whole, streamed = (each.run(environ(stack)) for each in runnable(ITSELF[:2]))
+    once = json.loads(whole.stdout)
+    assert once["text_output"].startswith(ANSWER) and once["finish_reason"] == "length"
+    pieces = [json.loads(line.removeprefix("data: ")) for line in streamed.stdout.splitlines() if line.strip()]
+    assert len(pieces) > 10 and "".join(piece["text_output"] for piece in pieces) == once["text_output"]
+    assert [piece["finish_reason"] for piece in pieces if piece["finish_reason"]] == ["length"]
+
+
+@pytest.mark.parametrize("example", ITSELF[2:4], ids=lambda each: each.heading)
+def test_triton_itself_streams_over_grpc(stack: Stack, example: Example) -> None:
+    """Both of tritonclient's gRPC clients print the whole answer, and a model that is not there is told."""
+    done = example.run(environ(stack))
+    assert done.returncode == 0 and done.stdout.startswith(ANSWER), done.stderr
+    assert len(done.stdout.split()) == 20 and done.stderr == ""
+    missing = example.run(environ(stack, MODEL="missing"))
+    assert "missing" in missing.stdout and "Traceback" not in missing.stderr, missing.stderr
+
+
+def test_triton_itself_says_how_it_is(stack: Stack) -> None:
+    """tritonclient.http prints health, the model's inputs, its slots and its statistics."""
+    done = ITSELF[4].run(environ(stack))
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert lines["live"] == "True ready True model True" and lines["server"] == "triton" and lines["slots"] == "4"
+    assert "'text_input', 'stream', 'sampling_parameters'" in lines["inputs"] and int(lines["requests"]) > 0
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,11 @@ def test_graph_keeps_the_contract(published: Exported) -> None:
         ("position_ids", wide, ["rows", "seq"]),
         ("seqlens_k", integer, ["rows"]),
         ("total_sequence_length", integer, []),
-        ("last_index", wide, ["rows"]),
+        ("last_index", wide, ["rows", "picks"]),
         *cache,
     ]
     assert [_described(value) for value in graph.output] == [
-        ("logits", real, ["rows", VOCAB_SIZE]),
+        ("logits", real, ["rows*picks", VOCAB_SIZE]),
         *((name.replace("past", "present"), kind, shape) for name, kind, shape in cache),
     ]
     assert sum(node.op_type == "GroupQueryAttention" for node in graph.node) == 2

@@ -14,10 +14,14 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from export.convert import check_weights
 from export.errors import UnsupportedModel
 from export.pipeline import Exported, ExportOptions, export_model
-from export.quantize import int8_matrix
+from export.optimize import save
+from export.quantize import int8_matrix, quantize_int8
 from export.resources import needs
+from export.runtime import SlotRuntime
 from export.source import resolve
+from export.verify import verify
 from tests.export.checkpoints import write_family
+from tests.export.drafts import Draft
 from tests.export.families import FAMILIES
 
 _VALUES = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
@@ -55,6 +59,16 @@ def test_int8_drift_and_batch_effect_are_measured(published_llama: Exported) -> 
     assert 0 < parity["rms_over_std"] <= 0.06
     assert parity["batch_effect"] > 0
     assert parity["nonfinite"] == 0
+
+
+def test_scales_for_each_row_leave_no_batch_effect(gpt2_draft: Draft, tmp_path: Path) -> None:
+    """With a scale for each row an int8 row's logits are the same alone and in a batch, and drift no more."""
+    graph = gpt2_draft.graph.clone()
+    quantize_int8(graph, per_row=True)
+    save(graph, tmp_path)
+    parity = verify(SlotRuntime(tmp_path / "model.onnx", 8), gpt2_draft.references, "int8", 16)
+    assert parity["batch_effect"] == 0.0
+    assert 0 < parity["rms_over_std"] <= 0.06
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

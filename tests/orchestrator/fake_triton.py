@@ -18,13 +18,51 @@ from tests import encoding
 Step = bytes | float | str
 
 
-def event(text: str = "", finish: str = "", tokens: int | None = None, prompt_tokens: int = 3) -> bytes:
+def event(
+    text: str = "", finish: str = "", tokens: int | None = None, prompt_tokens: int = 3, cached: int | None = None
+) -> bytes:
     """One chunk as Triton's generate_stream writes it."""
     fields = {
         "model_name": "m", "model_version": "1", "text_output": text, "finish_reason": finish,
         "num_input_tokens": prompt_tokens, "num_output_tokens": (1 if text else 0) if tokens is None else tokens,
+        **({} if cached is None else {"num_cached_tokens": cached}),
     }  # fmt: skip
     return b"data: " + json.dumps(fields).encode() + b"\n\n"
+
+
+def entry(text: str, logprob: float = -0.5, top: int = 0, data: bytes | None = None) -> dict[str, Any]:
+    """One token's log-probability, and as many others': those of `<1>`, `<2>` and so on, each less likely."""
+    others = [entry(f"<{rank}>", logprob - rank) for rank in range(1, top + 1)]
+    own = {"id": 5, "token": text, "bytes": list(text.encode() if data is None else data), "logprob": logprob}
+    return own | ({"top": others} if top else {"top": []})
+
+
+def answers(texts: list[str], finishes: list[str], entries: list[list[dict[str, Any]]], **fields: Any) -> bytes:
+    """One response of several answers, or with log-probabilities, as the backend writes it."""
+    tokens = [len(own) for own in entries]
+    given: dict[str, list[Any]] = {
+        "text_output": texts, "finish_reason": finishes, "num_output_tokens": tokens,
+        "logprobs": [json.dumps(own) for own in entries],
+    }  # fmt: skip
+    plain = {name: values[0] if len(values) == 1 else values for name, values in given.items()}
+    body = {"model_name": "m", "model_version": "1", "num_input_tokens": 3, **plain, **fields}
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+def _for_each(step: bytes, asked: dict[str, Any]) -> bytes:
+    """A plain chunk as a request for several answers, or for log-probabilities, gets it: answer i's text ends with i,
+    each later one is a little less likely than the one before, and every chunk is one token.
+    """
+    how = json.loads(asked["sampling_parameters"])
+    n, top = how.get("n", 1), how.get("logprobs")
+    if (n == 1 and top is None) or b'"text_output": "' not in step or b'"logprobs"' in step:
+        return step
+    fields = json.loads(step[6:])
+    text, finish, tokens = fields["text_output"], fields["finish_reason"], fields["num_output_tokens"]
+    texts = [text + (str(index) if index and text else "") for index in range(n)]
+    entries = [[entry(one, -0.5 - index / 10, top or 0)] * tokens for index, one in enumerate(texts)]
+    more = {name: fields[name] for name in ("num_input_tokens", "num_cached_tokens") if name in fields}
+    return answers(texts, [finish] * n, entries, **more)
 
 
 def failure(message: str) -> bytes:
@@ -224,6 +262,7 @@ class FakeTriton:
             writer.write(head.encode() + plain)
             await writer.drain()
             return True
+        at = len(self.requests) - 1
         script = self.by_text.get(str(self.requests[-1]["text_input"]))
         if script is None:
             script = self.scripts.pop(0) if self.scripts else self.script
@@ -240,6 +279,7 @@ class FakeTriton:
                     writer.transport.abort()
                     return False
                 elif isinstance(step, bytes):
+                    step = _for_each(step, self.requests[at])
                     if not started:  # Triton, too, sends the head with the first response, whose kind sets the status
                         status = 400 if step.startswith(b'data: {"error"') else self.status
                         writer.write(

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from orchestrator.auditevents import Flood, Minute, Quantiles, of_incident, of_request
 from orchestrator.auditlog import LINE_BYTES, Mark, chained
-from orchestrator.domain import Incident, Record
+from orchestrator.domain import Record
 from orchestrator.fingerprint import Fingerprint
+from orchestrator.incident import Incident
 from orchestrator.ops.auditread import COLUMNS
 
 PRINTS = Fingerprint(b"k" * 32)

@@ -48,7 +48,9 @@ prompts = st.one_of(
 parameters = st.fixed_dictionaries({
     "max_tokens": st.sampled_from([None, 0, 1]), "temperature": st.sampled_from([0, 1, 1.0, 0.7]),
     "top_p": st.sampled_from([1, 1.0, 0.5]), "top_k": st.sampled_from([0, 1]), "seed": st.sampled_from([None, 0, 1]),
-    "stop": st.lists(text, max_size=2).map(tuple), "task": st.sampled_from(TASKS),
+    "stop": st.lists(text, max_size=2).map(tuple), "task": st.sampled_from(TASKS), "n": st.sampled_from([1, 2]),
+    "best_of": st.sampled_from([1, 3]), "logprobs": st.sampled_from([None, 0, 2]),
+    "controls": st.sampled_from([(), (("min_p", 0.5),), (("min_p", 1.0),), (("min_p", 0.5), ("typical_p", 0.5))]),
 })  # fmt: skip
 answerers = st.builds(
     Model, st.sampled_from(["m", "n"]), st.sampled_from(["1", "2"]), st.just(0), st.just(True),
@@ -79,13 +81,18 @@ def test_a_key_is_shared_exactly_by_the_same_request(one: Any, other: Any, part:
 
 
 @pytest.mark.parametrize(
-    "field", ["text", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "task", "token_ids", "messages"]
-)
+    "field",
+    [
+        "text", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "task", "token_ids", "messages", "n",
+        "best_of", "logprobs", "controls",
+    ],
+)  # fmt: skip
 def test_every_parameter_changes_the_key(field: str) -> None:
     """Each field by itself."""
     changed = {
         "text": "other", "max_tokens": 5, "temperature": 0.5, "top_p": 0.5, "top_k": 5, "seed": 5, "stop": ("x",),
-        "task": "translation", "token_ids": (1,), "messages": (Message("user", "hola"),),
+        "task": "translation", "token_ids": (1,), "messages": (Message("user", "hola"),), "n": 2, "best_of": 2,
+        "logprobs": 0, "controls": (("ignore_eos", True),),
     }  # fmt: skip
     request = GenerateRequest(id="r", model="m", accepted_at=0.0, text="hola")
     model = Model("m", "1", 0, True)
@@ -107,7 +114,7 @@ def test_what_does_not_change_the_answer_does_not_change_the_key() -> None:
     request = GenerateRequest(id="r", model="m", accepted_at=0.0, text="hola")
     other = replace(
         request, id="s", accepted_at=5.0, stream=True, timeout_s=3.0, traceparent="00-x", model="alias", temperature=1,
-        cache=CachePolicy(max_age_s=5),
+        cache=CachePolicy(max_age_s=5), echo=True, priority=3,
     )  # fmt: skip
     reloaded = replace(model, version="2", created=9, ready=False, chat=True)
     assert (

@@ -115,7 +115,7 @@ async def test_several_requests_wait_for_a_reader_that_is_slow(stack: Stack, mon
 
     monkeypatch.setattr(stack.gateway, "generate", counted)
     requests = [request(id=f"r-{index}") for index in range(3)]
-    pieces = stack.gateway.generate_all(CALLER, requests, 2, Notes())
+    pieces = stack.gateway.generate_all(CALLER, requests, 2, Notes(), [Notes() for _ in requests])
     await anext(pieces)
     await until(lambda: stack.fake.running == 0)  # both upstream streams lie ready in the sockets
     assert taken <= 1 + 2 + 2, "read, waiting in the queue, and held by each of the two workers"

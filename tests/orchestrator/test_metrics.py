@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from orchestrator.api.middleware import FrontDoor
-from orchestrator.domain import Caller, Incident, Record
+from orchestrator.domain import Caller, Record
 from orchestrator.errors import Unauthenticated
+from orchestrator.incident import Incident
 from orchestrator.metrics import Labels, Metrics
 
 from .conftest import Stack

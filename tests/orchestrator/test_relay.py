@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from orchestrator import errors
 from orchestrator.broadcast import Broadcast
+from orchestrator.choices import Choice
 from orchestrator.domain import Chunk
 from orchestrator.errors import Overloaded, TruthGPTError, UpstreamUnavailable
 from orchestrator.relay import Followed, Relay, Times, pack_error, unpack_error
@@ -85,6 +86,8 @@ class Pair:
 
 def chunks_of(count: int) -> list[Chunk]:
     made = [Chunk(f"{n} ", 1, 5) for n in range(count)]
+    for chunk in made[::2]:
+        chunk.choices = (Choice(1, chunk.text, 1, None, '[{"token": "a"}]'), Choice(0, "", 0, "stop"))
     return [*made, Chunk("", 0, 5, "stop")]
 
 

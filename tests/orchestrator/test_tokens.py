@@ -51,11 +51,14 @@ def request(**changes: Any) -> GenerateRequest:
         ({"token_ids": (1, 2, 3, 4)}, 4 + 20),
         ({"messages": (Message("user", "a b"), Message("assistant", "c"))}, 3 + 20),
         ({"token_ids": (1,) * 60, "max_tokens": 30}, 64),
+        ({"max_tokens": 5, "n": 3}, 3 + 3 * 5),
+        ({"max_tokens": 5, "n": 2, "best_of": 4}, 3 + 4 * 5),
+        ({"token_ids": (1,) * 60, "max_tokens": 30, "n": 2}, 64 + 30),
     ],
 )
 async def test_the_most_that_a_request_can_use(tokens: Tokens, changes: dict[str, Any], most: int) -> None:
-    """Prompt, as the model's tokenizer counts it, and answer, never more than the model's context; what is known
-    without asking it is never less.
+    """Prompt, as the model's tokenizer counts it, and each answer that is made, the first never more than the model's
+    context; what is known without asking it is never less.
     """
     asked = request(**changes)
     assert await tokens.exact(MODEL, asked) == most <= tokens.fit(MODEL, asked, COUNTED)

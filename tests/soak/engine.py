@@ -116,9 +116,12 @@ def running(environ: Mapping[str, str]) -> Iterator[Stack]:
 
 def run(
     seconds: float, rate: float, environ: Mapping[str, str] | None = None,
-    progress: Callable[[Progress], None] = lambda progress: None,
+    progress: Callable[[Progress], None] = lambda progress: None, requests: int | None = None,
 ) -> Report:  # fmt: skip
-    """Start a stack, ask `rate` requests a second of it for `seconds`, and judge. `environ` is added to the stack's."""
+    """Start a stack, ask `rate` requests a second of it for `seconds`, or until `requests` were answered, and judge.
+
+    `environ` is added to the stack's.
+    """
     with running(environ or {}) as stack:
         with redis.Redis.from_url(stack.state.redis) as client:
             (_, limited), (_, key) = (Keyring(client).create("acme", limits=limits) for limits in (LIMITED, {}))
@@ -131,20 +134,25 @@ def run(
         )  # fmt: skip
         sampler = Sampler(stack)
         try:
-            report = asyncio.run(_soak(traffic, sampler, seconds, progress))
+            report = asyncio.run(_soak(traffic, sampler, seconds, progress, requests))
             return replace(report, faults=(*report.faults, *ending.faults(stack)))
         finally:
             sampler.close()
 
 
-async def _soak(traffic: Traffic, sampler: Sampler, seconds: float, progress: Callable[[Progress], None]) -> Report:
+async def _soak(
+    traffic: Traffic, sampler: Sampler, seconds: float, progress: Callable[[Progress], None], requests: int | None
+) -> Report:  # fmt: skip
     series: dict[Figure, list[tuple[float, float]]] = {}
-    pause_s = min(SAMPLE_S, seconds / SAMPLES)
+    shortest_s = seconds if requests is None else requests / traffic.rate
+    pause_s = min(SAMPLE_S, shortest_s / SAMPLES)
     gone: tuple[str, ...] = ()
     async with traffic:
         await asyncio.sleep(SETTLE_S)
         began, before, served = time.monotonic(), sampler.disk(), traffic.done
         while (elapsed := time.monotonic() - began) < seconds and not gone:
+            if requests is not None and traffic.done - served >= requests:
+                break
             try:
                 sample = await asyncio.to_thread(sampler.take)
             except Gone as error:

@@ -46,8 +46,10 @@ def table(report: Report) -> Table:
     return rows
 
 
-def line(report: Report) -> str:
-    """The same as one line of JSON: bytes and counts, slopes in 10,000 requests."""
+def line(report: Report, control: bool | None = None) -> str:
+    """The same as one line of JSON: bytes and counts, slopes in 10,000 requests. `control`: whether the leaks of the
+    negative control were found, None where it was not run.
+    """
     kinds = sorted({kind for kind, _ in report.outcomes})
     ended: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     for (kind, how), count in report.outcomes.items():
@@ -61,7 +63,8 @@ def line(report: Report) -> str:
     }  # fmt: skip
     return json.dumps(
         {
-            "flat": not report.problems, "seconds": round(report.seconds, 1), "requests": report.requests,
-            "problems": report.problems, "figures": found, "outcomes": ended, "written_bytes": dict(report.written),
+            "flat": not report.problems, "control": control, "seconds": round(report.seconds, 1),
+            "requests": report.requests, "problems": report.problems, "figures": found, "outcomes": ended,
+            "written_bytes": dict(report.written),
         }
     )  # fmt: skip

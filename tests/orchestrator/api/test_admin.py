@@ -12,8 +12,9 @@ import pytest
 
 from orchestrator.api.admin import CONTROL, Admin
 from orchestrator.api.middleware import FrontDoor
-from orchestrator.domain import Caller, Incident
+from orchestrator.domain import Caller
 from orchestrator.errors import PermissionDenied, Unauthenticated, UpstreamUnavailable
+from orchestrator.incident import Incident
 from orchestrator.triton import Reply
 
 

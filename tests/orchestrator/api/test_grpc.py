@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from orchestrator.api import grpc_infer
 from orchestrator.app import Application
-from orchestrator.domain import Incident
+from orchestrator.incident import Incident
 from orchestrator.keys import subject_of
 from orchestrator.ops.keyring import Keyring
 from tests.clock import awake

@@ -13,7 +13,7 @@ from orchestrator.api import kserve_request
 from orchestrator.ops import entrycheck
 
 from ..conftest import Stack, serving, until
-from ..fake_triton import FakeTriton, event, failure
+from ..fake_triton import FakeTriton, answer, answers, entry, event, failure
 
 PATH = "/v2/models/m/"
 BODY: dict[str, Any] = {"text_input": "Hola"}
@@ -115,13 +115,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"text_input": "x", "n_tokens": 3}, "n_tokens"), ({"text_input": "x", "max_token": 3}, "max_tokens"),
     ({"text_input": "x", "parameters": {"heartbeat": True}}, "heartbeat"),
     ({"text_input": "x", "parameters": {"inspect": True}}, "inspect"),
-    ({"text_input": "x", "sampling_parameters": {"logit_bias": {}}}, "logit_bias"),
+    ({"text_input": "x", "sampling_parameters": {"logit_bias": {"a": 1}}}, "logit_bias"),
+    ({"text_input": "x", "parameters": {"logit_bias": {"1": 1}}}, "logit_bias"),
+    ({"text_input": "x", "stop_token_ids": 3}, "stop_token_ids"), ({"text_input": "x", "n": 17}, "n"),
+    ({"text_input": "x", "n": 2, "best_of": 3, "stream": True}, "best_of"),
+    ({"text_input": "x", "best_of": 0}, "best_of"),
+    ({"text_input": "x", "logprobs": 21}, "logprobs"), ({"text_input": "x", "min_p": -0.1}, "min_p"),
+    ({"text_input": "x", "sampling_parameters": {"priority": 1001}}, "priority"),
     ({"text_input": "x", "sampling_parameters": {"text_input": "y"}}, "text_input"),
     ({"text_input": "x", "sampling_parameters": "{"}, "sampling_parameters"),
     ({"text_input": "x", "sampling_parameters": "[1]"}, "sampling_parameters"),
     ({"text_input": "x", "sampling_parameters": '{"temperature": NaN}'}, "sampling_parameters"),
     ({"text_input": "x", "sampling_parameters": '{"stop": "\\ud800"}'}, "UTF-8"),
-    ({"text_input": "x", "return_logprobs": True}, "return_logprobs"),
+    ({"text_input": "x", "return_logprobs": 1}, "return_logprobs"),
     ({"text_input": "x", "stream": 1}, "stream"), ({"text_input": 7}, "text_input"), ({}, "text_input"),
     ({"text_input": ["a", "b"]}, "text_input"), ({"text_input": ""}, "text_input"),
     ({"text_input": "x", "id": 7}, "id"),
@@ -145,6 +151,35 @@ async def test_what_is_wrong_is_named(stack: Stack, what: str) -> None:
         assert (status, list(answer)) == (400, ["error"]), body
         assert named in answer["error"], body
     assert stack.fake.requests == []
+
+
+async def test_several_answers_with_log_probabilities(stack: Stack) -> None:
+    """Outputs have an element for each answer: lists in JSON, empty where an answer has nothing new; echo is before
+    each; one answer is written as plain values.
+    """
+    stack.fake.script = [
+        answers(["a", ""], ["", ""], [[entry("a")], []]),
+        answers(["", "b"], ["stop", "length"], [[], [entry("b")]]),
+        "end",
+    ]
+    how = {"sampling_parameters": {"n": 2, "seed": 7}, "return_logprobs": True, "return_finish_reason": True}
+    body = {"text_input": "Hola ", **how, "return_num_output_tokens": True, "exclude_input_in_output": False}
+    events = [json.loads(e) for e in await stack.events(PATH + "generate_stream", {**body, "stream": True})]
+    assert [e["text_output"] for e in events] == [["Hola a", ""], ["", "Hola b"]]
+    assert [e["finish_reason"] for e in events] == [["", ""], ["stop", "length"]]
+    assert [e["num_output_tokens"] for e in events] == [[1, 0], [0, 1]]
+    assert [[len(json.loads(own)) for own in e["logprobs"]] for e in events] == [[1, 0], [0, 1]]
+    assert (sent(stack)["n"], sent(stack)["logprobs"], stack.fake.requests[-1]["return_logprobs"]) == (2, 0, True)
+    inputs = [text("text_input", "Hola"), text("sampling_parameters", '{"n": 2, "logprobs": 1}')]
+    _, whole, _ = await stack.post(PATH + "infer", {"inputs": [*inputs, flag("return_num_cached_tokens")]})
+    assert [(o["name"], o["shape"]) for o in whole["outputs"]] == [
+        ("text_output", [2]), ("logprobs", [2]), ("num_cached_tokens", [1]),
+    ]  # fmt: skip
+    assert whole["outputs"][0]["data"] == ["a", "b"]
+    stack.fake.script = answer("Hola")
+    _, one, _ = await stack.post(PATH + "generate", {"text_input": "x", "logprobs": 1})
+    assert one["text_output"] == "Hola"
+    assert [entry["token"] for entry in json.loads(one["logprobs"])] == ["Hola"]
 
 
 async def test_an_error_in_a_stream(stack: Stack) -> None:
@@ -179,13 +214,16 @@ async def test_infer_collects_a_generation_models_stream(stack: Stack) -> None:
 
 
 async def test_an_output_that_is_declared_and_never_sent_may_be_asked_for(stack: Stack) -> None:
-    """`logprobs`, which every generation entry declares, is left out of the answer, be it among others or alone."""
+    """`logprobs`, which every generation entry declares, is left out of the answer of who does not ask for them by a
+    parameter, be it among others or alone.
+    """
     asked = {"inputs": [text("text_input", "Hola")], "outputs": [{"name": "logprobs"}, {"name": "finish_reason"}]}
     status, body, _ = await stack.post(PATH + "infer", asked)
     assert (status, [output["name"] for output in body["outputs"]]) == (200, ["finish_reason"])
     status, body, _ = await stack.post(PATH + "infer", {**asked, "outputs": [{"name": "logprobs"}]})
     assert (status, body["outputs"]) == (200, [])
-    assert {*kserve_request.OUTPUTS, *kserve_request.NEVER_SENT} == {*entrycheck.OUTPUTS}
+    assert {*kserve_request.OUTPUTS} == {*entrycheck.OUTPUTS, *entrycheck.OUTPUTS_MAY}
+    assert {*kserve_request.TEXTS, *kserve_request.FLAGS} == {*entrycheck.INPUTS, *entrycheck.INPUTS_MAY}
 
 
 WRONG_TENSORS: list[tuple[dict[str, Any], str]] = [
@@ -198,7 +236,6 @@ WRONG_TENSORS: list[tuple[dict[str, Any], str]] = [
     ({"inputs": [text("text_input", "x")], "outputs": [{"name": "logprobs2"}]}, "output 'logprobs2'"),
     ({"inputs": [text("text_input", "x")], "outputs": [{"name": "logprobs", "parameters": {"classification": 2}}]},
      "output 'logprobs'"),
-    ({"inputs": [text("text_input", "x"), flag("return_logprobs")]}, "return_logprobs is not supported"),
     ({"inputs": [text("text_input", "x")], "parameters": {"heartbeat": True}}, "heartbeat"),
     ({"inputs": [text("text_input", "x"), text("sampling_parameters", "{")]}, "sampling_parameters"),
 ]  # fmt: skip

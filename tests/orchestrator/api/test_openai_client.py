@@ -45,7 +45,7 @@ async def test_errors_are_the_clients_own_classes(stack: Stack) -> None:
             await api.completions.create(model="ghost", prompt="x")
         assert missing.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError) as bad:
-            await api.completions.create(model="m", prompt="x", n=2)
+            await api.completions.create(model="m", prompt="x", n=17)
         assert bad.value.param == "n"
         stack.fake.script = [failure("resource_exhausted: full"), "end"]
         with pytest.raises(openai.InternalServerError, match="queue is full"):

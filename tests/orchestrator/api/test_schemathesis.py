@@ -38,6 +38,14 @@ NO_SCHEMA_SAYS = (
     "max_tokens and max_completion_tokens differ",
     "sampling_parameters is not valid JSON",
     "which is all that",  # of a vector's dimensions
+    "top_logprobs is only allowed with logprobs",
+    "echo is not supported together with logprobs",
+    "best_of must be an integer from",  # n
+    "best_of above n cannot be streamed",
+    "answers a request, those to all its prompts together",
+    "min_tokens must be an integer from 0 to max_tokens",
+    "logit_bias must be an object whose keys are token ids",  # of 31 bits
+    "priority: only a key with the scope admin",
 )
 DOCUMENT = document(Defaults(1.0), 1 << 20, keys_needed=True)
 SERVED = {"ChatCompletion": "m", "Completion": "m", "Embeddings": "e", "Classify": "c"}

@@ -36,8 +36,8 @@ LEAVES = [(path, command) for path, command in commands() if not isinstance(comm
 def test_every_promised_command_is_there() -> None:
     """The commands of the interface, no more and no less."""
     assert {" ".join(path) for path, _ in LEAVES} == {
-        "up", "down", "status", "generate", "export", "models list", "models show", "models remove", "models verify",
-        "models load", "models reload", "models unload", "config show",
+        "up", "down", "status", "generate", "chat", "export", "models list", "models show", "models remove",
+        "models verify", "models load", "models reload", "models unload", "config show",
         "tritons list", "tritons drain", "tritons resume", "config check", "doctor", "bench", "batch run",
         "keys create", "keys list", "keys show", "keys revoke", "keys rotate",
         "limits show", "limits set", "limits reset", "cache stats", "cache clear", "cache inspect", "cache ttl",

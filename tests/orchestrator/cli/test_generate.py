@@ -45,11 +45,14 @@ def test_every_option_reaches_the_gateway(place: Any, gateway: Any) -> None:
     place.run(
         "generate", "Hola", "--model", "other", "--max-tokens", "7", "--temperature", "0", "--top-p", "0.5",
         "--top-k", "0", "--seed", "-3", "--stop", ".", "--stop", "\n", "--system", "Be kind",
+        "--min-p", "0.1", "--typical-p", "0.9", "--repetition-penalty", "1.2", "--presence-penalty", "-1",
+        "--frequency-penalty", "2", "--min-tokens", "0",
     )  # fmt: skip
     place.run("generate", "Hola")
     assert gateway.asked[0][1] == {
         "model": "other", "max_tokens": 7, "temperature": 0.0, "top_p": 0.5, "top_k": 0, "seed": -3,
-        "stop": [".", "\n"],
+        "stop": [".", "\n"], "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.2, "presence_penalty": -1.0,
+        "frequency_penalty": 2.0, "min_tokens": 0,
         "messages": [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hola"}],
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip

@@ -62,10 +62,13 @@ def test_show_explains_manifest_and_batching(place: Any) -> None:
     assert (
         "demo version 1" in shown
         and "4 sequences at once, 256 more may wait" in shown
+        and "max_queue 256: requests that wait for a slot" in shown
         and "chat and completions" in shown
     )
     document = place.json("models", "show", "demo", "--version", "1")
     assert document["manifest"]["graph"]["max_len"] == 4096 and document["parameters"]["slots"] == "4"
+    assert {"slots", "prefill_chunk", "max_queue", "threads"} <= {setting["name"] for setting in document["batching"]}
+    assert all(set(setting) == {"name", "value", "words"} for setting in document["batching"])
     assert "no version 9" in place.refused("models", "show", "demo", "--version", "9")
     assert "hint: it has demo" in place.refused("models", "show", "nope")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from orchestrator import encoding, models
 from orchestrator.ops import entrycheck
 from orchestrator.triton.client import ENCODERS
+from tests import counting
 from tests.encoding import CLASSIFIES, EMBEDS, write_encoder
 
 
@@ -60,3 +62,23 @@ def test_the_contract_is_one() -> None:
     for task, (operation, output) in ENCODERS.items():
         assert output in encoding.OUTPUTS[operation]
         assert {*entrycheck.ENCODER_OUTPUTS[task]} == {*encoding.OUTPUTS[operation], "heartbeat"}
+
+
+def test_entries_with_and_without_the_count_of_cached_tokens(tmp_path: Path) -> None:
+    """An older generation entry is as good as one that declares the pair; half of it, or of another type, is named."""
+    flag, count = entrycheck.CACHED
+    written = counting.CONFIG.format(name="c").splitlines()
+    older = "\n".join(line for line in written if flag not in line and count not in line).replace("},\n]", "}\n]")
+    half = f'{older}\noutput [{{ name: "{count}" data_type: TYPE_UINT32 dims: [1] }}]\n'
+    whole = f'{half}input [{{ name: "{flag}" data_type: TYPE_BOOL dims: [1] optional: true }}]\n'
+    for config, said in (
+        (whole, []),
+        (older, []),
+        (half, ["must be there both or neither"]),
+        (whole.replace(f'"{count}" data_type: TYPE_UINT32', f'"{count}" data_type: TYPE_INT64'), [f"output {count}"]),
+    ):
+        counting.write_entry(tmp_path, "c")
+        (tmp_path / "c" / "config.pbtxt").write_text(config)
+        found = entrycheck.of_config(models.get(tmp_path, "c"), {})
+        assert len(found) == len(said) and all(word in one for word, one in zip(said, found, strict=True)), found
+        shutil.rmtree(tmp_path / "c")
