@@ -31,6 +31,7 @@ class Faulty:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
+        self.can_verify = runner.can_verify
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Any:
         self._check(len(tokens))
@@ -39,6 +40,22 @@ class Faulty:
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Any:
         self._check(0)
         return self._runner.prefill(slot, tokens, start)
+
+    def prefill_fresh(self, first_slot: int, prompts: Sequence[Sequence[int]]) -> Any:
+        self._check(0)
+        return self._runner.prefill_fresh(first_slot, prompts)
+
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> Any:
+        self._check(0)
+        return self._runner.verify(slot, tokens, start)
+
+    def save(self, slot: int, start: int, stop: int) -> Any:
+        self._check(0)
+        return self._runner.save(slot, start, stop)
+
+    def load(self, slot: int, start: int, block: Any) -> None:
+        self._check(0)
+        self._runner.load(slot, start, block)
 
     def move(self, source: int, target: int, length: int) -> None:
         self._check(0)
