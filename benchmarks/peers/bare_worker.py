@@ -1,8 +1,9 @@
 """Our own engine without Triton: an exported entry in this process, asked by function calls.
 
 `loop` engine is the backend's loop with its scheduler, sampling and detokenising, on its own thread; `loop` runner is
-the bare graph: prompts are prefilled (together where they are no longer than a chunk), then all decode together. What Triton, HTTP, streaming
-clients and the gateway cost is the difference to the first, what scheduling costs that between the two.
+the bare graph: prompts are prefilled (together where they are no longer than a chunk), then all decode together. What
+Triton, HTTP, streaming clients and the gateway cost is the difference to the first, what scheduling costs that between
+the two.
 """
 
 from __future__ import annotations
