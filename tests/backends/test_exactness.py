@@ -31,7 +31,7 @@ SHARED = [[i * 7 % VOCAB for i in range(start, start + 70)] for start in (0, 3)]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decoder of two layers with heads of 8 and 16: its blocks of queries are of 16 and 32."""
     path = tmp_path_factory.mktemp("model") / "model.onnx"
-    return write_decoder(path, several=True, max_len=MAX_LEN, spread=0.6)
+    return write_decoder(path, max_len=MAX_LEN, spread=0.6)
 
 
 @dataclass(frozen=True)
