@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all soak lint types bench bench-gateway bench-aiperf demo-model docs clean
+.PHONY: help install run test test-all soak lint types bench bench-peers bench-scaling bench-gateway bench-aiperf demo-model docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -47,6 +47,13 @@ types: install  ## mypy, strict
 
 bench: install  ## workload W through Triton against transformers: a table and benchmarks/results/
 	@$(BIN)/python -m benchmarks.engine
+
+bench-peers: install  ## ours beside OpenVINO GenAI, llama.cpp and CTranslate2: about an hour and benchmarks/results/
+	@$(BIN)/python -m benchmarks.peers --install
+	@$(BIN)/python -m benchmarks.peers
+
+bench-scaling: install  ## how a step grows with slots, context and the queue: minutes and benchmarks/results/
+	@$(BIN)/python -m benchmarks.scaling
 
 bench-gateway: install  ## what the gateway adds to a request, beside LiteLLM, Portkey and Triton: 15 minutes and benchmarks/results/
 	@$(BIN)/python -m benchmarks.gateway --install-peers
