@@ -14,13 +14,15 @@ WIDTH = 16
 _DTYPES = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 
-def write_decoder(path: Path, element: int = TensorProto.FLOAT) -> Path:
-    """Write the graph with weights and caches of `element` (a TensorProto type)."""
+def write_decoder(path: Path, element: int = TensorProto.FLOAT, max_len: int = MAX_LEN, spread: float = 0.3) -> Path:
+    """Write the graph with weights and caches of `element` (a TensorProto type), slots of `max_len` positions; the
+    weights' standard deviation is `spread`.
+    """
     random = np.random.default_rng(0)
     weights: list[onnx.TensorProto] = []
 
     def weight(name: str, *shape: int) -> str:
-        values = random.normal(size=shape, scale=0.3).astype(np.float32)
+        values = random.normal(size=shape, scale=spread).astype(np.float32)
         if element in _DTYPES:
             weights.append(numpy_helper.from_array(values.astype(_DTYPES[element]), name))
         else:
@@ -34,7 +36,7 @@ def write_decoder(path: Path, element: int = TensorProto.FLOAT) -> Path:
     node = helper.make_node
     nodes = [
         node("Gather", [weight("embedding", VOCAB, WIDTH), "input_ids"], ["tokens"]),
-        node("Gather", [weight("places", MAX_LEN, WIDTH), "position_ids"], ["where"]),
+        node("Gather", [weight("places", max_len, WIDTH), "position_ids"], ["where"]),
         node("Add", ["tokens", "where"], ["x0"]),
     ]
     caches = []
@@ -51,7 +53,7 @@ def write_decoder(path: Path, element: int = TensorProto.FLOAT) -> Path:
         )  # fmt: skip
         nodes.append(node("MatMul", [f"seen{i}", weight(f"wo{i}", 2 * size, WIDTH)], [f"o{i}"]))
         nodes.append(node("Add", [f"x{i}", f"o{i}"], [f"x{i + 1}"]))
-        caches += [(f"{kind}_{i}", ["rows", kv_heads, MAX_LEN, size]) for kind in ("key", "value")]
+        caches += [(f"{kind}_{i}", ["rows", kv_heads, max_len, size]) for kind in ("key", "value")]
     nodes += [
         node("Unsqueeze", ["last_index", constant("axes", 2)], ["index"]),
         node("Expand", ["index", constant("one_row", 1, 1, WIDTH)], ["spread"]),
