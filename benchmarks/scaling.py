@@ -41,6 +41,7 @@ CONTEXT = (128, 256, 512, 1024)
 QUEUE = (1, 10, 100, 1000, 10_000)
 AT, ROWS = 128, (1, 16)
 MAX_LEN, CHUNK, THREADS = 1024, 128, 2
+VOCAB = 8
 STEPS = 5  # of the model a sample, the fastest counts
 ENGINE_STEPS = 300
 PATIENCE_S = 120.0
@@ -52,11 +53,11 @@ Point = tuple[str, int, int]  # figure, rows or running sequences, x
 class Instant:
     """A model that takes no time, and notes when its steps began."""
 
-    device = "cpu"
+    device, can_verify, can_save = "cpu", False, False
 
     def __init__(self) -> None:
         self.moments: list[float] = []
-        self._logits = np.zeros((64, 8), np.float32)
+        self._logits = np.zeros((max(SLOTS), VOCAB), np.float32)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
         self.moments.append(time.perf_counter())
@@ -64,6 +65,9 @@ class Instant:
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
         return self._logits[:1]
+
+    def prefill_fresh(self, first: int, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        return self._logits[: len(prompts)]
 
     def move(self, source: int, target: int, length: int) -> None:
         pass
@@ -90,7 +94,7 @@ def step_overhead_s(running: int, waiting: int) -> float:
     runner = Instant()
     engine = inprocess.engine(runner, running, waiting + running, CHUNK)
     for _ in range(running + waiting):
-        engine.submit(inprocess.sequence([1, 2, 3], 1_000_000, lambda ids: "x" * len(ids), Nobody()))
+        engine.submit(inprocess.sequence([1, 2, 3], 1_000_000, lambda ids: "x" * len(ids), Nobody(), VOCAB))
     engine.start()
     until = time.monotonic() + PATIENCE_S
     while len(runner.moments) < ENGINE_STEPS + running:

@@ -29,7 +29,7 @@ from .answer import Answer, Part
 from .engine import Engine
 from .errors import EngineError, Internal, InvalidArgument, ResourceExhausted, Unavailable
 from .metrics import Metrics, figures
-from .opening import open_model
+from .opening import open_model, tuning
 from .outbox import Outbox
 from .prompt import PromptCodec
 from .request import Prompt, SamplingParams, parse
@@ -65,6 +65,7 @@ class TritonPythonModel:
             step_delay_s=self._entry.step_delay_s,
             reopen=opened.on_cpu,
             fallback=opened.fallback,
+            tuning=tuning(self._entry, opened.runner),
         )
         self._outbox = Outbox()
         # Reading a megabyte takes most of a second: in a thread of its own, heartbeats and others are not behind it.

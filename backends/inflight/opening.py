@@ -10,6 +10,7 @@ from .devices import CPU, ON_CPU, Placement, place
 from .entry import Entry, EntryError
 from .errors import DeviceLost, OutOfMemory
 from .runner import Runner
+from .steps import Tuning
 from .trt import TENSORRT, is_for_tensorrt, place_for_tensorrt, record_engine
 from .warmup import BUDGET_S, warm
 
@@ -55,6 +56,16 @@ def open_model(entry: Entry, device_id: int, placing: Callable[..., Placement] =
             raise EntryError(f"{error}; or set device to auto or cpu in config.pbtxt") from error
         _tell(f"{error}; {name} is opened on the CPU")
         return Opened(_runner(entry, ON_CPU), None, True)
+
+
+def tuning(entry: Entry, runner: Runner) -> Tuning:
+    """How the engine saves time with this entry where it was opened: slots on a device cannot be copied out."""
+    return Tuning(
+        prefix_cache_bytes=entry.prefix_cache_bytes if runner.can_save else 0,
+        token_target_s=entry.token_target_s,
+        speculation=entry.speculation,
+        exact=entry.precision == "fp32",
+    )
 
 
 def _tell(line: str) -> None:

@@ -25,7 +25,7 @@ from .mover import DeviceMover
 from .slots import Slots, cache_inputs
 
 Logits = NDArray[np.float32]
-MAX_VERIFIED = 16  # positions of one row whose logits are computed at once
+MAX_VERIFIED = 17  # positions of one row whose logits are computed at once: a draft of 16 and the token before it
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class State:
     """
 
     def __init__(self, params: SamplingParams, prompt: Rows[int], end: frozenset[int], vocab_size: int) -> None:
-        """Raises InvalidArgument for a token id that is not in the vocabulary."""
+        """Raises InvalidArgument for a token id that is not in the vocabulary, and where no token could come first."""
         for name, ids in (
             ("logit_bias", [token for token, _ in params.logit_bias]),
             ("stop_token_ids", params.stop_token_ids),
@@ -44,6 +44,8 @@ class State:
         self.params = params
         self.end = end | frozenset(params.stop_token_ids)
         self.random = np.random.Generator(np.random.PCG64(params.seed % 2**64))
+        if params.min_tokens and self.end.issuperset(range(vocab_size)):
+            raise InvalidArgument("min_tokens needs a token that does not end the answer: stop_token_ids leaves none")
         self.edits = Edits(params, prompt, self.end, vocab_size)
         self.generated = 0
 

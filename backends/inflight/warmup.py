@@ -20,9 +20,15 @@ BUDGET_S = 5.0  # what a large model on a slow machine may take for shapes that 
 class Warmable(Protocol):
     """What is run; see runner.Runner."""
 
+    can_verify: bool
+
     def decode(self, tokens: Ids[int], positions: Ids[int]) -> Any: ...
 
     def prefill(self, slot: int, tokens: Ids[int], start: int) -> Any: ...
+
+    def prefill_fresh(self, first: int, prompts: Ids[Ids[int]]) -> Any: ...
+
+    def verify(self, slot: int, tokens: Ids[int], start: int) -> Any: ...
 
 
 def warm(
@@ -61,3 +67,7 @@ def _shapes(runner: Warmable, slots: int, prefill_chunk: int, max_len: int) -> I
     between = [1 << power for power in range(1, slots.bit_length()) if 1 << power < slots]
     for rows in dict.fromkeys((1, slots, *between)):  # kernels are chosen by powers of two at the finest
         yield partial(runner.decode, [0] * rows, [0] * rows)
+    if slots > 1:
+        yield partial(runner.prefill_fresh, 0, [chunk[: len(chunk) // 2 or 1]] * 2)
+    if runner.can_verify:
+        yield partial(runner.verify, 0, [0] * min(4, max_len), 0)

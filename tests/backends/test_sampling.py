@@ -159,6 +159,12 @@ def test_nothing_is_picked_where_only_barred_tokens_could_come():
     assert pick(logits, [made(logits, end=[0], min_tokens=1)]) == [None]
 
 
+def test_end_tokens_that_leave_nothing_to_begin_with_are_refused():
+    """min_tokens with stop tokens that are the whole vocabulary is an error of the request, not of the model."""
+    with pytest.raises(InvalidArgument, match="min_tokens needs"):
+        made(np.zeros((1, 3)), end=[0], stop_token_ids=(1, 2), min_tokens=1)
+
+
 def test_a_barred_token_does_not_hide_that_a_row_is_not_finite():
     """NaN at a masked token spoils its row like any other."""
     for bad in (np.nan, np.inf):

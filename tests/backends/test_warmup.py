@@ -32,6 +32,14 @@ class Shapes(FakeRunner):
         self.run.append(("prefill", slot, start, start + len(tokens)))
         return super().prefill(slot, tokens, start)
 
+    def prefill_fresh(self, first_slot, prompts):
+        self.run.append(("fresh", len(prompts)))
+        return super().prefill_fresh(first_slot, prompts)
+
+    def verify(self, slot, tokens, start):
+        self.run.append(("verify", len(tokens)))
+        return super().verify(slot, tokens, start)
+
 
 @given(slots=st.integers(1, 20), chunk=st.integers(1, 40), max_len=st.integers(1, 40))
 @settings(deadline=None)
@@ -45,6 +53,8 @@ def test_one_row_all_slots_powers_between_and_the_chunk_are_run(slots: int, chun
     assert sorted(rows) == sorted({1, slots, *(n for n in (2, 4, 8, 16) if n < slots)})
     prefills = [shape for shape in runner.run if shape[0] == "prefill"]
     assert ("prefill", 0, 0, min(chunk, max_len)) in prefills
+    assert ("fresh", 2) in runner.run or slots == 1
+    assert ("verify", min(4, max_len)) in runner.run
     assert all(stop <= max_len for *_, stop in prefills)  # type: ignore[operator]
 
 

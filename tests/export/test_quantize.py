@@ -13,8 +13,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from export.convert import check_weights
 from export.errors import UnsupportedModel
-from export.pipeline import Exported, ExportOptions, export_model
 from export.optimize import save
+from export.pipeline import Exported, ExportOptions, export_model
 from export.quantize import int8_matrix, quantize_int8
 from export.resources import needs
 from export.runtime import SlotRuntime
