@@ -14,9 +14,7 @@ WIDTH = 16
 _DTYPES = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
 
-def write_decoder(
-    path: Path, element: int = TensorProto.FLOAT, max_len: int = MAX_LEN, spread: float = 0.3
-) -> Path:
+def write_decoder(path: Path, element: int = TensorProto.FLOAT, max_len: int = MAX_LEN, spread: float = 0.3) -> Path:
     """Write the graph with weights and caches of `element` (a TensorProto type), slots of `max_len` positions; the
     weights' standard deviation is `spread`.
     """

@@ -81,19 +81,26 @@ class Schedule:
 
     def run(self) -> None:
         while self._waiting:  # where all have ended before the next is due, it comes at once
-            self._submit(self._waiting[0].at)
-            for sink in list(self.sinks.values()):
-                if sink.started:
-                    assert sink.ended.wait(20)
+            self._submit(None)
+            self._wait()
+        self._wait()  # for one that came when another's last token was made
+
+    def _wait(self) -> None:
+        for sink in list(self.sinks.values()):
+            if sink.started:
+                assert sink.ended.wait(20)
 
     def token(self) -> None:
         self._made += 1
         self._submit(self._made)
 
-    def _submit(self, at: int) -> None:
+    def _submit(self, at: int | None) -> None:
+        """Submit whoever is due; without a time, the next one and those who are due with it."""
         while True:
             with self._lock:
-                if not self._waiting or self._waiting[0].at > at:
+                if at is None and self._waiting:
+                    at = self._waiting[0].at
+                if at is None or not self._waiting or self._waiting[0].at > at:
                     return
                 request = self._waiting.pop(0)
                 sink = self.sinks[id(request)]
