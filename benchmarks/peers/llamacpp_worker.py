@@ -47,8 +47,6 @@ class Parallel:
         how.n_batch = N_BATCH
         how.n_threads = how.n_threads_batch = asked["threads"]
         how.kv_unified = asked["unified"]
-        if asked["weights"] == "f32":
-            how.type_k = how.type_v = llama_cpp.GGML_TYPE_F32
         self._context = llama_cpp.llama_init_from_model(self._model, how)
         if not self._model or not self._context:
             raise RuntimeError(f"llama.cpp does not open {path}")
