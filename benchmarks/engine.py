@@ -109,11 +109,11 @@ class Ours:
 
 
 def transformers(source: Path, logs: Path) -> Source:
-    """The reference, in fp32. It computes each prompt anew, and is left out where prompts begin alike."""
+    """The reference, in fp32, in workloads that whole batches can run."""
 
     @asynccontextmanager
     async def start(workload: Workload) -> AsyncIterator[list[Worker]]:
-        if workload.prefix or not workload.together:
+        if not workload.together:
             yield []
             return
         setting = {"checkpoint": str(source), "threads": THREADS}

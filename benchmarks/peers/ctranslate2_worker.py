@@ -1,13 +1,11 @@
 """CTranslate2's Generator: whole batches, greedy. Settings: `weights`, its compute type (int8, bfloat16, float32, …).
 
-It has no continuous batching for generators, so it is asked with batches only. With `prefix_cache` what all prompts of
-the first batch begin with is its `static_prompt`, whose state it keeps.
+It has no continuous batching for generators, so it is asked with batches only.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from importlib.metadata import version
@@ -25,14 +23,9 @@ def load(asked: dict[str, Any]) -> serving.Batches:
         str(folder), device="cpu", compute_type=asked["weights"], intra_threads=asked["threads"], inter_threads=1
     )
     words = _words(Path(asked["checkpoint"]))
-    static: list[list[str]] = []
 
     def generate(prompts: list[list[int]], new: int) -> tuple[list[list[int]], list[float]]:
-        texts = [[words[token] for token in prompt] for prompt in prompts]
-        if asked["prefix_cache"] and not static and len(texts) > 1:
-            static.append(os.path.commonprefix(texts))
-        shared = static[0] if static and static[0] else None
-        given = [text[len(shared) :] for text in texts] if shared else texts
+        given = [[words[token] for token in prompt] for prompt in prompts]
         moments = [0.0] * new
 
         def stamp(step: Any) -> bool:
@@ -41,7 +34,7 @@ def load(asked: dict[str, Any]) -> serving.Batches:
 
         results = generator.generate_batch(
             given, max_length=new, min_length=new, sampling_topk=1, beam_size=1, include_prompt_in_result=False,
-            static_prompt=shared, cache_static_prompt=shared is not None, callback=stamp,
+            callback=stamp,
         )  # fmt: skip
         return [result.sequences_ids[0] for result in results], moments
 

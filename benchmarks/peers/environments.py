@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 FOLDER = HERE.parent / ".peers"
 THREADS, SLOTS = 2, 16
 CACHE_GB = 2  # of OpenVINO's pipeline: as much as it asks for in any workload
+SHORT = 256  # positions up to which llama.cpp's flash attention is the faster one
 CONVERSIONS = 3  # kept: the oldest of other checkpoints are removed
 
 
@@ -84,10 +85,13 @@ class Peer:
     def _source(self, precision: str, checkpoint: Path, converted: Path, logs: Path) -> Source:
         @asynccontextmanager
         async def start(workload: Workload) -> AsyncIterator[list[Worker]]:
+            if self.together and not workload.together:
+                yield []
+                return
             setting = {
                 "checkpoint": str(checkpoint), "converted": str(converted), "threads": THREADS, "slots": SLOTS,
                 "max_len": workload.max_len, "cache_gb": CACHE_GB, "prefix_cache": workload.prefix,
-                "unified": workload.prefix, **self.settings[precision],
+                "flash": workload.max_len <= SHORT, **self.settings[precision],
             }  # fmt: skip
             spec = WorkerSpec(self.name, precision, self.python, self.module, setting, together=self.together)
             async with worker(spec, logs) as made:

@@ -2,8 +2,8 @@
 
 A step is one `llama_decode` of the next token of every running sequence and of as much of the waiting prompts as fits
 n_batch. A sequence that ends leaves its cache in its slot, and a new prompt takes the free slot that it has most in
-common with (the server's cache_prompt and slot similarity). With one cache for all sequences (`unified`), what it has
-in common with any slot is taken from there. Settings: `weights` f32, bf16 or q8_0; the rest are llama.cpp's defaults.
+common with (the server's cache_prompt and slot similarity). Settings: `weights` f32, bf16 or q8_0, `flash` attention;
+each sequence has its part of the cache to itself (with one for all, a step was half as fast); the rest are defaults.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Parallel:
         how.n_ctx = asked["slots"] * asked["max_len"]
         how.n_batch = N_BATCH
         how.n_threads = how.n_threads_batch = asked["threads"]
-        how.kv_unified = asked["unified"]
+        how.kv_unified = False
+        how.flash_attn_type = -1 if asked["flash"] else 0  # -1: as it chooses, which is on
         self._context = llama_cpp.llama_init_from_model(self._model, how)
         if not self._model or not self._context:
             raise RuntimeError(f"llama.cpp does not open {path}")
@@ -56,9 +57,9 @@ class Parallel:
         self._slots = [Slot(number) for number in range(asked["slots"])]
         self._queue: list[tuple[int, list[int], int]] = []
         self._requests = 0
-        self._unified, self._reuse = asked["unified"], asked["prefix_cache"]
+        self._reuse = asked["prefix_cache"]
         self._about = {
-            "version": version("llama-cpp-python"), "weights": asked["weights"], "unified": asked["unified"],
+            "version": version("llama-cpp-python"), "weights": asked["weights"], "flash": asked["flash"],
             "prefix_cache": asked["prefix_cache"], "extra_buffers": asked["extra_buffers"], "n_batch": N_BATCH,
             "system": llama_cpp.llama_print_system_info().decode(),
         }  # fmt: skip
@@ -75,14 +76,7 @@ class Parallel:
             self._requests += 1
             slot = max(free, key=lambda one: (_common(one.cached, prompt) if self._reuse else 0, -one.used))
             kept = _common(slot.cached, prompt) if self._reuse else 0
-            best = max(self._slots, key=lambda one: _common(one.cached, prompt))
-            shared = _common(best.cached, prompt) if self._reuse and self._unified else 0
-            if shared > kept:
-                llama_cpp.llama_memory_seq_rm(self._memory, slot.number, -1, -1)
-                llama_cpp.llama_memory_seq_cp(self._memory, best.number, slot.number, 0, shared)
-                kept = shared
-            else:
-                llama_cpp.llama_memory_seq_rm(self._memory, slot.number, kept, -1)
+            llama_cpp.llama_memory_seq_rm(self._memory, slot.number, kept, -1)
             slot.cached, slot.waiting = prompt[:kept], prompt[kept:]
             slot.conversation, slot.missing, slot.used = conversation, new, self._requests
 
