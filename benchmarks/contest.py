@@ -95,7 +95,7 @@ async def hold(plan: Plan, sources: Sequence[Source]) -> Outcome:
 
 async def _take_turns(plan: Plan, workload: Workload, contenders: list[Contender], outcome: Outcome) -> None:
     contenders = [one for one in contenders if workload.together or not one.together]
-    loads = plan.loads(workload)
+    loads, rounds = plan.loads(workload), min(plan.rounds, workload.rounds)
     out: set[int] = set()
     for number, contender in enumerate(contenders):
         with console.status(f"{workload.name}: warming up {contender.engine} {contender.precision}"):
@@ -109,8 +109,8 @@ async def _take_turns(plan: Plan, workload: Workload, contenders: list[Contender
         console=console,
     )  # fmt: skip
     with bar:
-        task = bar.add_task(workload.name, total=plan.rounds * len(loads) * (len(contenders) - len(out)))
-        for round_number in range(plan.rounds):
+        task = bar.add_task(workload.name, total=rounds * len(loads) * (len(contenders) - len(out)))
+        for round_number in range(rounds):
             outcome.bandwidth_gb_s.append(read_bandwidth())
             for load in loads:
                 asked = _json(workload.make(load, f"{plan.seed} {round_number}"))
@@ -121,7 +121,7 @@ async def _take_turns(plan: Plan, workload: Workload, contenders: list[Contender
                         continue
                     contender = contenders[number]
                     case = Case(workload.name, contender.engine, contender.precision, load)
-                    where = f"{workload.name} {load:g}, round {round_number + 1}/{plan.rounds}"
+                    where = f"{workload.name} {load:g}, round {round_number + 1}/{rounds}"
                     bar.update(task, description=f"{where}: {case.engine} {case.precision}")
                     if not console.is_terminal:
                         console.print(f"{where}: {case.engine} {case.precision}", highlight=False)

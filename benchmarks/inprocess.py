@@ -32,12 +32,6 @@ def engine(runner: ModelRunner, slots: int, max_queue: int, chunk: int, tuning: 
     return Engine(runner, Scheduler(slots, max_queue, chunk), tuning=tuning)
 
 
-def tuning(entry: entries.Entry, device: str) -> Tuning:
-    """How the engine of an entry saves time."""
-    exact = entry.precision == "fp32" and device == "cpu"
-    return Tuning(entry.prefix_cache_bytes, entry.token_target_s, entry.speculation, exact)
-
-
 def sequence(
     prompt: Sequence[int], new: int, decode: Callable[[Sequence[int]], str], sink: Sink, vocab_size: int
 ) -> Running:

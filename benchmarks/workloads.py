@@ -22,7 +22,7 @@ FIRST, LAST = 1000, 50_000  # token ids of prompts: words of the checkpoint's vo
 W_PROMPT = W_NEW = 64
 SYSTEM, TURNS, USER, CHAT_NEW = 512, 4, 32, 64
 LONG_PROMPT, LONG_NEW = 768, 32
-MIXED_PROMPT, MIXED_NEW, MIXED_TABLE, MIXED_S = (16, 512), (16, 128), 64, 20.0
+MIXED_PROMPT, MIXED_NEW, MIXED_TABLE, MIXED_S = (16, 512), (16, 128), 64, 15.0
 TTFT_S, PER_TOKEN_S = 1.0, 0.1  # a request of `mixed` is good when it meets both
 
 
@@ -49,7 +49,8 @@ class Conversation:
 class Workload:
     """`loads` are numbers of clients, or requests a second where `open_loop`; `make(load, seed)` gives conversations.
 
-    `max_len`: what a model's context must hold. `together`: engines that take whole batches only can run it.
+    `max_len`: what a model's context must hold. `together`: engines that take whole batches only can run it. `prefix`:
+    its prompts begin alike. `rounds`: no more than these.
     """
 
     name: str
@@ -58,7 +59,8 @@ class Workload:
     make: Callable[[float, str], list[Conversation]]
     open_loop: bool = False
     together: bool = True
-    prefix: bool = False  # its prompts have something in common
+    prefix: bool = False
+    rounds: int = 100
 
 
 def _words(draw: random.Random, count: int) -> tuple[int, ...]:
@@ -113,6 +115,6 @@ WORKLOADS = {
         Workload("W", (1, 8, 16), 256, _alike(W_PROMPT, W_NEW)),
         Workload("chat", (16,), 1024, chat, prefix=True),
         Workload("long", (1, 4), 1024, _alike(LONG_PROMPT, LONG_NEW)),
-        Workload("mixed", (1, 2, 4, 8), 1024, mixed, open_loop=True, together=False),
+        Workload("mixed", (2, 4, 8), 1024, mixed, open_loop=True, together=False, rounds=3),
     )
 }

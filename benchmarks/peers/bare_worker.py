@@ -18,7 +18,7 @@ import numpy as np
 
 from backends.inflight.entry import Entry
 from backends.inflight.errors import EngineError
-from backends.inflight.opening import open_model
+from backends.inflight.opening import open_model, tuning
 from backends.inflight.prompt import PromptCodec
 from backends.inflight.runner import Runner
 from backends.inflight.sequence import Delta
@@ -50,9 +50,9 @@ class Sink:
 class EngineLoop:
     def __init__(self, entry: Entry) -> None:
         runner = open_model(entry, 0).runner
-        tuning = inprocess.tuning(entry, runner.device)
         self._entry, self._codec = entry, PromptCodec(entry)
-        self._engine = inprocess.engine(runner, entry.slots, entry.max_queue, entry.prefill_chunk, tuning)
+        how = tuning(entry, runner)
+        self._engine = inprocess.engine(runner, entry.slots, entry.max_queue, entry.prefill_chunk, how)
         self._seen: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._engine.start()
 
