@@ -38,7 +38,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engine import RESULTS, console, machine
+from benchmarks.common import RESULTS, console, machine
 from orchestrator.bench.prompts import Prompts
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -31,7 +31,7 @@ import click
 import numpy as np
 import psutil
 
-from benchmarks.engine import RESULTS, console, machine, start_triton, step
+from benchmarks.common import RESULTS, console, machine, start_triton, step
 from orchestrator.local import tritonserver
 
 BATCHES = (8, 16, 32, 64)

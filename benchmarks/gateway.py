@@ -32,7 +32,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import gateway_bars, gateway_measure, gateway_mock, gateway_peers, gateway_report, gateway_triton
 from benchmarks import gateway_systems as systems
-from benchmarks.engine import RESULTS, machine
+from benchmarks.common import RESULTS, machine
 from benchmarks.gateway_machine import cores, cpu_s
 from benchmarks.gateway_measure import HITS, PLAIN, QUICK, Pace, Run
 from benchmarks.gateway_systems import System

@@ -24,9 +24,10 @@ import aiohttp
 import click
 import numpy as np
 
-from benchmarks import engine as workload
-from benchmarks.engine import NEW_TOKENS, PROMPT_TOKENS, Ours
+from benchmarks import common
+from benchmarks.gpu import workload
 from benchmarks.gpu.parity import Parity, first_difference
+from benchmarks.gpu.workload import NEW_TOKENS, PROMPT_TOKENS, Ours
 from orchestrator.local import tritonserver
 
 GPT2_SMALL, TINY = (12, 768, 12), (2, 64, 4)
@@ -78,7 +79,7 @@ class Generate:
         return np.asarray(out.float().cpu().numpy(), np.float32)
 
     async def run(self, prompts: list[list[int]]) -> dict[str, float]:
-        """As benchmarks.engine's engines: figures of one run."""
+        """As workload.Ours: figures of one run."""
         began = time.perf_counter()
         answers = self.answer(prompts)  # a list of numbers: the device has finished
         took = time.perf_counter() - began
@@ -240,13 +241,13 @@ async def bench(work: Path, cpu: bool, clients: list[int], rounds: int) -> dict[
     checkpoint, repository, home = work / "checkpoint", work / "repository", work / "home"
     repository.mkdir(exist_ok=True)
     home.mkdir(exist_ok=True)
-    workload.step("a random GPT-2", lambda: workload.write_checkpoint(checkpoint, *shape))
-    workload.step(f"export {precision}", lambda: export(checkpoint, repository, precision, max(clients), device))
+    common.step("a random GPT-2", lambda: weights.write(checkpoint, *shape))
+    common.step(f"export {precision}", lambda: export(checkpoint, repository, precision, max(clients), device))
     entry = repository / f"w-{precision}" / "1"
     manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
     ids = random.Random(1)
     prompts = [[ids.randrange(1000, 50000) for _ in range(PROMPT_TOKENS)] for _ in range(max(PROVED, *clients))]
-    triton, url = await workload.start_triton(repository, home, [f"w-{precision}"])
+    triton, url = await common.start_triton(repository, home, [f"w-{precision}"])
     try:
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)
@@ -271,7 +272,7 @@ async def bench(work: Path, cpu: bool, clients: list[int], rounds: int) -> dict[
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
         "precision": precision,
-        "machine": {**workload.machine(), **({} if cpu else smi())},
+        "machine": {**common.machine(), **({} if cpu else smi())},
         "versions": versions(),
         "rounds": rounds,
         "export": {"parity": manifest["parity"]},

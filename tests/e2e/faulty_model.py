@@ -31,7 +31,7 @@ class Faulty:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self.can_verify = runner.can_verify
+        self.can_verify, self.can_save = runner.can_verify, runner.can_save
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Any:
         self._check(len(tokens))

@@ -105,6 +105,7 @@ def test_a_chat_at_a_terminal(stack: Stack, terminal: Terminal, tmp_path: Path) 
     terminal.until(r"saved to .*\n")
     saved = json.loads((tmp_path / "anew.json").read_text())
     assert [message["content"] for message in saved["messages"][:2]] == ["one", "one"] and len(saved["messages"]) == 3
+    terminal.until(r"you> ")  # before that the terminal itself, not the line editor, would take what ends the input
     terminal.type("\x04")
     assert terminal.process.wait(WAIT_S) == 0
     history = stack.home / "chat_history"

@@ -89,6 +89,10 @@ def test_triton_reads_the_configuration(published_llama: Exported) -> None:
         "max_queue": "7",
         "threads": "0",
         "device": "cpu",
+        "prefix_reuse": "true",
+        "prefix_cache_mb": "256",
+        "token_target_ms": "0",
+        "speculation": "auto",
         "default_max_tokens": "",
     }
     required = [tensor.name for tensor in config.input if not tensor.optional]
@@ -99,6 +103,7 @@ def test_triton_reads_the_configuration(published_llama: Exported) -> None:
         "logprobs": [-1],
         "num_input_tokens": [1],
         "num_output_tokens": [-1],
+        "num_cached_tokens": [1],
     }
     assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
 
