@@ -115,6 +115,6 @@ WORKLOADS = {
         Workload("W", (1, 8, 16), 256, _alike(W_PROMPT, W_NEW)),
         Workload("chat", (16,), 1024, chat, together=False, prefix=True, rounds=3),
         Workload("long", (1, 4), 1024, _alike(LONG_PROMPT, LONG_NEW)),
-        Workload("mixed", (2, 4, 8), 1024, mixed, open_loop=True, together=False, rounds=3),
+        Workload("mixed", (2, 4, 6), 1024, mixed, open_loop=True, together=False, rounds=3),
     )
 }

@@ -282,10 +282,10 @@ async def bench(work: Path, cpu: bool, clients: list[int], rounds: int) -> dict[
         "rows": rows,
     }
     if not cpu:
-        weights = sum(parameter.numel() for parameter in engines[0].model.parameters()) * 2
+        size = sum(parameter.numel() for parameter in engines[0].model.parameters()) * 2
         bandwidth = copy_bandwidth(device)
-        floor = weights / bandwidth * 1000
-        result["floor"] = {"weights_bytes": weights, "bytes_per_s": round(bandwidth), "ms_per_token": round(floor, 4)}
+        floor = size / bandwidth * 1000
+        result["floor"] = {"weights_bytes": size, "bytes_per_s": round(bandwidth), "ms_per_token": round(floor, 4)}
         result["bars"] = bars(rows, floor)
     return result
 

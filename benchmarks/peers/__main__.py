@@ -36,7 +36,7 @@ def names(_: click.Context, __: click.Parameter, value: str) -> list[str]:
 @options(",".join(WORKLOADS))
 @click.option("--install", is_flag=True, help="Build the environments that are missing, and end.")
 @click.option("--only", default=",".join(PEERS), show_default=True, callback=names, help="Peers, a list.")
-@click.option("--rates", default="", help="Of mixed: requests a second, a list.  [default: 2,4,8]")
+@click.option("--rates", default="", help="Of mixed: requests a second, a list.  [default: 2,4,6]")
 @click.option("--output", default=RESULTS / "peers.json", type=click.Path(path_type=Path), show_default=False)
 def main(
     workloads: list[Workload], clients: list[int], rounds: int, precisions: str, slots: int, parameters: dict[str, str],
