@@ -174,7 +174,7 @@ def _options(workloads: str) -> tuple[Callable[[Any], Any], ...]:
         click.option("--precisions", default="fp32,int8", show_default=True, help="Of ours, as `export` has them."),
         click.option("--slots", default=16, show_default=True, type=click.IntRange(1, 1024), help="Of ours."),
         click.option("--parameter", "parameters", multiple=True, callback=pairs, metavar="NAME=VALUE",
-                     help="Of the config.pbtxt of ours, several times.  [default: speculation=off, prefix_cache_mb=2048]"),
+                     help="Of our config.pbtxt; several times.  [default: speculation=off, prefix_cache_mb=2048]"),
     )  # fmt: skip
 
 

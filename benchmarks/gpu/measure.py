@@ -24,6 +24,7 @@ import aiohttp
 import click
 import numpy as np
 
+from benchmarks import checkpoint as weights
 from benchmarks import common
 from benchmarks.gpu import workload
 from benchmarks.gpu.parity import Parity, first_difference
