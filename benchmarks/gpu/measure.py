@@ -165,7 +165,7 @@ def graph_logits(entry: Path, device: str, ids: list[int]) -> np.ndarray[Any, np
         "position_ids": np.arange(count)[None],
         "seqlens_k": np.asarray([count - 1], np.int32),
         "total_sequence_length": np.asarray(count, np.int32),
-        "last_index": np.asarray([count - 1]),
+        "last_index": np.asarray([[count - 1]]),
     }
     for given in session.get_inputs():
         if given.name.startswith("past_"):
