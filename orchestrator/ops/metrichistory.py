@@ -45,6 +45,7 @@ class _Instance:
 
     requests: _Mean = field(default_factory=_Mean)
     errors: _Mean = field(default_factory=_Mean)
+    judged: _Mean = field(default_factory=_Mean)  # the requests of those lines that say how many failed
     tokens: _Mean = field(default_factory=_Mean)
 
 
@@ -88,6 +89,7 @@ def steps(rows: Iterable[Mapping[str, Any]], step_s: int) -> list[Step]:
             one.requests.add(rate)
             if failed is not None:
                 one.errors.add(failed * rate)
+                one.judged.add(rate)
         if (tokens := number(row, "tokens_per_s")) is not None:
             one.tokens.add(tokens)
         if (slow := number(row, "latency_s", "p95")) is not None:
@@ -100,8 +102,8 @@ def steps(rows: Iterable[Mapping[str, Any]], step_s: int) -> list[Step]:
 
 def _step(at: float, found: list[_Instance], p95_s: float | None, memory: float | None) -> Step:
     requests, tokens = _sum(one.requests for one in found), _sum(one.tokens for one in found)
-    failed = _sum(one.errors for one in found)
-    errors = failed / requests if failed is not None and requests else None
+    failed, judged = _sum(one.errors for one in found), _sum(one.judged for one in found)
+    errors = failed / judged if failed is not None and judged else None
     return Step(at, requests, errors, p95_s, tokens, memory)
 
 

@@ -221,8 +221,9 @@ def small_window(sock: socket.socket) -> None:
 
 
 def large(stack: Stack) -> dict[str, Any]:
-    """A request with an answer of about 250 KB, twice what the buffers between gateway and client can hold."""
-    return {"model": stack.model, "prompt": [prompt(12) for _ in range(3)], "max_tokens": 500, "stream": True}
+    """A request with an answer of over 500 KB, several times what the buffers between gateway and client can hold."""
+    prompts = [prompt(12) for _ in range(3)]
+    return {"model": stack.model, "prompt": prompts, "max_tokens": 500, "stream": True, "logprobs": 5}
 
 
 def test_a_client_that_does_not_read_stalls_nobody(stack: Stack) -> None:

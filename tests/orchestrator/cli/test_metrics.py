@@ -138,6 +138,14 @@ def test_any_lines_make_steps(rows: list[dict[str, Any]], step_s: int) -> None:
         assert step.memory in (None, 0.5) and step.p95_s in (None, 1.5)
 
 
+def test_minutes_without_a_rate_of_errors_do_not_raise_it() -> None:
+    """An idle minute, of which nobody can tell what failed, is no part of what the others' errors are measured by."""
+    busy = {"time": stamp(0.0), "instance": "a", "requests_per_s": 1.0, "error_rate": 1.0}
+    idle = {"time": stamp(60.0), "instance": "a", "requests_per_s": 0.0, "error_rate": None}
+    (step,) = steps([busy, idle], 300)
+    assert step.errors == 1.0 and step.requests_per_s == 0.5
+
+
 @given(st.floats(1, STEPS_S[-1] * ROWS))
 def test_the_step_fits_a_screen(duration_s: float) -> None:
     """Any time up to half a year is shown in at most some 24 rows."""
