@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import figures
+from benchmarks import common, figures
 from benchmarks.contest import Outcome, Plan
 from benchmarks.workloads import PER_TOKEN_S, TTFT_S
 
@@ -32,13 +30,10 @@ _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8
 def machine(bandwidth_gb_s: list[float]) -> dict[str, Any]:
     """The machine, with the best read bandwidth that was seen in between and the load when the run ended."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     return {
-        "cpu": model, "cores": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "flags": [flag for flag in _FLAGS if flag in flags], "system": platform.platform(),
-        "python": platform.python_version(), "read_gb_s": round(max(bandwidth_gb_s, default=0.0), 1),
-        "load_average": os.getloadavg(),
+        **common.machine(), "flags": [flag for flag in _FLAGS if flag in flags],
+        "read_gb_s": round(max(bandwidth_gb_s, default=0.0), 1), "load_average": os.getloadavg(),
     }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ class Generate:
 
 def export(checkpoint: Path, repository: Path, precision: str, slots: int, device: str) -> Path:
     """The entry `w-PRECISION`, told to run on the device and nowhere else; its version folder."""
-    workload.export(checkpoint, repository, precision, slots)
+    weights.export(checkpoint, repository, f"w-{precision}", precision, slots, 256)
     config = repository / f"w-{precision}" / "config.pbtxt"
     rest = [line for line in config.read_text(encoding="utf-8").splitlines() if 'key: "device"' not in line]
     wanted = f'parameters {{ key: "device" value: {{ string_value: "{device}" }} }}'

@@ -1,4 +1,4 @@
-"""Workload W as it is run on a GPU machine: the client of Triton, the export, and engines that take turns."""
+"""Workload W as it is run on a GPU machine: the client of Triton, and engines that take turns."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import asyncio
 import json
 import random
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -17,12 +14,6 @@ import aiohttp
 from benchmarks.common import console
 
 PROMPT_TOKENS = NEW_TOKENS = 64
-
-
-def export(checkpoint: Path, repository: Path, precision: str, slots: int) -> None:
-    argv = [sys.executable, "-m", "export", str(checkpoint), "--name", f"w-{precision}", "--precision", precision]
-    argv += ["--repository", str(repository), "--slots", str(slots), "--max-len", "256"]
-    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
 
 
 class Ours:
