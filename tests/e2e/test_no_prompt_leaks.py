@@ -197,6 +197,14 @@ class Talk:
         assert 503 in statuses or 500 in statuses, statuses
 
 
+def served(stack: Stack) -> bool:
+    """Whether Triton takes connections: on a busy machine a model that is reloaded too slowly has it started anew."""
+    try:
+        return bool(stack.request("GET", "/v2/health/ready", port="TRITON_HTTP")[0] == 200)
+    except OSError:
+        return False
+
+
 def _request(path: str, body: Any, headers: dict[str, str]) -> bytes:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = {"Host": "h", "Connection": "close", "Content-Length": str(len(data)), **headers}
@@ -254,6 +262,7 @@ def search(cache: bool) -> Search:
                 talk.left()
                 talk.broken(places)
                 time.sleep(1.5)  # every worker has told the parent its figures once more
+                wait_until(lambda: served(stack), 60, "Triton is there again, though it be a new one")
                 pages = (("OPS", "/metrics"), ("TRITON_METRICS", "/metrics"), ("HTTP", "/health"))
                 places += [(f"{port} {path}", stack.request("GET", path, port=port)[2]) for port, path in pages]
                 with redis.Redis.from_url(stack.state.redis) as store:
