@@ -113,13 +113,18 @@ async def _take_turns(plan: Plan, workload: Workload, contenders: list[Contender
         for round_number in range(rounds):
             outcome.bandwidth_gb_s.append(read_bandwidth())
             for load in loads:
-                asked = _json(workload.make(load, f"{plan.seed} {round_number}"))
+                seed = f"{plan.seed} {round_number} {load:g}"
+                # The gateway stands in front of a server that is asked as well, and that knows what it has been asked.
+                prompts = {
+                    behind: _json(workload.make(load, f"{seed} gateway" if behind else seed)) for behind in (False, True)
+                }
                 answers: dict[int, list[dict[str, Any]]] = {}
                 order = range(len(contenders))
                 for number in order if round_number % 2 == 0 else reversed(order):
                     if number in out:
                         continue
                     contender = contenders[number]
+                    asked = prompts[contender.engine == figures.GATEWAY]
                     case = Case(workload.name, contender.engine, contender.precision, load)
                     where = f"{workload.name} {load:g}, round {round_number + 1}/{rounds}"
                     bar.update(task, description=f"{where}: {case.engine} {case.precision}")
@@ -159,7 +164,7 @@ def _compare(contenders: list[Contender], answers: dict[int, list[dict[str, Any]
         return
     for number, given in answers.items():
         contender = contenders[number]
-        if contender.engine != figures.REFERENCE and figures.width(contender.precision) == 32:
+        if contender.engine not in (figures.REFERENCE, figures.GATEWAY) and figures.width(contender.precision) == 32:
             same, count = figures.agreement(given, reference)
             name = f"{contender.engine} {contender.precision}"
             before = outcome.agreement.get(name, (0, 0))
