@@ -115,9 +115,7 @@ async def _take_turns(plan: Plan, workload: Workload, contenders: list[Contender
             for load in loads:
                 seed = f"{plan.seed} {round_number} {load:g}"
                 # The gateway stands in front of a server that is asked as well, and that knows what it has been asked.
-                prompts = {
-                    behind: _json(workload.make(load, f"{seed} gateway" if behind else seed)) for behind in (False, True)
-                }
+                prompts = {False: _json(workload.make(load, seed)), True: _json(workload.make(load, f"{seed} gateway"))}
                 answers: dict[int, list[dict[str, Any]]] = {}
                 order = range(len(contenders))
                 for number in order if round_number % 2 == 0 else reversed(order):
