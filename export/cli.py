@@ -85,6 +85,13 @@ Examples:
     help="int8 only: scale each row by itself, so that no answer depends on its company; about a fifth slower.",
 )
 @click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "int8"]),
+    default="auto",
+    show_default=True,
+    help="int8, with --precision int8 or int4: slots of a quarter of the memory, faster over long contexts.",
+)
+@click.option(
     "--repository",
     type=click.Path(path_type=Path, file_okay=True),
     envvar="TRUTHGPT_MODEL_REPOSITORY",
@@ -107,9 +114,7 @@ Examples:
 @click.option(
     "--prefill-chunk",
     type=click.IntRange(1, 8192),
-    default=128,
-    show_default=True,
-    help="Prompt tokens processed in one step.",
+    help="Prompt tokens processed in one step.  [default: 512; with --target tensorrt 128]",
 )
 @click.option(
     "--max-queue",
@@ -149,11 +154,12 @@ def export_command(
     calibrate: Path | None,
     allow_drift: float | None,
     batch_invariant: bool,
+    kv_cache_dtype: str,
     repository: Path,
     chat_template: Path | None,
     max_len: int | None,
     slots: int,
-    prefill_chunk: int,
+    prefill_chunk: int | None,
     max_queue: int,
     serve_with: str,
     max_tokens_per_batch: int,
@@ -198,8 +204,9 @@ def export_command(
             calibrate=calibrate,
             allow_drift=allow_drift,
             batch_invariant=batch_invariant,
+            int8_cache=kv_cache_dtype == "int8",
             trust=Trust(pickle=allow_pickle, code=trust_remote_code),
-            serving=Serving(slots, prefill_chunk, max_queue),
+            serving=Serving(slots, prefill_chunk or (128 if target == "tensorrt" else 512), max_queue),
             given=tuple(key for key in ("slots", "prefill_chunk", "max_tokens_per_batch") if _given(context, key)),
             task=task,
             serve_with=serve_with,

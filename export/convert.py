@@ -12,6 +12,7 @@ from onnxscript import ir
 from export import int4
 from export.calibrate import Calibration, CalibrationText
 from export.errors import ExportError, UnsupportedModel
+from export.kvcache import quantize_cache
 from export.quantize import quantize_int8
 from export.runtime import SlotRuntime
 from export.scan import half_without_overflow
@@ -31,9 +32,18 @@ class Converted:
 
 
 def check_options(
-    precision: str, calibrate: Path | None, allow_drift: float | None, batch_invariant: bool = False
+    precision: str,
+    calibrate: Path | None,
+    allow_drift: float | None,
+    batch_invariant: bool = False,
+    int8_cache: bool = False,
 ) -> None:
     """Raise `ExportError` for an option that the precision has no use for."""
+    if int8_cache and precision not in CALIBRATED:
+        raise ExportError(
+            f"--kv-cache-dtype int8 is for int8 and int4; {precision} promises more than it keeps.",
+            "Leave it out, or give --precision int8.",
+        )
     if batch_invariant and precision != "int8":
         raise ExportError(f"--batch-invariant is for int8; {precision} is so by itself or cannot be.", "Leave it out.")
     if calibrate is not None and precision not in CALIBRATED:
@@ -68,6 +78,7 @@ def convert(
     device: str = "cpu",
     text: CalibrationText | None = None,
     batch_invariant: bool = False,
+    int8_cache: bool = False,
     progress: Callable[[float | str], None] = lambda state: None,
 ) -> Converted:
     """Convert the optimised fp32 graph, in place where that can be.
@@ -89,9 +100,11 @@ def convert(
     if precision == "int8":
         quantize_int8(graph, calibration, progress, batch_invariant)
         scales = "row" if batch_invariant else "batch"
-        return Converted(
-            graph, {"quantization": {"bits": 8, "activations": "dynamic int8", "activation_scale": scales, **facts}}
-        )
-    int4.quantize_int4(graph, calibration, progress)
-    layout = {"bits": 4, "block_size": int4.BLOCK, "head_bits": int4.HEAD_BITS}
-    return Converted(graph, {"quantization": layout | facts})
+        facts |= {"bits": 8, "activations": "dynamic int8", "activation_scale": scales}
+    else:
+        int4.quantize_int4(graph, calibration, progress)
+        facts |= {"bits": 4, "block_size": int4.BLOCK, "head_bits": int4.HEAD_BITS}
+    if int8_cache:
+        progress("measuring keys and values")
+        quantize_cache(graph, folder, exercise)
+    return Converted(graph, {"quantization": facts})

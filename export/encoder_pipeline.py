@@ -169,9 +169,11 @@ def check_options(options: ExportOptions) -> None:
     for key in (*template, *(key for key in options.given if key in kept.DECODER)):
         option = f"--{key.replace('_', '-')}"
         raise ExportError(f"{option} is for text generation models; this is an encoder.", "Leave it out.")
-    if options.calibrate is not None or options.allow_drift is not None or options.batch_invariant:
+    decoders = (options.batch_invariant, options.int8_cache)
+    if options.calibrate is not None or options.allow_drift is not None or any(decoders):
         raise ExportError(
-            "--calibrate, --allow-drift and --batch-invariant are for text generation models.", "Leave them out."
+            "--calibrate, --allow-drift, --batch-invariant and --kv-cache-dtype are for text generation models.",
+            "Leave them out.",
         )
     if options.target == "tensorrt":
         if options.serve_with != "native":

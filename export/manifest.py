@@ -45,11 +45,11 @@ class Serving:
     """
 
     slots: int = 16
-    prefill_chunk: int = 128
+    prefill_chunk: int = 512
     max_queue: int = 256
     threads: int = 0
     prefix_cache_mb: int = 256
-    token_target_ms: int = 0
+    token_target_ms: int = 150
     speculation: str = "auto"
 
 

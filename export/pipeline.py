@@ -32,6 +32,7 @@ from export.verify import BATCH, exercise, verify
 STAGES = ("load", "trace", "optimise", "quantise", "verify", "publish")
 TEMPLATE = "chat_template.jinja"
 STEPS = 8
+VERIFIED_CHUNK = 128  # tokens that one run reads of a prompt at most while an artefact is verified
 
 # Called with a stage of STAGES and a fraction of it (0.0 … 1.0) or a text about it.
 Progress = Callable[[str, float | str], None]
@@ -46,8 +47,8 @@ class ExportOptions:
     ``serving`` is for decoders, ``serve_with`` ("backend" | "native") and ``encoder_serving`` for encoders.
     ``device`` (auto, cpu, cuda) is what the entry is for, ``calibrate`` a text for int8 and int4, ``allow_drift`` the
     share of the logits' spread that int4 may move them by,
-    ``batch_invariant`` has int8 scale each row by itself. ``given`` names those of ``serving`` and
-    ``encoder_serving`` that were asked for and are not just the defaults.
+    ``batch_invariant`` has int8 scale each row by itself, ``int8_cache`` stores keys and values in int8. ``given``
+    names those of ``serving`` and ``encoder_serving`` that were asked for and are not just the defaults.
     """
 
     model: str
@@ -62,6 +63,7 @@ class ExportOptions:
     calibrate: Path | None = None
     allow_drift: float | None = None
     batch_invariant: bool = False
+    int8_cache: bool = False
     trust: Trust = field(default_factory=Trust)
     serving: Serving = field(default_factory=Serving)
     given: tuple[str, ...] = ()
@@ -107,7 +109,9 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     """
     name = check_name(options.name if options.name is not None else default_name(options.model))
     tensorrt.check_precision(options.target, options.precision)
-    check_options(options.precision, options.calibrate, options.allow_drift, options.batch_invariant)
+    check_options(
+        options.precision, options.calibrate, options.allow_drift, options.batch_invariant, options.int8_cache
+    )
     check_task(options, None if options.task == TASK else options.task)
     progress("load", 0.0)
     repository = Repository(options.repository.expanduser().absolute())
@@ -129,7 +133,7 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, stat
     serving, told = kept.decoder(repository.root, name, options.serving, options.given)
     options = replace(options, serving=serving)
     check_weights(source, precision, instead="fp16")
-    needed = needs(source, precision, max_len, options.calibrate is not None)
+    needed = needs(source, precision, max_len, options.calibrate is not None, int8_cache=options.int8_cache)
     progress("load", f"needs {size(needed.memory)} of memory and {size(needed.disk)} of disk")
     require_memory(needed.memory, available_memory())
     with repository.staging(name) as staging:
@@ -215,7 +219,7 @@ def build(
     progress("load", 0.3)
     serving = replace(options.serving, prefill_chunk=prefill_chunk(model, options.serving.prefill_chunk))
     # transformers speaks first, before its model is touched. The chunk is small enough that prompts take several.
-    chunk = max(1, min(serving.prefill_chunk, max_len // 4))
+    chunk = max(1, min(serving.prefill_chunk, VERIFIED_CHUNK, max_len // 4))
     steps = min(STEPS, max_len // 4)
     text = [token for token in tokenizer.encode(SAMPLE) if token < vocab_size]
     prompts = make_prompts(prompt_lengths(max_len, chunk, steps), vocab_size, text)
@@ -224,19 +228,19 @@ def build(
     graph = trace(model, layout, max_len, standard_operators=options.target == "tensorrt")
     progress("optimise", 0.0)
     optimize(graph)
-    converted = Converted(graph)
+    converted, graph_precision = Converted(graph), tensorrt.graph_precision(options.target, options.precision)
     with translated(options.repository):
-        precision = tensorrt.graph_precision(options.target, options.precision)
-        if precision != "fp32":
+        if graph_precision != "fp32":
             progress("quantise", 0.0)
             converted = convert(
                 graph,
-                precision,
+                graph_precision,
                 staging.folder,
                 lambda runtime: exercise(runtime, references, chunk),
                 device,
                 calibration,
                 options.batch_invariant,
+                options.int8_cache,
                 lambda state: progress("quantise", state),
             )
         save(converted.graph, staging.folder)
@@ -250,7 +254,7 @@ def build(
         "kv_heads": layout.caches[0][0],
         "head_dim": layout.caches[0][1],
         "caches": cache_shapes(graph),
-        "kv_dtype": TABLE[tensorrt.graph_precision(options.target, options.precision)].kv_dtype,
+        "kv_dtype": "int8" if options.int8_cache else TABLE[graph_precision].kv_dtype,
         "vocab_size": references[0].logits.shape[1],
         "max_len": max_len,
     }

@@ -29,7 +29,14 @@ class Needs:
     disk: int
 
 
-def needs(source: Source, precision: str, max_len: int, calibrated: bool = False, pairs: int | None = None) -> Needs:
+def needs(
+    source: Source,
+    precision: str,
+    max_len: int,
+    calibrated: bool = False,
+    pairs: int | None = None,
+    int8_cache: bool = False,
+) -> Needs:
     """An upper estimate. Weights count as loaded, in fp32, whatever the checkpoint stores them as.
 
     ``pairs``: pairs of tokens in the largest run of an encoder's artefact, which attends to all at once and has no
@@ -37,9 +44,9 @@ def needs(source: Source, precision: str, max_len: int, calibrated: bool = False
 
     In memory it is the larger of two moments: the checkpoint with its longest reference run or its converted matrices
     beside it, and the artefact in ONNX Runtime, which packs every matrix once more. Halves are run beside the
-    checkpoint to see what overflows, and a calibration text is read by the fp32 graph, which is on disk then. Looked-up
-    embeddings keep 4 bytes an element in int8 and 2 in int4, and tied ones are stored a second time. Experts stay fp32
-    in both.
+    checkpoint to see what overflows, what gets int8 slots to see how large keys and values are, and a calibration text
+    is read by the fp32 graph, which is on disk then. Looked-up embeddings keep 4 bytes an element in int8 and 2 in
+    int4, and tied ones are stored a second time. Experts stay fp32 in both.
     """
     loaded = 4 * source.parameters()
     largest = 4 * max((tensor.elements for tensor in source.tensors), default=0)
@@ -58,7 +65,7 @@ def needs(source: Source, precision: str, max_len: int, calibrated: bool = False
         artefact = weights + int(_EMBEDDING_BYTES.get(precision, 0) * embedding)
         working = loaded + artefact + loaded // 12 + 3 * largest
         packed = artefact + (loaded if precision in HALVES else weights)  # halves are computed in fp32
-        if precision in HALVES:
+        if precision in HALVES or int8_cache:
             working += packed + cache
     if calibrated:
         working = max(working, 2 * loaded + 2 * largest + cache)

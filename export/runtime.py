@@ -21,10 +21,11 @@ Logits = npt.NDArray[np.float32]
 
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 # The memory's own type is as wide as the elements, which numpy need not know (it has no bfloat16).
-_ELEMENTS: dict[str, tuple[int, type[np.float32] | type[np.uint16]]] = {
+_ELEMENTS: dict[str, tuple[int, type[np.float32 | np.uint16 | np.int8]]] = {
     "tensor(float)": (onnx.TensorProto.FLOAT, np.float32),
     "tensor(float16)": (onnx.TensorProto.FLOAT16, np.uint16),
     "tensor(bfloat16)": (onnx.TensorProto.BFLOAT16, np.uint16),
+    "tensor(int8)": (onnx.TensorProto.INT8, np.int8),
 }
 
 
@@ -82,8 +83,8 @@ class SlotRuntime:
         for cache in self._cache.values():
             cache.move(source, target, length)
 
-    def after_step(self) -> None:
-        """Called after every step; for those who watch `extra`."""
+    def after_step(self, slots: slice, positions: npt.NDArray[np.int64]) -> None:
+        """Called after every step, which wrote ``positions`` [rows, seq] of ``slots``; for those who watch it."""
 
     def _step(
         self,
@@ -112,7 +113,7 @@ class SlotRuntime:
         for name, array in {"logits": logits, **self.extra}.items():
             binding.bind_output(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
         self._session.run_with_iobinding(binding)
-        self.after_step()
+        self.after_step(slice(first, first + rows), positions)
         return logits
 
 
@@ -137,21 +138,21 @@ class _Cache:
         self.device = device
         self.element, width = _ELEMENTS[kind]
         # np.zeros maps pages lazily: positions that are never reached cost no memory.
-        self._host = np.zeros((slots, *shape), width)
-        self._row = self._host.strides[0]
+        self.array = np.zeros((slots, *shape), width)
+        self._row = self.array.strides[0]
         self._there = None
         if device != "cpu":
-            self._there = onnxruntime.OrtValue.ortvalue_from_numpy(self._host, device, 0)
+            self._there = onnxruntime.OrtValue.ortvalue_from_numpy(self.array, device, 0)
 
     def address(self, slot: int) -> int:
         """Where a slot begins."""
-        base: int = self._host.ctypes.data if self._there is None else self._there.data_ptr()
+        base: int = self.array.ctypes.data if self._there is None else self._there.data_ptr()
         return base + slot * self._row
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a slot to another."""
         if self._there is None:
-            self._host[target, :, :length] = self._host[source, :, :length]
+            self.array[target, :, :length] = self.array[source, :, :length]
         else:
             host = self._there.numpy()
             host[target, :, :length] = host[source, :, :length]

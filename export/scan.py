@@ -110,7 +110,7 @@ class _Scan(SlotRuntime):
         self._seen = np.empty(count, np.float32)
         self.extra[RANGES] = self._seen
 
-    def after_step(self) -> None:
+    def after_step(self, slots: slice, positions: npt.NDArray[np.int64]) -> None:
         self.largest = np.maximum(self.largest, self._seen)
 
 

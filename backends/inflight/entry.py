@@ -23,7 +23,7 @@ class EntryError(Exception):
 @dataclass(frozen=True)
 class Graph:
     """What the engine has to know of the decoder before it is opened; the shapes of the slots are the session's.
-    `max_len` counts positions; `kv_dtype` is float32, float16 or bfloat16.
+    `max_len` counts positions; `kv_dtype` is float32, float16, bfloat16 or int8.
     """
 
     max_len: int

@@ -21,6 +21,7 @@ ELEMENTS: dict[str, tuple[int, DTypeLike]] = {
     "tensor(float)": (1, np.float32),
     "tensor(float16)": (10, np.float16),
     "tensor(bfloat16)": (16, np.uint16),
+    "tensor(int8)": (3, np.int8),
 }
 
 

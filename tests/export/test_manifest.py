@@ -91,7 +91,7 @@ def test_triton_reads_the_configuration(published_llama: Exported) -> None:
         "device": "cpu",
         "prefix_reuse": "true",
         "prefix_cache_mb": "256",
-        "token_target_ms": "0",
+        "token_target_ms": "150",
         "speculation": "auto",
         "default_max_tokens": "",
     }

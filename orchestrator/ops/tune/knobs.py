@@ -21,7 +21,7 @@ MAX_SLOTS, MAX_BATCH, MIN_TOKENS = 1024, 1024, 64
 DEFAULT_CHUNK = 128  # an exporter makes it smaller where a larger one would not fit (export/rewrites.py)
 CHUNK_GROWTH = 4  # steps of prefill may need memory in proportion
 KV_SHARE = 0.5  # of the memory that is free, for the caches of a candidate that has more slots
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
