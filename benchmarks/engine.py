@@ -25,9 +25,10 @@ from benchmarks.workloads import WORKLOADS, Workload
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
-# Random weights say one token again and again, which drafts from the text before guess far too well. The prefixes of
-# sixteen conversations take 1.1 GB; OpenVINO's cache has as much room.
-PARAMETERS = {"speculation": "off", "prefix_cache_mb": "2048"}
+# Random weights say one token again and again, which drafts from the text before guess far too well.
+PARAMETERS = {"speculation": "off"}
+# Where prompts begin alike: the prefixes of sixteen conversations take 1.1 GB; OpenVINO's cache has as much room.
+SHARED = {"prefix_cache_mb": "2048"}
 
 
 class Ours:
@@ -40,6 +41,7 @@ class Ours:
         self._precisions = [*precisions]
         self._repository, self._logs = folder / "repository", folder / "logs"
         self._entries: dict[tuple[str, int], str] = {}
+        self._given: dict[int, dict[str, str]] = {}  # parameters of config.pbtxt, by max_len
         for made in (self._repository, self._logs):
             made.mkdir()
 
@@ -55,10 +57,12 @@ class Ours:
         """What these workloads need. A precision that cannot be exported is told and left out."""
         for precision in [*self._precisions]:
             for max_len in sorted({workload.max_len for workload in workloads}):
+                shared = any(workload.prefix for workload in workloads if workload.max_len == max_len)
+                self._given[max_len] = (SHARED if shared else {}) | self._parameters
                 try:
                     with console.status(f"export {precision} with {max_len} positions"):
                         name = contenders.export(
-                            self._source, self._repository, precision, self._slots, max_len, self._parameters
+                            self._source, self._repository, precision, self._slots, max_len, self._given[max_len]
                         )
                 except Failed as error:
                     console.print(f"{precision} is left out: {error}", style="red", markup=False)
@@ -73,7 +77,7 @@ class Ours:
         async def start(workload: Workload) -> AsyncIterator[list[Contender]]:
             names = {p: self._entries[p, workload.max_len] for p in self._precisions}
             home = self._folder / f"home-{workload.name}"
-            about = {"slots": self._slots, "parameters": self._parameters}
+            about = {"slots": self._slots, "parameters": self._given[workload.max_len]}
             async with contenders.stack(self._repository, home, [*names.values()]) as (triton, http, key):
                 found = [
                     Clients(figures.OURS, p, streaming.triton(triton, n), settings=about) for p, n in names.items()
@@ -174,7 +178,7 @@ def _options(workloads: str) -> tuple[Callable[[Any], Any], ...]:
         click.option("--precisions", default="fp32,int8", show_default=True, help="Of ours, as `export` has them."),
         click.option("--slots", default=16, show_default=True, type=click.IntRange(1, 1024), help="Of ours."),
         click.option("--parameter", "parameters", multiple=True, callback=pairs, metavar="NAME=VALUE",
-                     help="Of our config.pbtxt; several times.  [default: speculation=off, prefix_cache_mb=2048]"),
+                     help="Of our config.pbtxt; several times.  [default: speculation=off]"),
     )  # fmt: skip
 
 
