@@ -186,11 +186,21 @@ async def stack(repository: Path, home: Path, models: list[str]) -> AsyncIterato
 def export(
     source: Path, repository: Path, precision: str, slots: int, max_len: int, parameters: Mapping[str, str]
 ) -> str:
-    """Export the checkpoint and set `parameters` of its config.pbtxt; the entry's name. Raises Failed."""
-    name = f"bench-{precision}-{max_len}"
-    options = ("--allow-drift", "1") if precision == "int4" else ()  # random weights have no structure to keep
+    """Export the checkpoint and set `parameters` of its config.pbtxt; the entry's name. Raises Failed.
+
+    `precision` +kv8: with int8 slots.
+    """
+    weights, _, slots_of = precision.partition("+")
+    name = f"bench-{precision.replace('+', '-')}-{max_len}"
+    options: list[str] = []
+    if weights == "int4":
+        options += ["--allow-drift", "1"]  # random weights have no structure to keep
+    if slots_of == "kv8":
+        options += ["--kv-cache-dtype", "int8"]
+    elif slots_of:
+        raise Failed(f"{precision}: behind + stands kv8 or nothing")
     try:
-        checkpoint.export(source, repository, name, precision, slots, max_len, *options)
+        checkpoint.export(source, repository, name, weights, slots, max_len, *options)
     except RuntimeError as error:
         shutil.rmtree(repository / name, ignore_errors=True)
         raise Failed(str(error)) from error
