@@ -1,6 +1,6 @@
 """int8 slots: keys and values are stored as int8, with a constant scale for each channel of each head.
 
-A slot takes a quarter of the memory, and a step over long contexts, which reads all of it, is faster by up to a fourth.
+A slot takes a quarter of the memory, and a step over long contexts, which reads all of it, is shorter by up to a fifth.
 In return a prompt is read more slowly, for ONNX Runtime widens what it reads when it takes several queries at once.
 
 A scale is what the largest magnitude of its channel needs over the references that the entry is verified with, and

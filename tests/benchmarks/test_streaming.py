@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,3 +118,9 @@ def test_parameters_take_the_place_of_those_of_the_same_name() -> None:
     assert [changed.count(f'"{name}"') for name in ("slots", "chunk", "drafts", "4", "64", "0", "16", "128")] == [
         1, 1, 1, 1, 1, 1, 0, 0,
     ]  # fmt: skip
+
+
+def test_slots_of_a_kind_that_there_is_not_are_told(tmp_path: Path) -> None:
+    """What stands behind a precision's + is known or refused, not exported as something else."""
+    with pytest.raises(contenders.Failed, match="behind \\+ stands kv8"):
+        contenders.export(tmp_path, tmp_path, "int8+kv4", 4, 64, {})

@@ -19,7 +19,9 @@ from export.pipeline import ExportOptions, export_model
 from export.quantize import quantize_int8
 from export.runtime import SlotRuntime
 from export.verify import verify
+from tests.export.checkpoints import write_family
 from tests.export.drafts import CHUNK, Draft
+from tests.export.families import FAMILIES
 
 
 def exercised(runtime: SlotRuntime) -> None:
@@ -93,3 +95,12 @@ def test_int8_slots_are_for_what_rounds_already(precision: str, llama: Path, tmp
     """A precision that keeps what it computes refuses them before anything is read."""
     with pytest.raises(ExportError, match="--kv-cache-dtype int8 is for int8 and int4"):
         export_model(ExportOptions(str(llama), tmp_path, precision=precision, int8_cache=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "qwen3", "bloom"])
+def test_families_with_int8_slots(family: str, tmp_path: Path) -> None:
+    """Soft-capped scores, sliding windows, normalised keys and position biases stay within int8's bound too."""
+    folder = write_family(tmp_path / "model", next(known for known in FAMILIES if known.name == family))
+    options = ExportOptions(str(folder), tmp_path / "models", precision="int8", max_len=96, int8_cache=True)
+    assert 0 < export_model(options).parity["rms_over_std"] <= 0.06
