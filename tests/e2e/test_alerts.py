@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.counting import write_entry
 from tests.orchestrator.monitor.receivers import receiving
 
@@ -23,6 +25,7 @@ def alerts(stack: Stack, *arguments: str) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in json.loads(done.stdout)}
 
 
+@pytest.mark.slow
 def test_redis_that_does_not_answer_is_told_and_so_is_its_return() -> None:
     """Redis is stalled: the alert fires, and a webhook is told once; Redis goes on: it is resolved, and told again."""
     folder = Path(tempfile.mkdtemp(prefix="truthgpt-e2e-"))

@@ -91,6 +91,7 @@ def second(stack: Stack) -> Iterator[str]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_series_go_with_their_model_and_never_clash(stack: Stack, second: str) -> None:
     """While a version is loaded again, two engines of it have series side by side; unloading takes all away, and the
     server lives on.

@@ -123,6 +123,7 @@ def test_a_chat_at_a_terminal(stack: Stack, terminal: Terminal, tmp_path: Path) 
         again.close()
 
 
+@pytest.mark.slow
 def test_a_chat_outgrows_the_real_context(stack: Stack) -> None:
     """Two turns that are too long together: the refusal is understood, the first turn is left out, and it is told."""
     turn = "a " * 1010  # tokens, of a context of 2000

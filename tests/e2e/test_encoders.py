@@ -348,6 +348,7 @@ def graph_of(stack: Served, number: int) -> dict[str, Any]:
     return {"name": "mood--engine", "version": number, "manifest_sha256": hashlib.sha256(manifest).hexdigest()}
 
 
+@pytest.mark.slow
 def test_encoders_come_go_and_change_version_under_load(stack: Served) -> None:
     """Reloads of both kinds fail no request, also to a version with other labels, each version of a native model has
     its own graph, and one that is unloaded is missing until it is there again, which its neighbours do not notice.

@@ -45,6 +45,7 @@ def answers(stack: Stack) -> bool:
     return bool(stack.request("POST", "/v1/completions", body)[0] == 200)
 
 
+@pytest.mark.slow
 def test_a_version_that_is_served_stays(versions: Stack) -> None:
     """Version 2 is served and old: it stays, also while Triton is away, and goes once another one is served."""
     done = versions.cli("jobs", "run", "models", "--json")

@@ -160,6 +160,7 @@ def assert_listed(stack: Stack, wanted: dict[str, str]) -> None:
     assert {row["version"]: row["state"] for row in command(stack, "list")} == wanted
 
 
+@pytest.mark.slow
 def test_a_stack_uses_the_servers_of_another_one(stack: Stack, tmp_path: Path):
     """With triton_urls no Triton is started and no repository is needed; what the servers have is not changed here."""
     urls = ",".join(f"http://127.0.0.1:{stack.ports[port]}" for port in PORTS)

@@ -84,6 +84,7 @@ def killed_in_the_reload(stack: Stack, config: Path, *arguments: str) -> None:
     wait_until(lambda: config.read_bytes() == before and not note.exists(), 30, "the guard has put it back")
 
 
+@pytest.mark.slow
 def test_a_tuning_finds_what_is_better_and_is_undone(stack: Stack, config: Path) -> None:
     """Four slots are found, written and served; `kill -9` in the middle of `--undo` leaves them, `--undo` undoes them.
 

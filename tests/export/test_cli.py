@@ -75,7 +75,9 @@ def test_importing_the_command_is_cheap() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("missing", ["torch", "transformers", "onnxscript"])
+@pytest.mark.parametrize(
+    "missing", ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transformers", "onnxscript"))]
+)
 def test_without_the_extra(tmp_path: Path, missing: str) -> None:
     """Without the export extra the command names it and says how to install it."""
     code = (

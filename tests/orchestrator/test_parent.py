@@ -125,7 +125,7 @@ def test_connections_spread_over_the_workers(gateway: Gateway) -> None:
         connection.close()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_worker_that_ends_under_load_is_replaced(gateway: Gateway, sign: signal.Signals) -> None:
     """The other's connections go on, no new connection is refused, and what was connected meanwhile is answered."""
     kept = gateway.connect_to_each()

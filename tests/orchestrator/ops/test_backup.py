@@ -197,6 +197,7 @@ def test_an_encrypted_backup_needs_its_key(tmp_path: Path) -> None:
     assert (tmp_path / "other" / "audit.key").read_bytes() == (settings.home / "audit.key").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_large_file_needs_no_memory(tmp_path: Path) -> None:
     """300 MB are backed up, encrypted, checked and put back by a process that never has more than 160 MB in memory."""
     settings = deployment(tmp_path)
