@@ -32,7 +32,7 @@ def prove(graph: Path, expected: list[Reference]) -> None:
     """Chunked, padded and mixed-length runs in slots full of what an overflow may leave behind."""
     runtime = SlotRuntime(graph, 6)
     for cache in runtime._cache.values():
-        cache._host[:] = np.nan
+        cache.array[:] = np.nan
     parity = verify(runtime, expected, "fp32", chunk=16)
     assert parity["max_abs_logit_diff"] <= 2e-5 and parity["greedy_agreement"] == 1.0 and parity["nonfinite"] == 0
     assert parity["longest"] == MAX_LEN

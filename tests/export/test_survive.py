@@ -201,7 +201,7 @@ def test_a_file_that_is_not_the_hubs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("external", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_full_disk(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, external: bool) -> None:
     """A disk that fills up in the middle gives one sentence and leaves nothing, also with weights beside the graph."""
-    monkeypatch.setattr(export.pipeline, "needs", lambda *_: Needs(0, 0))  # as if somebody else had taken the space
+    monkeypatch.setattr(export.pipeline, "needs", lambda *_, **__: Needs(0, 0))  # as if others had taken the space
     monkeypatch.setattr("export.optimize.EXTERNAL_DATA_BYTES", 0 if external else 1 << 40)
     with small_disk(tmp_path / "disk", str(size)) as disk:
         with pytest.raises(RepositoryError, match="no space left"):
