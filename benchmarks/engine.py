@@ -175,7 +175,7 @@ def _options(workloads: str) -> tuple[Callable[[Any], Any], ...]:
         click.option("--clients", default="", callback=numbers,
                      help="Requests at once, a list.  [default: each workload's own: W 1,8,16, chat 16, long 1,4]"),
         click.option("--rounds", default=5, show_default=True, type=click.IntRange(1, 100)),
-        click.option("--precisions", default="fp32,int8", show_default=True,
+        click.option("--precisions", default="fp32,int8,int8+kv8", show_default=True,
                      help="Of ours, as `export` has them; +kv8: with int8 slots."),
         click.option("--slots", default=16, show_default=True, type=click.IntRange(1, 1024), help="Of ours."),
         click.option("--parameter", "parameters", multiple=True, callback=pairs, metavar="NAME=VALUE",
