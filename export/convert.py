@@ -41,7 +41,7 @@ def check_options(
     """Raise `ExportError` for an option that the precision has no use for."""
     if int8_cache and precision not in CALIBRATED:
         raise ExportError(
-            f"--kv-cache-dtype int8 is for int8 and int4; {precision} promises more than it keeps.",
+            f"--kv-cache-dtype int8 is for int8 and int4; {precision} promises closer logits than it leaves.",
             "Leave it out, or give --precision int8.",
         )
     if batch_invariant and precision != "int8":
